@@ -1,0 +1,111 @@
+"""What a training run has reached, epoch by epoch: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+__all__ = ["EpochResult", "EpochRow", "History"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """One pass over the batches.
+
+    Attributes:
+        loss: training: mean of the batches' losses, as in the book; evaluation: mean over samples.
+        accuracy: percent, averaged like the loss; None where it has no meaning.
+        batches: how many there were.
+        samples: how many there were.
+        seconds: wall time, readout included.
+        samples_per_s: samples / seconds.
+        engine: what ran the steps.
+        metrics: the user's metrics by name, averaged like the loss.
+    """
+
+    loss: float
+    accuracy: float | None
+    batches: int
+    samples: int
+    seconds: float
+    samples_per_s: float
+    engine: str
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRow:
+    """One line of a run's history.
+
+    Attributes:
+        epoch: counted from 1.
+        split: "train" or "val".
+        loss: see `EpochResult`.
+        accuracy: percent, or None.
+        lr: learning rate of the first parameter group during the epoch.
+        samples: how many were seen.
+        seconds: wall time.
+        samples_per_s: samples / seconds.
+    """
+
+    epoch: int
+    split: Literal["train", "val"]
+    loss: float
+    accuracy: float | None
+    lr: float
+    samples: int
+    seconds: float
+    samples_per_s: float
+
+    @classmethod
+    def of(cls, result: EpochResult, *, epoch: int, split: Literal["train", "val"], lr: float) -> EpochRow:
+        """The line for a pass over a split."""
+        return cls(
+            epoch=epoch,
+            split=split,
+            loss=result.loss,
+            accuracy=result.accuracy,
+            lr=lr,
+            samples=result.samples,
+            seconds=result.seconds,
+            samples_per_s=result.samples_per_s,
+        )
+
+
+@dataclass(kw_only=True)
+class History:
+    """All finished epochs of a fit.
+
+    Attributes:
+        rows: two an epoch where there is a validation split, else one.
+        best_epoch: epoch of the lowest watched loss (val, or train where there is no val), from 1; None before one.
+        best_loss: that loss.
+        stopped: why the fit ended: all epochs done, no new best within the patience, or interrupted.
+    """
+
+    rows: list[EpochRow] = field(default_factory=list[EpochRow])
+    best_epoch: int | None = None
+    best_loss: float | None = None
+    stopped: Literal["epochs", "patience", "interrupted"] | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Finished epochs."""
+        return self.rows[-1].epoch if self.rows else 0
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a table with the columns of `EpochRow`."""
+        columns = list(EpochRow.__dataclass_fields__)
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` brings them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> History:
+        """The history that `to_dict` wrote."""
+        rest = {name: value for name, value in given.items() if name != "rows"}
+        return cls(rows=[EpochRow(**row) for row in given["rows"]], **rest)

@@ -1,0 +1,51 @@
+"""What `fasttrain info` tells of this machine."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from fasttrain.device import (
+    choose_precision,
+    cpp_compiler,
+    device_name,
+    free_bytes,
+    good_at_bf16,
+    total_bytes,
+    versions,
+)
+from fasttrain.step.plan import choose_engine
+
+__all__ = ["describe_machine"]
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Plain facts about a device and this machine, and what "auto" chooses there, with reasons."""
+    precision, engine = choose_precision("auto", device), choose_engine("auto")
+    return {
+        "device": f"{device} ({device_name(device)})",
+        "memory": _memory(device),
+        "bf16": "in hardware" if good_at_bf16(device) else "not in hardware: slower than fp32",
+        "compiler": cpp_compiler() or "none: engine 'compiled' cannot run on the CPU; install g++ or set CXX",
+        "cuda": _cuda(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "precision auto": f"{precision.value}: {precision.reason}",
+        "engine auto": f"{engine.value}: {engine.reason}",
+    }
+
+
+def _memory(device: torch.device) -> str:
+    total, free = total_bytes(device), free_bytes(device)
+    if total is None or free is None:
+        return "unknown"
+    return f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
+
+
+def _cuda() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)"
+    return "none" if torch.version.cuda is None else f"built for {torch.version.cuda}, no usable device"

@@ -1,0 +1,358 @@
+"""`FastLoop`: the book's loop, drop-in, without its waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fasttrain.data.batch import num_samples
+from fasttrain.data.resident import ResidentBatches
+from fasttrain.data.stream import Prefetcher, prefetch
+from fasttrain.errors import ConfigError, DataError
+from fasttrain.history import EpochResult, EpochRow, History
+from fasttrain.metrics import LossObserver, Metric, RunningMetrics
+from fasttrain.progress import Progress
+from fasttrain.step.eager import run_forward
+from fasttrain.step.train_step import TrainStep
+
+__all__ = ["FastLoop", "FitState", "Interrupted"]
+
+Batch = Any
+Scheduler = LRScheduler | ReduceLROnPlateau
+Watch = Callable[[int, int, float, RunningMetrics], None]
+"""Called after every batch with batches, samples and seconds of the epoch so far, and the running metrics."""
+
+MAX_PREFETCHERS = 2
+"""Sources whose pinned buffers are kept: usually a train and a validation loader."""
+
+
+class Interrupted(Exception):
+    """Raised by a watcher to end the training after the current step."""
+
+
+@dataclass(kw_only=True)
+class FitState:
+    """Where a fit stands after an epoch: enough, with the user's own objects, to go on from there.
+
+    Attributes:
+        history: all finished epochs.
+        best_weights: a copy of the model's state at `history.best_epoch`; empty before there is one.
+    """
+
+    history: History = field(default_factory=History)
+    best_weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class FastLoop:
+    """Trains the user's model with the user's optimizer, as fast as the hardware allows, with the same numbers.
+
+    The objects stay the user's: the same tensors are updated in place, their `state_dict()`s are right whenever the
+    user looks. No global (threads, TF32, deterministic flags) and no option of a parameter group is changed.
+
+    Args:
+        model: the model, on its device.
+        optimizer: over the model's parameters.
+        forward: (model, batch) -> loss, or (loss, predictions, targets).
+        loss: instead of forward, (predictions, targets) -> loss, for (inputs, targets) batches.
+        device: where the steps run; None is where the model is.
+        precision: "fp32" (the user's own), "bf16", "fp16" or "auto".
+        engine: "auto", "eager" or "compiled".
+        accumulate: batches whose gradients are averaged before the optimizer steps.
+        clip_norm: bound on the norm of all gradients together.
+        clip_value: bound on each entry of each gradient.
+        metrics: (loss, predictions, targets) -> scalar tensor, by name.
+
+    Accuracy: class indices against the argmax over dimension 1 of the predictions; 0/1 targets against the predictions
+    that a binary cross-entropy was given, if they have one shape; anything else has none. Which it is, is learnt from
+    the first batch.
+
+    Raises:
+        ConfigError: an option, or their combination, cannot work.
+        DeviceError: the machine lacks the device or is no good at the precision.
+        EngineError: the requested engine cannot run here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        forward: Callable[[nn.Module, Batch], Any] | None = None,
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        engine: str = "auto",
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> None:
+        self.step = TrainStep(
+            model,
+            optimizer,
+            forward,
+            loss=loss,
+            device=device,
+            precision=precision,
+            engine=engine,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            metrics=metrics,
+        )
+        self.model = model
+        self.optimizer = optimizer
+        self._evaluation = RunningMetrics(self.step.device, metrics)
+        self._evaluation_is_observed = False
+        self._prefetchers: dict[int, tuple[Iterable[Batch], Prefetcher[Batch]]] = {}
+
+    def train(self, batches: Iterable[Batch], *, watch: Watch | None = None) -> EpochResult:
+        """Trains one epoch. Waits for the device once, at its end.
+
+        Args:
+            batches: whatever forward takes, from any iterable; brought to the device while the steps run.
+            watch: called after every batch; may raise `Interrupted`.
+
+        Returns:
+            The epoch's figures; loss and accuracy are means of the batches' values, as in the book.
+
+        Raises:
+            DataError: there was no batch.
+        """
+        step = self.step
+        step.metrics.reset()
+        counts = _Counts()
+        try:
+            with self._in_mode(training=True), self._on_device(batches) as placed:
+                for batch in placed:
+                    step(batch)
+                    counts.add(batch)
+                    if watch is not None:
+                        watch(counts.batches, counts.samples, counts.seconds(), step.metrics)
+                step.flush()
+                return self._result(counts, step.metrics)
+        finally:
+            for parameter in step.spec.trained():
+                parameter.grad = None
+
+    def evaluate(self, batches: Iterable[Batch]) -> EpochResult:
+        """Evaluates the model, without gradients and in eval mode. Waits for the device once, at its end.
+
+        Args:
+            batches: whatever forward takes, from any iterable.
+
+        Returns:
+            The figures; every sample counts once.
+
+        Raises:
+            DataError: there was no batch.
+        """
+        metrics = self._evaluation
+        metrics.reset()
+        counts = _Counts()
+        with torch.no_grad(), self._in_mode(training=False), self._on_device(batches) as placed:
+            for batch in placed:
+                self._evaluate_batch(batch, counts.add(batch))
+            return self._result(counts, metrics)
+
+    def fit(
+        self,
+        train: Iterable[Batch],
+        val: Iterable[Batch] | None = None,
+        *,
+        epochs: int,
+        scheduler: Scheduler | None = None,
+        patience: int | None = None,
+        progress: bool = True,
+        state: FitState | None = None,
+        on_epoch: Callable[[FitState], None] | None = None,
+        watch: Watch | None = None,
+    ) -> History:
+        """Trains for several epochs and leaves the model with the weights of the best one.
+
+        The best epoch is the one with the lowest validation loss; without `val`, the weights of the last epoch stay.
+
+        Args:
+            train: batches of the train split; iterated once an epoch.
+            val: batches of the validation split, or None.
+            epochs: how many at most, those of `state` counted in.
+            scheduler: stepped once an epoch, with the watched loss where it takes one.
+            patience: stop after so many epochs without a new best validation loss; None: never.
+            progress: show a bar on a terminal or in a notebook, else a line an epoch, on stderr.
+            state: where an earlier fit stood, to go on from there; model, optimizer and scheduler must stand there too.
+            on_epoch: called after every epoch with the state, to keep it.
+            watch: called after every training batch; may raise `Interrupted`, which ends the fit after that step.
+
+        Returns:
+            The history of all finished epochs.
+
+        Raises:
+            ConfigError: no epochs, or a patience without `val` or below 1.
+        """
+        if epochs < 1:
+            raise ConfigError(f"epochs {epochs}: use 1 or more")
+        if patience is not None and (patience < 1 or val is None):
+            raise ConfigError(
+                f"patience {patience}: use 1 or more, together with val= (it watches the validation loss)"
+            )
+        state = state or FitState()
+        history = state.history
+        history.stopped = None
+        shown = Progress(epochs) if progress else None
+        try:
+            for epoch in range(history.epochs + 1, epochs + 1):
+                if patience is not None and history.epochs - (history.best_epoch or 0) >= patience:
+                    history.stopped = "patience"
+                    break
+                self._fit_epoch(epoch, train, val, scheduler, state, shown, watch)
+                if on_epoch is not None:
+                    on_epoch(state)
+        except Interrupted:
+            history.stopped = "interrupted"
+        finally:
+            if shown is not None:
+                shown.close()
+        history.stopped = history.stopped or "epochs"
+        if state.best_weights:
+            self.model.load_state_dict(state.best_weights)
+        return history
+
+    def _fit_epoch(
+        self,
+        epoch: int,
+        train: Iterable[Batch],
+        val: Iterable[Batch] | None,
+        scheduler: Scheduler | None,
+        state: FitState,
+        shown: Progress | None,
+        watch: Watch | None,
+    ) -> None:
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        if shown is not None:
+            shown.begin(epoch, _length(train))
+        watchers = [each for each in (shown and shown.batch, watch) if each is not None]
+        results = {"train": self.train(train, watch=_together(watchers))}
+        if val is not None:
+            results["val"] = self.evaluate(val)
+        rows = [EpochRow.of(result, epoch=epoch, split=split, lr=lr) for split, result in results.items()]  # pyright: ignore[reportArgumentType]
+        history, watched = state.history, rows[-1].loss
+        history.rows += rows
+        is_best = watched < (history.best_loss if history.best_loss is not None else float("inf"))
+        if is_best:
+            history.best_epoch, history.best_loss = epoch, watched
+            if val is not None:
+                state.best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(watched)
+        elif scheduler is not None:
+            scheduler.step()
+        if shown is not None:
+            shown.end(rows, is_best=is_best)
+
+    def _evaluate_batch(self, batch: Batch, samples: int) -> None:
+        spec = self.step.spec
+        if self._evaluation_is_observed:
+            output = run_forward(spec, spec.forward, batch)
+        else:
+            self._evaluation_is_observed = True
+            with LossObserver() as observer:
+                output = run_forward(spec, spec.forward, batch)
+            self._evaluation.rule = observer.rule(output.predictions, output.targets)
+        self._evaluation.update(*output, weight=samples)
+
+    def _result(self, counts: _Counts, metrics: RunningMetrics) -> EpochResult:
+        if counts.batches == 0:
+            raise DataError("there was no batch; is the batch size larger than the number of rows?")
+        readout = metrics.compute()
+        seconds = counts.seconds()
+        assert readout.loss is not None
+        return EpochResult(
+            loss=readout.loss,
+            accuracy=readout.accuracy,
+            batches=counts.batches,
+            samples=counts.samples,
+            seconds=seconds,
+            samples_per_s=counts.samples / seconds,
+            engine=self.step.engine.value,
+            metrics=readout.metrics,
+        )
+
+    @contextmanager
+    def _on_device(self, batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:
+        """One pass over the batches, on the device; what feeds it is closed at the end, however that comes."""
+        if not isinstance(batches, ResidentBatches | Prefetcher):
+            batches = self._prefetcher(batches)
+        elif isinstance(batches, ResidentBatches) and batches.device.type != self.step.device.type:
+            batches = self._prefetcher(batches)
+        placed = iter(batches)
+        try:
+            yield placed
+        finally:
+            close = getattr(placed, "close", None)
+            if close is not None:
+                close()
+
+    def _prefetcher(self, batches: Iterable[Batch]) -> Prefetcher[Batch]:
+        """The source's prefetcher: kept from epoch to epoch, since its pinned buffers cost milliseconds to make."""
+        kept = self._prefetchers.get(id(batches))
+        if kept is not None and kept[0] is batches:
+            return kept[1]
+        if len(self._prefetchers) >= MAX_PREFETCHERS:
+            self._prefetchers.pop(next(iter(self._prefetchers)))
+        prefetcher = prefetch(batches, self.step.device)
+        self._prefetchers[id(batches)] = batches, prefetcher
+        return prefetcher
+
+    @contextmanager
+    def _in_mode(self, *, training: bool) -> Generator[None]:
+        """Train or eval mode for a while; every module is left in the mode it was found in."""
+        found = [(module, module.training) for module in self.model.modules()]
+        self.model.train(training)
+        try:
+            yield
+        finally:
+            for module, mode in found:
+                module.training = mode
+
+
+class _Counts:
+    """Batches, samples and seconds of a pass."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.samples = 0
+        self._begin = time.perf_counter()
+
+    def add(self, batch: Batch) -> int:
+        samples = num_samples(batch)
+        self.batches += 1
+        self.samples += samples
+        return samples
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
+
+def _length(batches: Iterable[Batch]) -> int | None:
+    try:
+        return len(cast("Any", batches))
+    except TypeError:
+        return None
+
+
+def _together(watchers: list[Watch]) -> Watch | None:
+    if len(watchers) < 2:
+        return watchers[0] if watchers else None
+
+    def watch(batches: int, samples: int, seconds: float, metrics: RunningMetrics) -> None:
+        for each in watchers:
+            each(batches, samples, seconds, metrics)
+
+    return watch

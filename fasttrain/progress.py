@@ -1,0 +1,97 @@
+"""What a person sees while a fit runs: a bar on a terminal or in a notebook, a line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from tqdm.auto import tqdm as notebook_or_terminal_tqdm
+from tqdm.std import tqdm
+
+from fasttrain.history import EpochRow
+from fasttrain.metrics import RunningMetrics
+
+__all__ = ["Progress"]
+
+UPDATE_S = 0.1
+"""Least time between two updates of a bar: ten a second at most."""
+
+
+class Progress:
+    """Shows a fit on stderr. Reads the running metrics late, so that showing them makes nothing wait.
+
+    Args:
+        epochs: how many the fit will run at most.
+        stream: where to write.
+    """
+
+    def __init__(self, epochs: int, stream: TextIO | None = None) -> None:
+        self._epochs = epochs
+        self._stream = stream or sys.stderr
+        self._bar_class = _bar_class(self._stream)
+        self._bar: tqdm[Any] | None = None
+        self._shown = 0
+        self._due = 0.0
+
+    def begin(self, epoch: int, batches: int | None) -> None:
+        """A training epoch (from 1) of so many batches (None: unknown) begins."""
+        if self._bar_class is not None:
+            self._bar = self._bar_class(
+                total=batches,
+                desc=f"epoch {epoch}/{self._epochs}",
+                unit=" batches",
+                file=self._stream,
+                leave=False,
+                dynamic_ncols=True,
+                mininterval=0,
+            )
+        self._shown = 0
+        self._due = time.perf_counter() + UPDATE_S
+
+    def batch(self, batches: int, samples: int, seconds: float, metrics: RunningMetrics) -> None:
+        """So many batches and samples of the epoch are done, in so many seconds."""
+        if self._bar is None or time.perf_counter() < self._due:
+            return
+        readout = metrics.read_late()
+        if readout is not None and readout.loss is not None:
+            accuracy = "" if readout.accuracy is None else f", accuracy {readout.accuracy:.2f}%"
+            self._bar.set_postfix_str(
+                f"loss {readout.loss:.4f}{accuracy}, {samples / seconds:,.0f} samples/s", refresh=False
+            )
+        self._bar.update(batches - self._shown)
+        self._shown = batches
+        self._due = time.perf_counter() + UPDATE_S
+
+    def end(self, rows: list[EpochRow], *, is_best: bool) -> None:
+        """The epoch is over; these are its lines of the history."""
+        self.close()
+        parts = [f"{row.split} loss {row.loss:.4f}{_percent(row.accuracy)}" for row in rows]
+        rate = f"lr {rows[0].lr:.3g}, {rows[0].samples_per_s:,.0f} samples/s"
+        mark = " *" if is_best else ""
+        self.say(f"epoch {rows[0].epoch}/{self._epochs}: {', '.join([*parts, rate])}{mark}")
+
+    def say(self, line: str) -> None:
+        """One plain line."""
+        print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _percent(accuracy: float | None) -> str:
+    return "" if accuracy is None else f" accuracy {accuracy:.2f}%"
+
+
+class _TerminalBar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
+    monitor_interval = 0  # tqdm would otherwise leave a thread running
+
+
+def _bar_class(stream: TextIO) -> Any:
+    """The kind of bar that suits the stream, None for plain lines."""
+    if notebook_or_terminal_tqdm.__module__ == "tqdm.auto":
+        return notebook_or_terminal_tqdm
+    return _TerminalBar if stream.isatty() else None

@@ -1,0 +1,1 @@
+"""A run on disk: its configuration, history, model and checkpoint."""

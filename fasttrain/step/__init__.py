@@ -1,0 +1,1 @@
+"""A step: the user's forward, loss and optimizer, and the engines that run them."""

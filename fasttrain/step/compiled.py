@@ -1,0 +1,50 @@
+"""The compiled engine: forward and loss through `torch.compile`, the rest of the step eager."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from fasttrain.device import cpp_compiler
+from fasttrain.errors import EngineError
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.spec import StepSpec
+
+__all__ = ["CompiledEngine"]
+
+
+class CompiledEngine(EagerEngine):
+    """Runs forward and loss (and, through autograd, backward) as compiled programs. The second step waits for it.
+
+    Raises:
+        EngineError: this machine has no compiler for the device, or torch cannot compile this forward.
+    """
+
+    name = "compiled"
+
+    def __init__(self, spec: StepSpec) -> None:
+        if spec.device.type == "cpu" and cpp_compiler() is None:
+            raise EngineError(
+                "engine 'compiled' needs a C++ compiler on the CPU, and none is on the PATH (set CXX or install g++); "
+                "engine 'eager' needs none"
+            )
+        super().__init__(spec, torch.compile(spec.forward))
+
+    def step(self, batch: Any) -> Tensor:
+        """See `Engine.step`."""
+        if self._is_observed and self.compile_s is None:  # the very first step ran eagerly, to be observed
+            return self._compiling_step(batch)
+        return super().step(batch)
+
+    def _compiling_step(self, batch: Any) -> Tensor:
+        begin = time.perf_counter()
+        try:
+            loss = super().step(batch)
+        except TorchDynamoException as error:
+            raise EngineError(f"engine 'compiled' cannot compile this forward: {error}") from error
+        self.compile_s = time.perf_counter() - begin
+        return loss

@@ -1,0 +1,121 @@
+"""`TrainStep`: one training step of the user's model, for a loop that the user keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.device import choose_precision, resolve_device
+from fasttrain.errors import ConfigError
+from fasttrain.metrics import Metric, RunningMetrics
+from fasttrain.step.plan import choose_engine, make_engine
+from fasttrain.step.spec import StepSpec, normalise_forward
+
+__all__ = ["TrainStep"]
+
+Batch = Any
+
+
+class TrainStep:
+    """Steps 1, 4 and 5 of the book's loop around the user's 2 and 3: zero the gradients, backward, optimizer step.
+
+    The model must be in train mode, its batches on the device. The model, its parameters and the optimizer stay the
+    user's: the very same tensors are updated in place.
+
+    Args:
+        model: the model; not moved.
+        optimizer: over the model's parameters; neither its options nor its state are replaced.
+        forward: (model, batch) -> loss, or (loss, predictions, targets).
+        loss: instead of forward, (predictions, targets) -> loss, for (inputs, targets) batches.
+        device: where the step runs; None is where the model is.
+        precision: "fp32", "bf16", "fp16" or "auto" (see `fasttrain.device.choose_precision`).
+        engine: "auto", "eager" or "compiled".
+        accumulate: batches whose gradients are averaged before the optimizer steps.
+        clip_norm: bound on the norm of all gradients together.
+        clip_value: bound on each entry of each gradient.
+        metrics: (loss, predictions, targets) -> scalar, by name; averaged over batches.
+
+    Attributes:
+        metrics: the running metrics; `compute()` reads them (and waits), `reset()` starts anew.
+        device: where the step runs.
+        precision: what the forward pass runs in, with the reason.
+        engine: what runs the step, with the reason.
+
+    Raises:
+        ConfigError: an option, or their combination, cannot work.
+        DeviceError: the machine lacks the device or is no good at the precision.
+        EngineError: the requested engine cannot run here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        forward: Callable[[nn.Module, Batch], Any] | None = None,
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        engine: str = "auto",
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> None:
+        self.device = _agreed_device(model, device)
+        self.precision = choose_precision(precision, self.device)
+        self.engine = choose_engine(engine)
+        self.metrics = RunningMetrics(self.device, metrics)
+        self.spec = StepSpec(
+            model=model,
+            optimizer=optimizer,
+            forward=normalise_forward(forward, loss),
+            device=self.device,
+            precision=self.precision.value,  # pyright: ignore[reportArgumentType]  # checked by choose_precision
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            metrics=self.metrics,
+            scaler=torch.amp.GradScaler(self.device.type) if self.precision.value == "fp16" else None,
+        )
+        self._engine = make_engine(self.engine.value, self.spec)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """One step. Makes no host read.
+
+        Args:
+            batch: whatever forward takes, on the device.
+
+        Returns:
+            The batch's loss: a detached scalar on the device.
+        """
+        return self._engine.step(batch)
+
+    @property
+    def compile_s(self) -> float | None:
+        """Seconds that steps have waited for a compiler so far; None where there was no wait."""
+        return self._engine.compile_s
+
+    def flush(self) -> None:
+        """Steps the optimizer with what an unfinished accumulation has gathered; call it after the last batch."""
+        self._engine.flush()
+
+
+def _agreed_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """The one device of the model's parameters and buffers, which must be `device` where that is given."""
+    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(found) > 1:
+        raise ConfigError(f"the model is spread over {', '.join(map(str, found))}; move it to one device first")
+    home = found.pop() if found else torch.device("cpu")
+    if device is None:
+        return home
+    wanted = resolve_device(device)
+    if wanted.type != home.type or wanted.index not in (None, home.index):
+        raise ConfigError(
+            f"device {str(device)!r} was asked for, but the model is on {home}: move it there before its optimizer is "
+            "made (an optimizer keeps the parameters that it was given)"
+        )
+    return home

@@ -1,0 +1,1 @@
+"""What the commands train; one file each."""

@@ -1,0 +1,70 @@
+"""Ratings of new text by a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fasttrain.data.ragged import Ragged
+from fasttrain.data.text import ReviewVectorizer, clean
+from fasttrain.errors import RunError
+from fasttrain.run.folder import RunFolder
+from fasttrain.workloads.onehot import ReviewClassifier
+
+__all__ = ["Prediction", "predict"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One text's rating.
+
+    Attributes:
+        text: as it was given.
+        rating: the likeliest one.
+        probability: of that rating, by the model.
+        known_words: words of the text that the model knows, in order of their index; without any, the rating is only
+            the model's bias.
+    """
+
+    text: str
+    rating: str
+    probability: float
+    known_words: list[str]
+
+
+def predict(run: Path, texts: Sequence[str], *, raw: bool = False) -> list[Prediction]:
+    """Rates texts with the model of a run, on the CPU.
+
+    Args:
+        run: folder of the run.
+        texts: what to rate.
+        raw: the texts are already in tokens separated by single spaces; else they are cleaned as the book does.
+
+    Raises:
+        RunError: the folder is not a run's, or a file in it is missing or damaged.
+    """
+    folder = RunFolder.open(run)
+    vectorizer = ReviewVectorizer.load(run / "vectorizer.json")
+    words, ratings = list(vectorizer.review_vocab.token_to_idx), list(vectorizer.rating_vocab.token_to_idx)
+    model = ReviewClassifier(len(words), 1 if len(ratings) == 2 else len(ratings))
+    try:
+        model.load_state_dict(folder.read_model())
+    except RuntimeError as error:
+        raise RunError(f"{run / 'model.safetensors'} does not fit vectorizer.json: {error}") from error
+    rows = vectorizer.encode(list(texts) if raw else [clean(text) for text in texts])
+    ids, offsets = torch.from_numpy(rows.ids.astype("int32")), torch.from_numpy(rows.offsets)
+    with torch.no_grad():
+        logits = model(Ragged(ids, offsets.diff()))
+        scores = torch.stack([-logits, logits], dim=1) if logits.dim() == 1 else logits
+        chances = (torch.sigmoid(scores) if logits.dim() == 1 else torch.softmax(scores, dim=1)).double()
+    best = chances.max(dim=1)
+    known = [[words[i] for i in row.tolist() if i] for row in ids.split(offsets.diff().tolist())]
+    return [
+        Prediction(text=text, rating=ratings[index], probability=chance, known_words=known_words)
+        for text, index, chance, known_words in zip(
+            texts, best.indices.tolist(), best.values.tolist(), known, strict=True
+        )
+    ]

@@ -1,0 +1,290 @@
+"""The main job: the review classifier of the textbook, from a table to a run on disk."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from fasttrain.data.cache import load_reviews
+from fasttrain.data.ragged import Ragged
+from fasttrain.data.resident import ResidentBatches, resident
+from fasttrain.data.text import EncodedReviews, EncodedSplit, ReviewVectorizer
+from fasttrain.device import choose_precision, device_name, free_bytes, resolve_device, versions
+from fasttrain.errors import ConfigError, DataError
+from fasttrain.history import EpochResult, History
+from fasttrain.loop import FastLoop, FitState
+from fasttrain.metrics import RunningMetrics
+from fasttrain.pages.report import RunReport, render_report
+from fasttrain.run.checkpoint import pack_tree, write_atomically
+from fasttrain.run.config import TrainConfig
+from fasttrain.run.folder import RunFolder
+from fasttrain.workloads.generate import generate_reviews
+from fasttrain.workloads.onehot import ReviewClassifier, review_forward
+
+__all__ = ["ReviewsOutcome", "influential_words", "train_reviews"]
+
+EVALUATION_BATCH = 1024
+"""Least rows in a batch of evaluation: every sample counts once, so its size changes no figure, only the speed."""
+
+CHECKPOINT_S = 10.0
+"""Least seconds between two checkpoints on disk."""
+
+RESIDENT_SHARE = 0.5
+"""Most of a device's free memory that the token ids may take; a larger table stays on the host and is streamed."""
+
+NUM_WORDS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewsOutcome:
+    """What a run has reached.
+
+    Attributes:
+        path: the run's folder.
+        summary: the content of summary.json.
+        notes: what the user should be told.
+        influential_words: by rating, (word, weight) pairs, the most influential first.
+    """
+
+    path: Path
+    summary: dict[str, Any]
+    notes: tuple[str, ...]
+    influential_words: dict[str, list[tuple[str, float]]]
+
+
+def train_reviews(
+    config: TrainConfig,
+    *,
+    resume: Path | None = None,
+    progress: bool = True,
+    check_interrupt: Callable[[], None] | None = None,
+    command: str = "",
+) -> ReviewsOutcome:
+    """Trains the classifier and leaves a run folder; no folder stays if it fails.
+
+    Args:
+        config: the options; when resuming, those of the run (`resumed_config`).
+        resume: folder of an earlier run to go on with, from its last finished epoch.
+        progress: show it on stderr.
+        check_interrupt: called after every step; may raise `fasttrain.loop.Interrupted`.
+        command: how this run was started, for the report.
+
+    Raises:
+        FasttrainError: the table, an option, the device or the folder will not do.
+    """
+    begin = time.perf_counter()
+    device = resolve_device(config.device)
+    choose_precision(config.precision, device)
+    folder = RunFolder.open(resume) if resume else RunFolder.create(config.out, "reviews")
+    with folder:
+        data, notes = _load(config)
+        job = _Job(config, data, device)
+        if resume:
+            job.restore(folder.read_checkpoint())
+        folder.write_json("config.json", config.to_dict())
+        data.vectorizer.save(folder.path / "vectorizer.json")
+        history = job.fit(folder, progress=progress, check_interrupt=check_interrupt)
+        test = job.test()
+        words = influential_words(job.model, data.vectorizer)
+        summary = _summary(job, history, test, total_s=time.perf_counter() - begin)
+        if history.stopped == "interrupted":
+            notes = (*notes, f"Interrupted after {history.epochs} finished epochs; go on with --resume {folder.path}.")
+        folder.write_model(job.model.state_dict())
+        folder.write_history(history)
+        folder.write_json("summary.json", summary)
+        report = RunReport(
+            name=folder.path.name,
+            workload="reviews",
+            summary=summary,
+            config=config.to_dict(),
+            history=[asdict(row) for row in history.rows],
+            influential_words=words,
+            notes=notes,
+            command=command,
+        )
+        folder.write_text("report.html", render_report(report))
+    return ReviewsOutcome(path=folder.path, summary=summary, notes=notes, influential_words=words)
+
+
+def influential_words(model: ReviewClassifier, vectorizer: ReviewVectorizer) -> dict[str, list[tuple[str, float]]]:
+    """By rating, the 20 words that speak most for it and their weights. Waits for the device."""
+    words = list(vectorizer.review_vocab.token_to_idx)
+    ratings = list(vectorizer.rating_vocab.token_to_idx)
+    weight = model.fc1.weight.detach().cpu()  # HOST READ: once, after training
+    if len(weight) == 1:  # one output speaks for the second rating, its negative for the first
+        ratings, weight = ratings[::-1], torch.cat([weight, -weight])
+    found: dict[str, list[tuple[str, float]]] = {}
+    for rating, scores in zip(ratings, weight, strict=True):
+        top = scores.topk(min(NUM_WORDS, len(words)))
+        found[rating] = [(words[i], value) for i, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return found
+
+
+class _Job:
+    """Model, optimizer, schedule and batches of a run."""
+
+    def __init__(self, config: TrainConfig, data: EncodedReviews, device: torch.device) -> None:
+        self.config = config
+        self.data = data
+        self.device = device
+        num_ratings = len(data.vectorizer.rating_vocab.token_to_idx)
+        num_features = len(data.vectorizer.review_vocab.token_to_idx)
+        with _seeded(config.seed):
+            self.model = ReviewClassifier(num_features, 1 if num_ratings == 2 else num_ratings)
+        self.model.to(device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
+        self.scheduler = ReduceLROnPlateau(self.optimizer, factor=config.lr_factor, patience=config.lr_patience)
+        self.loop = FastLoop(
+            self.model, self.optimizer, review_forward, precision=config.precision, engine=config.engine
+        )
+        self.state = FitState()
+        self.batches = self._train_batches(data.splits["train"])
+
+    def fit(self, folder: RunFolder, *, progress: bool, check_interrupt: Callable[[], None] | None) -> History:
+        """Trains; the state after the last finished epoch is on disk at the end, and every few seconds before."""
+        val = self.data.splits["val"]
+        has_val = len(val.labels) > 0
+        packed, written = self._pack(), time.perf_counter()
+
+        def keep(_: FitState) -> None:
+            nonlocal packed, written
+            packed = self._pack()
+            if time.perf_counter() - written >= CHECKPOINT_S:
+                write_atomically(folder.path / "checkpoint.safetensors", packed)
+                written = time.perf_counter()
+
+        def watch(_batches: int, _samples: int, _seconds: float, _metrics: RunningMetrics) -> None:
+            if check_interrupt is not None:
+                check_interrupt()
+
+        history = self.loop.fit(
+            self.batches,
+            self._evaluation_batches(val) if has_val else None,
+            epochs=self.config.epochs,
+            scheduler=self.scheduler,
+            patience=self.config.patience if has_val else None,
+            progress=progress,
+            state=self.state,
+            on_epoch=keep,
+            watch=watch,
+        )
+        write_atomically(folder.path / "checkpoint.safetensors", packed)
+        return history
+
+    def test(self) -> EpochResult | None:
+        """The test split's figures; None where it has no rows."""
+        split = self.data.splits["test"]
+        return self.loop.evaluate(self._evaluation_batches(split)) if len(split.labels) else None
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Brings everything to where a checkpoint stood.
+
+        Raises:
+            DataError: the table is not the one that the run was trained on.
+        """
+        if checkpoint["data_sha256"] != self.data.sha256:
+            raise DataError(
+                "this table is not the one that the run was trained on (its content has changed)", file=self.data.source
+            )
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scheduler.load_state_dict(checkpoint["scheduler"])
+        self.state = FitState(
+            history=History.from_dict(checkpoint["history"]),
+            best_weights={name: value.to(self.device) for name, value in checkpoint["best_weights"].items()},
+        )
+        self.batches.set_epoch(self.state.history.epochs)
+
+    def _pack(self) -> bytes:
+        return pack_tree(
+            {
+                "data_sha256": self.data.sha256,
+                "model": dict(self.model.state_dict()),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "history": self.state.history.to_dict(),
+                "best_weights": self.state.best_weights,
+            }
+        )
+
+    def _train_batches(self, split: EncodedSplit) -> ResidentBatches:
+        rows = len(split.labels)
+        if rows < self.config.batch_size:
+            raise ConfigError(
+                f"--batch-size {self.config.batch_size} is larger than the train split: use at most {rows}, its rows"
+            )
+        return self._resident(split, self.config.batch_size, shuffle=True)
+
+    def _evaluation_batches(self, split: EncodedSplit) -> ResidentBatches:
+        return self._resident(split, max(self.config.batch_size, EVALUATION_BATCH), shuffle=False)
+
+    def _resident(self, split: EncodedSplit, batch_size: int, *, shuffle: bool) -> ResidentBatches:
+        ids = torch.from_numpy(split.tokens.ids.astype("int32", copy=False))
+        free = free_bytes(self.device)
+        fits = free is None or ids.nbytes <= RESIDENT_SHARE * free
+        targets = torch.from_numpy(split.labels)
+        return resident(
+            {
+                "x_data": Ragged(ids, torch.from_numpy(split.tokens.offsets).diff()),
+                "y_target": targets.float() if self.model.fc1.out_features == 1 else targets,
+            },
+            batch_size=batch_size,
+            device=self.device if fits else "cpu",
+            shuffle=shuffle,
+            seed=self.config.seed,
+            drop_last=shuffle,
+        )
+
+
+def _load(config: TrainConfig) -> tuple[EncodedReviews, tuple[str, ...]]:
+    """The encoded table and the notes about it."""
+    if config.data is not None:
+        cache_dir = "default" if config.cache else None
+        data = load_reviews(config.data, cutoff=config.cutoff, cache_dir=cache_dir)
+        return data, data.notes
+    generated = generate_reviews(seed=config.seed)
+    data = replace(load_reviews(generated.table, cutoff=config.cutoff), source="generated reviews")
+    best = generated.best_accuracy("test")
+    note = f"These reviews are generated. The best possible accuracy on these very test rows is {best:.2f}%."
+    return data, (note, *data.notes)
+
+
+def _summary(job: _Job, history: History, test: EpochResult | None, *, total_s: float) -> dict[str, Any]:
+    rates = [row.samples_per_s for row in history.rows if row.split == "train"]
+    step = job.loop.step
+    return {
+        "workload": "reviews",
+        "test_loss": test and test.loss,
+        "test_accuracy": test and test.accuracy,
+        "best_epoch": history.best_epoch,
+        "epochs": history.epochs,
+        "stopped": history.stopped,
+        "engine": step.engine.value,
+        "engine_reason": step.engine.reason,
+        "device": device_name(job.device),
+        "precision": step.precision.value,
+        "samples_per_s": statistics.median(rates[1:] or rates) if rates else None,
+        "compile_s": step.compile_s,
+        "total_s": total_s,
+        "vocabulary_size": job.model.fc1.in_features,
+        "data_sha256": job.data.sha256,
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    """Draws from a seeded generator, and leaves the process's own as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from fasttrain import device as module
+from fasttrain.device import choose_precision, cpp_compiler, resolve_device, versions
+from fasttrain.errors import ConfigError, DeviceError
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_cuda_where_there_is_one() -> None:
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
+def test_unknown_devices(name: str) -> None:
+    with pytest.raises(DeviceError, match="unknown device"):
+        resolve_device(name)
+
+
+def test_other_accelerators_are_refused() -> None:
+    with pytest.raises(DeviceError, match="not supported"):
+        resolve_device("mps")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_one() -> None:
+    with pytest.raises(DeviceError, match="'cuda:1' was asked for, but"):
+        resolve_device("cuda:1")
+
+
+def test_a_device_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(DeviceError, match="has 2: cuda:0 to cuda:1"):
+        resolve_device("cuda:2")
+
+
+def test_auto_precision_on_the_cpu_is_fp32() -> None:
+    assert choose_precision("auto", CPU).value == "fp32"
+
+
+@pytest.mark.parametrize(("major", "value"), [(7, "fp32"), (8, "bf16"), (9, "bf16")])
+def test_auto_precision_on_cuda(monkeypatch: pytest.MonkeyPatch, major: int, value: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    assert choose_precision("auto", torch.device("cuda")).value == value
+
+
+@pytest.mark.parametrize(("precision", "unit"), [("bf16", "amx_bf16"), ("fp16", "avx512_fp16")])
+def test_a_cpu_without_the_units_refuses(monkeypatch: pytest.MonkeyPatch, precision: str, unit: str) -> None:
+    monkeypatch.setattr(module, "_cpu_has", lambda *features: unit in features)
+    assert choose_precision(precision, CPU).value == precision
+    monkeypatch.setattr(module, "_cpu_has", lambda *_: False)
+    with pytest.raises(DeviceError, match=f"no {precision} units"):
+        choose_precision(precision, CPU)
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(ConfigError, match="use one of auto, fp32, bf16, fp16"):
+        choose_precision("fp8", CPU)
+
+
+def test_a_missing_compiler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cpp_compiler() is None
+
+
+def test_versions_name_what_figures_depend_on() -> None:
+    assert set(versions()) >= {"fasttrain", "python", "torch", "numpy"}

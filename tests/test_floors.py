@@ -1,0 +1,50 @@
+"""The house has floors: a module imports only from floors below its own, or from its own room."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fasttrain"
+
+FLOORS = {
+    "errors": 0,
+    "device": 1,
+    "data": 2,
+    "metrics": 2,
+    "history": 2,
+    "step": 3,
+    "pages": 3,
+    "progress": 3,
+    "loop": 4,
+    "reference": 4,
+    "info": 4,
+    "run": 4,
+    "workloads": 5,
+    "cli": 6,
+    "__main__": 7,
+    "__init__": 7,
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("fasttrain.")}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: import by full name"
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_downwards(path: Path) -> None:
+    own = room(path)
+    assert own in FLOORS, f"{own} has no floor: give it one"
+    too_high = {other for other in imported_rooms(path) if other != own and FLOORS[other] >= FLOORS[own]}
+    assert not too_high, f"{own} (floor {FLOORS[own]}) imports {too_high}"

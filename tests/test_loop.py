@@ -1,0 +1,343 @@
+"""FastLoop against the textbook's loop: the same numbers, and the user's objects left as they are found."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fasttrain import ConfigError, DataError, FastLoop, resident
+from fasttrain.data.ragged import Ragged
+from fasttrain.data.table import read_reviews
+from fasttrain.data.text import encode_reviews
+from fasttrain.loop import FitState, Interrupted
+from fasttrain.metrics import RunningMetrics
+from fasttrain.reference import TextbookClassifier, TextbookDataset, evaluate_epoch, textbook_loss, train_epoch
+from fasttrain.workloads.generate import generate_reviews
+from fasttrain.workloads.onehot import ReviewClassifier, review_forward
+
+BATCH = 32
+EPOCHS = 3
+
+
+def reviews(num_ratings: int) -> pd.DataFrame:
+    table = generate_reviews(1_000, seed=3).table
+    if num_ratings > 2:
+        table["rating"] = [str(1 + i % num_ratings) for i in range(len(table))]
+    return table
+
+
+class Textbook:
+    """A textbook training whose every batch's running figures are kept."""
+
+    def __init__(self, table: pd.DataFrame, orders: list[list[int]]) -> None:
+        self.dataset = TextbookDataset.from_dataframe(table, cutoff=5)
+        torch.manual_seed(0)
+        self.model = TextbookClassifier(self.dataset.num_features, self.dataset.num_outputs)
+        self.weights = copy.deepcopy(self.model.state_dict())
+        self.orders = orders
+
+    def train(self) -> list[tuple[float, float]]:
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        seen: list[tuple[float, float]] = []
+        for order in self.orders:
+            loader = self.dataset.batches(BATCH, shuffle=False, drop_last=True, order=order)
+            loss = textbook_loss(self.dataset.num_outputs)
+            train_epoch(self.model, loader, loss, optimizer, on_batch=lambda *pair: seen.append(pair))
+        return seen
+
+
+def textbook_forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    logits, targets = model(x_in=batch["x_data"]), batch["y_target"]
+    if logits.dim() == 1:
+        return F.binary_cross_entropy_with_logits(logits, targets.float()), logits, targets.float()
+    return F.cross_entropy(logits, targets), logits, targets
+
+
+def resident_reviews(table: pd.DataFrame) -> tuple[Any, int]:
+    data = encode_reviews(read_reviews(table), cutoff=5)
+    split = data.splits["train"]
+    labels = torch.from_numpy(split.labels)
+    columns = {
+        "x_data": Ragged(
+            torch.from_numpy(split.tokens.ids.astype("int32")), torch.from_numpy(split.tokens.offsets).diff()
+        ),
+        "y_target": labels.float() if len(data.vectorizer.rating_vocab.token_to_idx) == 2 else labels,
+    }
+    return resident(columns, batch_size=BATCH, device="cpu", seed=5), len(data.vectorizer.review_vocab.token_to_idx)
+
+
+@pytest.mark.parametrize("num_ratings", [2, 4])
+@pytest.mark.parametrize("path", ["resident", "streamed", "textbook dataset"])
+@pytest.mark.parametrize("engine", ["eager"])
+def test_parity_with_the_textbook(num_ratings: int, path: str, engine: str) -> None:
+    """Equal weights, equal order: running loss within 1e-5 at every batch of three epochs, equal accuracy."""
+    table = reviews(num_ratings)
+    batches, num_features = resident_reviews(table)
+    orders = [batches.order(epoch).tolist() for epoch in range(EPOCHS)]
+    textbook = Textbook(table, orders)
+    wanted = textbook.train()
+    assert num_features == textbook.dataset.num_features
+
+    model: nn.Module = ReviewClassifier(num_features, textbook.dataset.num_outputs)
+    forward: Callable[..., Any] = review_forward
+    if path != "resident":
+        model, forward = TextbookClassifier(num_features, textbook.dataset.num_outputs), textbook_forward
+    model.load_state_dict(textbook.weights)
+    loop = FastLoop(model, torch.optim.Adam(model.parameters(), lr=0.01), forward, engine=engine)
+    got: list[tuple[float, float]] = []
+
+    def watch(_batches: int, _samples: int, _seconds: float, metrics: RunningMetrics) -> None:
+        readout = metrics.compute()
+        assert readout.loss is not None
+        assert readout.accuracy is not None
+        got.append((readout.loss, readout.accuracy))
+
+    for order in orders:
+        source: Any = batches
+        if path == "textbook dataset":
+            source = textbook.dataset.batches(BATCH, shuffle=False, drop_last=True, order=order)
+        elif path == "streamed":
+            source = iter(list(textbook.dataset.batches(BATCH, shuffle=False, drop_last=True, order=order)))
+        loop.train(source, watch=watch)
+    assert len(got) == len(wanted) == EPOCHS * (700 // BATCH)
+    for (loss, accuracy), (wanted_loss, wanted_accuracy) in zip(got, wanted, strict=True):
+        assert loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert accuracy == pytest.approx(wanted_accuracy, rel=1e-9)
+    for name, value in textbook.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def regression() -> tuple[nn.Module, TensorDataset]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
+    return model, TensorDataset(torch.randn(50, 4), torch.randn(50, 1))
+
+
+def classification() -> tuple[nn.Module, TensorDataset]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)), TensorDataset(
+        torch.randn(50, 4), torch.randint(0, 3, (50,))
+    )
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def test_evaluation_counts_every_sample_once() -> None:
+    model, data = classification()
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss())
+    result = loop.evaluate(DataLoader(data, batch_size=16))
+    wanted = evaluate_epoch(model, [data.tensors], nn.CrossEntropyLoss())
+    assert result.loss == pytest.approx(wanted.loss, rel=1e-6)
+    assert result.accuracy == pytest.approx(wanted.accuracy)
+    assert (result.batches, result.samples) == (4, 50)
+
+
+def test_training_averages_batches_as_the_book_does() -> None:
+    model, data = classification()
+    reference = copy.deepcopy(model)
+    batches = DataLoader(data, batch_size=16)  # the last batch is short, and counts as much as any
+    result = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss()).train(batches)
+    wanted = train_epoch(reference, batches, nn.CrossEntropyLoss(), sgd(reference))
+    assert result.loss == pytest.approx(wanted.loss, rel=1e-6)
+    assert result.accuracy == pytest.approx(wanted.accuracy)
+    assert result.samples_per_s == pytest.approx(result.samples / result.seconds)
+    assert result.engine == "eager"
+
+
+def test_modes_and_gradients_are_left_as_they_are_found() -> None:
+    model, data = regression()
+    model[1].eval()  # pyright: ignore
+    before = [module.training for module in model.modules()]
+    loop = FastLoop(model, sgd(model), loss=nn.MSELoss())
+    seen: list[bool] = []
+    model[3].register_forward_pre_hook(lambda module, _: seen.append(module.training))  # pyright: ignore
+    loop.train(DataLoader(data, batch_size=25))
+    loop.evaluate(DataLoader(data, batch_size=25))
+    assert seen == [True, True, False, False]
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_error_in_the_middle_leaves_modes_and_gradients_too() -> None:
+    model, data = regression()
+    model.eval()
+
+    def watch(batches: int, *_: object) -> None:
+        raise RuntimeError(f"at {batches}")
+
+    loop = FastLoop(model, sgd(model), loss=nn.MSELoss())
+    with pytest.raises(RuntimeError, match="at 1"):
+        loop.train(DataLoader(data, batch_size=5), watch=watch)
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_param_group_option_changes() -> None:
+    model, data = regression()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    before = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    FastLoop(model, optimizer, loss=nn.MSELoss()).train(DataLoader(data, batch_size=25))
+    after = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    assert after == before
+
+
+@pytest.mark.parametrize("batches", [7, 8])
+def test_accumulated_batches_step_like_one_large_batch(batches: int) -> None:
+    """Four batches of 5 step like one of 20; what is left over at the end steps with its own mean."""
+    model, data = classification()
+    reference = copy.deepcopy(model)
+    x, y = (tensor[: 5 * batches] for tensor in data.tensors)
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss(), accumulate=4)
+    loop.train(list(zip(x.split(5), y.split(5), strict=True)))
+    optimizer = sgd(reference)
+    for xs, ys in zip(x.split(20), y.split(20), strict=True):
+        optimizer.zero_grad()
+        F.cross_entropy(reference(xs), ys).backward()
+        optimizer.step()
+    for got, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "options", [{"clip_norm": 0.05}, {"clip_value": 0.01}, {"clip_value": 0.01, "clip_norm": 0.02}]
+)
+def test_clipping(options: dict[str, float]) -> None:
+    model, data = classification()
+    reference = copy.deepcopy(model)
+    FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss(), **options).train([data.tensors])  # pyright: ignore
+    F.cross_entropy(reference(data.tensors[0]), data.tensors[1]).backward()
+    if "clip_value" in options:
+        nn.utils.clip_grad_value_(reference.parameters(), options["clip_value"])
+    if "clip_norm" in options:
+        nn.utils.clip_grad_norm_(reference.parameters(), options["clip_norm"])
+    sgd(reference).step()
+    for got, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_user_metrics() -> None:
+    model, data = classification()
+
+    def top2(_loss: Tensor, predictions: Tensor | None, targets: Tensor | None) -> Tensor:
+        assert predictions is not None
+        assert targets is not None
+        return predictions.topk(2, dim=1).indices.eq(targets[:, None]).any(1).double().mean()
+
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss(), metrics={"top2": top2})
+    result = loop.evaluate(DataLoader(data, batch_size=16))
+    wanted = top2(torch.tensor(0.0), model(data.tensors[0]), data.tensors[1])
+    assert result.metrics["top2"] == pytest.approx(wanted.item())
+
+
+@pytest.mark.parametrize("data", [[], iter(())])
+def test_no_batch_is_an_error(data: Any) -> None:
+    model, _ = classification()
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss())
+    with pytest.raises(DataError, match="there was no batch"):
+        loop.train(data)
+    with pytest.raises(DataError, match="there was no batch"):
+        loop.evaluate([])
+
+
+def test_fit_keeps_the_best_weights_and_stops_in_time() -> None:
+    model, data = classification()
+    losses = iter([1.0, 0.5, 0.7, 0.6, 0.8, 0.1])
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss())
+    kept: list[dict[str, Tensor]] = []
+
+    def scripted(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).sum() * 0 + next(losses)
+
+    evaluation = FastLoop(model, sgd(model), scripted)
+    loop.evaluate = evaluation.evaluate  # pyright: ignore
+    history = loop.fit(
+        DataLoader(data, batch_size=25),
+        [data.tensors],
+        epochs=10,
+        patience=3,
+        progress=False,
+        on_epoch=lambda _: kept.append({k: v.clone() for k, v in model.state_dict().items()}),
+    )
+    assert (history.best_epoch, history.epochs, history.stopped) == (2, 5, "patience")
+    assert history.best_loss == pytest.approx(0.5)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, kept[1][name])
+        assert not torch.equal(kept[1][name], kept[4][name])
+    frame = history.to_frame()
+    assert list(frame.columns) == ["epoch", "split", "loss", "accuracy", "lr", "samples", "seconds", "samples_per_s"]
+    assert frame["split"].tolist() == ["train", "val"] * 5
+
+
+def test_fit_steps_schedulers() -> None:
+    model, data = classification()
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    loop = FastLoop(model, optimizer, loss=nn.CrossEntropyLoss())
+    history = loop.fit([data.tensors], epochs=4, scheduler=scheduler, progress=False)
+    assert [row.lr for row in history.rows] == pytest.approx([0.05, 0.05, 0.005, 0.005])
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
+    history = loop.fit([data.tensors], [data.tensors], epochs=3, scheduler=plateau, progress=False)
+    assert history.rows[-1].lr < history.rows[0].lr
+
+
+def interruptible() -> tuple[FastLoop, Any]:
+    model, data = classification()
+    return FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss()), resident(*data.tensors, batch_size=10, device="cpu")
+
+
+def test_fit_ends_cleanly_after_the_step_that_is_interrupted() -> None:
+    loop, batches = interruptible()
+    steps = 0
+
+    def watch(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 12:
+            raise Interrupted
+
+    history = loop.fit(batches, epochs=4, progress=False, watch=watch)
+    assert (history.stopped, history.epochs, steps) == ("interrupted", 2, 12)
+
+
+def test_fit_goes_on_from_a_state() -> None:
+    straight, batches = interruptible()
+    wanted = straight.fit(batches, epochs=4, progress=False)
+    loop, batches = interruptible()
+    state = FitState()
+    loop.fit(batches, epochs=2, progress=False, state=state)
+    history = loop.fit(batches, epochs=4, progress=False, state=state)
+    assert history.stopped == "epochs"
+    assert [row.loss for row in history.rows] == [row.loss for row in wanted.rows]
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 1, "patience": 0}, {"epochs": 1, "patience": 3}])
+def test_fit_refuses(options: dict[str, Any]) -> None:
+    model, data = classification()
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss())
+    with pytest.raises(ConfigError, match="use 1 or more"):
+        loop.fit([data.tensors], progress=False, **options)
+
+
+def test_state_dicts_are_right_at_any_moment() -> None:
+    model, data = classification()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    loop = FastLoop(model, optimizer, loss=nn.CrossEntropyLoss())
+    tensors = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    loop.train([data.tensors] * 3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    loop.train([data.tensors] * 2)
+    after = copy.deepcopy(model.state_dict())
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    loop.train([data.tensors] * 2)
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == tensors
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, after[name])
