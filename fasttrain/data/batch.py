@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import fields, is_dataclass
+from operator import is_
+from typing import Any, cast
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fasttrain.data.ragged import Ragged
 from fasttrain.errors import DataError
 
-__all__ = ["num_samples", "tensors"]
+__all__ = ["map_tensors", "num_samples", "tensors"]
 
 
 def tensors(batch: Any) -> Iterator[Tensor | Ragged]:
@@ -24,8 +27,8 @@ def tensors(batch: Any) -> Iterator[Tensor | Ragged]:
     elif isinstance(batch, tuple | list):
         for value in batch:
             yield from tensors(value)
-    elif dataclasses.is_dataclass(batch):
-        for field in dataclasses.fields(batch):
+    elif is_dataclass(batch):
+        for field in fields(batch):
             yield from tensors(getattr(batch, field.name))
 
 
@@ -41,3 +44,39 @@ def num_samples(batch: Any) -> int:
     if isinstance(first, Ragged):
         return first.lengths.shape[0]
     return first.shape[0] if first.dim() else 1
+
+
+def map_tensors(node: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """Moves every tensor below `node`; a container in which nothing moved is returned itself."""
+    if isinstance(node, Tensor):
+        return move(node)
+    if isinstance(node, (dict, MutableMapping)):  # dict first: the abstract class is slow to ask
+        old = list(cast("MutableMapping[Any, Any]", node).values())
+    elif isinstance(node, PackedSequence):
+        old = [node.data, node.sorted_indices, node.unsorted_indices]  # its batch_sizes must stay on the host
+    elif isinstance(node, (list, tuple)):
+        old = cast("Sequence[Any]", node)
+    elif is_dataclass(node) and not isinstance(node, type):
+        old = [getattr(node, entry.name) for entry in fields(node)]
+    else:
+        return node
+    new = [map_tensors(child, move) for child in old]
+    return node if all(map(is_, new, old)) else _rebuilt(node, new)
+
+
+def _rebuilt(node: Any, new: list[Any]) -> Any:
+    """A shallow copy of a container, of its own type, with new children."""
+    if isinstance(node, PackedSequence):
+        return PackedSequence(new[0], node.batch_sizes, new[1], new[2])
+    if isinstance(node, tuple):
+        return getattr(node, "_make", cast("Callable[[list[Any]], Any]", type(node)))(new)
+    result = copy.copy(node)  # not by the constructor, which may check, convert or count
+    if isinstance(node, MutableMapping):
+        for key, child in zip(cast("MutableMapping[Any, Any]", node), new, strict=True):
+            result[key] = child
+    elif isinstance(node, list):
+        result[:] = new
+    else:
+        for entry, child in zip(fields(node), new, strict=True):
+            object.__setattr__(result, entry.name, child)  # frozen ones too
+    return result

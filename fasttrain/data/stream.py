@@ -17,22 +17,21 @@ Three rules keep the data whole and the memory bounded:
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
-from operator import is_
 from queue import SimpleQueue
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from fasttrain.errors import ConfigError, DeviceError
+from fasttrain.data.batch import map_tensors
+from fasttrain.device import resolve_device
+from fasttrain.errors import ConfigError
 
 __all__ = ["Prefetcher", "prefetch"]
 
@@ -66,7 +65,9 @@ def prefetch(batches: Iterable[T], device: torch.device | str, *, depth: int = 2
     """
     if depth < 1:
         raise ConfigError(f"depth={depth}: prefetch needs a depth of 1 or more; 2 is the default")
-    place = _checked_device(device)
+    place = resolve_device(device)
+    if place == torch.device("cuda"):
+        place = torch.device("cuda", torch.cuda.current_device())
     lane = _CudaLane(place) if place.type == "cuda" else None
     kind = _SizedPrefetcher if isinstance(batches, Sized) else Prefetcher
     return kind(batches, lane, depth)
@@ -104,27 +105,11 @@ class _SizedPrefetcher(Prefetcher[T]):
         return len(cast(Sized, self._batches))
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
-    allowed = "use 'cpu', 'cuda' or 'cuda:<index>'"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"device {str(device)!r} is unknown: {allowed}") from error
-    if place.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device {str(device)!r} is not one that prefetch can fill: {allowed}")
-    if place.type == "cpu":
-        return place
-    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_devices <= (place.index or 0):
-        raise DeviceError(f"device {str(device)!r}: this machine has {num_devices} usable CUDA devices; use 'cpu'")
-    return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
-
-
 def _on_cpu(iterator: Iterator[T]) -> Generator[T, None, None]:
     try:
         for batch in iterator:
             # HOST READ: only where a tensor of the batch is on another device.
-            yield _map_tensors(batch, lambda leaf: leaf.to("cpu"))
+            yield map_tensors(batch, lambda leaf: leaf.to("cpu"))
     except BaseException:
         _close(iterator)
         raise
@@ -213,7 +198,7 @@ class _Slot:
             tensors.append(moved)
             return moved
 
-        moved = _map_tensors(batch, move)
+        moved = map_tensors(batch, move)
         self.copied = lane.record()
         return _Loaded(moved, tensors, self.copied)
 
@@ -359,39 +344,3 @@ class _Pass(Iterator[T]):
                 raise error if error is not None else StopIteration
             finally:
                 del error  # its traceback holds this frame: as a cycle it would keep the caller's tensors alive
-
-
-def _map_tensors(node: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Moves every tensor below `node`; a container in which nothing moved is returned itself."""
-    if isinstance(node, Tensor):
-        return move(node)
-    if isinstance(node, (dict, MutableMapping)):  # dict first: the abstract class is slow to ask
-        old = list(cast("MutableMapping[Any, Any]", node).values())
-    elif isinstance(node, PackedSequence):
-        old = [node.data, node.sorted_indices, node.unsorted_indices]  # its batch_sizes must stay on the host
-    elif isinstance(node, (list, tuple)):
-        old = cast("Sequence[Any]", node)
-    elif is_dataclass(node) and not isinstance(node, type):
-        old = [getattr(node, entry.name) for entry in fields(node)]
-    else:
-        return node
-    new = [_map_tensors(child, move) for child in old]
-    return node if all(map(is_, new, old)) else _rebuilt(node, new)
-
-
-def _rebuilt(node: Any, new: list[Any]) -> Any:
-    """A shallow copy of a container, of its own type, with new children."""
-    if isinstance(node, PackedSequence):
-        return PackedSequence(new[0], node.batch_sizes, new[1], new[2])
-    if isinstance(node, tuple):
-        return getattr(node, "_make", cast("Callable[[list[Any]], Any]", type(node)))(new)
-    result = copy.copy(node)  # not by the constructor, which may check, convert or count
-    if isinstance(node, MutableMapping):
-        for key, child in zip(cast("MutableMapping[Any, Any]", node), new, strict=True):
-            result[key] = child
-    elif isinstance(node, list):
-        result[:] = new
-    else:
-        for entry, child in zip(fields(node), new, strict=True):
-            object.__setattr__(result, entry.name, child)  # frozen ones too
-    return result

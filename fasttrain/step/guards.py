@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_default_dtype, is_autocast_enabled, is_grad_enabled
 
 from fasttrain.data.ragged import Ragged
 from fasttrain.errors import EngineError
@@ -104,89 +104,96 @@ def _open_dims(structure: Structure) -> Iterator[frozenset[int]]:
         yield from [frozenset({0})] if issubclass(kind, Ragged) and index == 0 else dims
 
 
-Probe = Callable[[], Any]
+_END = object()
 
 
 class Guards:
     """What a traced step takes for granted besides its tensors' shapes and types and the batch's layout.
 
-    One check costs 7 us for a model of four modules under Adam (one thread of a Xeon with AMX).
+    The check runs before every step, so it is made of few loops, and those run in C.
 
     Args:
         spec: the step.
-        tensors: the tensors that the graph reads and changes; kept alive, so that identities stay meaningful.
     """
 
-    def __init__(self, spec: StepSpec, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tuple(tensors)
-        probes = (*_optimizer_probes(spec), *_model_probes(spec), *_other_probes(spec))
-        self._checks = [(probe, probe(), reason) for reason, probe, _ in probes]
-        self._values = [expected for (_, expected, _), (*_, is_identity) in zip(self._checks, probes, strict=True) if not is_identity]
+    def __init__(self, spec: StepSpec) -> None:
+        self._empty = list(_must_stay_empty(spec))
+        self._empty_tables = [table for _, table in self._empty]
+        self._objects = list(_must_stay_the_same_objects(spec))
+        self._read_objects = [read for _, read in self._objects]
+        self._expected = [*self._current(), _END]
+        self._values = [(read, read(), reason) for reason, read in _must_stay_equal(spec)]
 
     def mismatch(self) -> str | None:
         """What has changed since the trace, None where nothing has. Makes no host read."""
-        for probe, expected, reason in self._checks:
-            if probe() != expected:
+        if any(self._empty_tables):
+            return next(reason for reason, table in self._empty if table)
+        # The end mark, once met, shows that neither of the two is longer.
+        if not all(map(is_, chain(self._current(), (_END,)), self._expected)):
+            return self._changed_objects()
+        for read, expected, reason in self._values:
+            if read() != expected:
                 return reason
         return None
 
     def agree(self, other: Guards) -> bool:
         """True where the two differ in nothing but which objects hold the values (as after `load_state_dict`)."""
-        return self._values == other._values
+        return [expected for _, expected, _ in self._values] == [expected for _, expected, _ in other._values]
+
+    def _current(self) -> Iterator[Any]:
+        return chain.from_iterable([read() for read in self._read_objects])
+
+    def _changed_objects(self) -> str:
+        expected = iter(self._expected)
+        for reason, read in self._objects:
+            if not all(map(is_, read(), expected)):
+                return reason
+        return self._objects[-1][0]
 
 
-def _optimizer_probes(spec: StepSpec) -> Iterator[tuple[str, Probe, bool]]:
-    optimizer = spec.optimizer
-    trained = list(spec.trained())
-    hooks = optimizer_hooks(optimizer)
-    options = [_OptionsOf(group) for group in optimizer.param_groups]
-
-    def groups() -> Any:
-        return [(id(group), *map(id, group["params"])) for group in optimizer.param_groups]
-
-    yield "the parameter groups", groups, True
-    yield "an option of a parameter group", lambda: [read() for read in options], False
-    yield "the optimizer's state", lambda: _identities(optimizer.state.values()), True
-    yield "a hook of the optimizer", lambda: any(hooks), False
-    yield "a gradient that was there before the step", lambda: [p.grad is None for p in trained], False
+def _must_stay_empty(spec: StepSpec) -> Iterator[tuple[str, Any]]:
+    for hooks in optimizer_hooks(spec.optimizer):
+        yield "a hook of the optimizer", hooks
+    for table in _tables(spec, are_filled=False):
+        yield "a new parameter, buffer or hook of the model", table
 
 
-class _OptionsOf:
-    """Reads the options of one parameter group that a step may depend on; tensors count by identity."""
-
-    def __init__(self, group: dict[str, Any]) -> None:
-        self._group = group
-        names = [name for name in group if name not in _FREE_OPTIONS]
-        self._tensors = [name for name in names if isinstance(group[name], Tensor)]
-        # Two names at least, so that itemgetter gives a tuple in every case.
-        self._values = itemgetter("params", "params", *[name for name in names if name not in self._tensors])
-
-    def __call__(self) -> Any:
-        values = self._values(self._group)[2:]
-        return len(self._group), values, [id(self._group[name]) for name in self._tensors]
+def _must_stay_the_same_objects(spec: StepSpec) -> Iterator[tuple[str, Callable[[], Iterable[Any]]]]:
+    optimizer, metrics = spec.optimizer, spec.metrics
+    parameters = [group["params"] for group in optimizer.param_groups]
+    tables = list(_tables(spec, are_filled=True))
+    yield "the parameter groups", lambda: optimizer.param_groups
+    yield "the parameters of a group", lambda: chain.from_iterable(parameters)
+    yield "a module, parameter, buffer or hook of the model", lambda: chain.from_iterable(map(dict.values, tables))
+    yield "the optimizer's state", lambda: chain.from_iterable(map(dict.values, optimizer.state.values()))
+    yield "the running metrics", lambda: (metrics.totals, *metrics.user_metrics.values())
 
 
-def _model_probes(spec: StepSpec) -> Iterator[tuple[str, Probe, bool]]:
-    modules = list(spec.model.modules())
-    tables = [table for module in modules for table in module_tables(module)]
-    full = [table for table in tables if table]
-    empty = [table for table in tables if not table]
-    yield "a module, parameter, buffer or hook of the model", lambda: _identities(full), True
-    yield "a new parameter, buffer or hook of the model", lambda: any(empty), False
-    yield "train or eval mode of a module", lambda: [module.training for module in modules], False
-
-
-def _other_probes(spec: StepSpec) -> Iterator[tuple[str, Probe, bool]]:
+def _must_stay_equal(spec: StepSpec) -> Iterator[tuple[str, Callable[[], Any]]]:
     metrics, kind = spec.metrics, spec.device.type
-    yield "the user's metrics", lambda: [id(metrics.totals), *map(id, metrics.user_metrics.values())], True
-    yield "the rule of accuracy", lambda: metrics.rule, False
+    trained = list(spec.trained())
+    modules = list(spec.model.modules())
+    for group in spec.optimizer.param_groups:
+        yield "an option of a parameter group", _options_of(group)
+    yield "train or eval mode of a module", lambda: [module.training for module in modules]
+    yield "a gradient that was there before the step", lambda: [parameter.grad is None for parameter in trained]
     # Inference mode and the dtype of autocast show in the tensors' own guards.
     yield (
-        "grad mode, autocast or torch's default dtype",
-        lambda: (torch.is_grad_enabled(), torch.is_autocast_enabled(kind), torch.get_default_dtype()),
-        False,
+        "the rule of accuracy, grad mode, autocast or torch's default dtype",
+        lambda: (metrics.rule, is_grad_enabled(), is_autocast_enabled(kind), get_default_dtype()),
     )
 
 
-def _identities(tables: Iterable[dict[Any, Any]]) -> list[int]:
-    return list(map(id, chain.from_iterable(map(dict.values, tables))))
+def _options_of(group: dict[str, Any]) -> Callable[[], Any]:
+    """Reads the options of one parameter group that a step may depend on; those that are tensors, by identity."""
+    names = [name for name in group if name not in _FREE_OPTIONS]
+    tensors = [name for name in names if isinstance(group[name], Tensor)]
+    # Two names at least, so that itemgetter always gives a tuple.
+    values = itemgetter("params", "params", *[name for name in names if name not in tensors])
+    # A list of parameters equals itself at once; that its content is the same is checked elsewhere.
+    return lambda: (len(group), values(group), [id(group[name]) for name in tensors])
+
+
+def _tables(spec: StepSpec, *, are_filled: bool) -> Iterator[dict[str, Any]]:
+    for module in spec.model.modules():
+        yield from (table for table in module_tables(module) if bool(table) is are_filled)

@@ -208,7 +208,7 @@ class TracedStep:
     def _bind(self, state: StepState) -> None:
         self._tensors = state.tensors
         self._signature = state.signature
-        self._guards = Guards(self.spec, [*state.tensors, *self._closed_over])
+        self._guards = Guards(self.spec)
 
     def _all_inputs(self, leaves: list[Tensor]) -> list[Tensor]:
         return [*self._tensors, *self._rates.current(), *leaves, *self._closed_over]

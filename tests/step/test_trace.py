@@ -168,7 +168,13 @@ def make(case: Case, optimizer: tuple[type[O.Optimizer], dict[str, Any]], **opti
     kind, kwargs = optimizer
     parameters = list(model.parameters())
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": kwargs["lr"] / 2}]
-    defaults: dict[str, Any] = {"precision": "fp32", "accumulate": 1, "clip_norm": None, "clip_value": None, "scaler": None}
+    defaults: dict[str, Any] = {
+        "precision": "fp32",
+        "accumulate": 1,
+        "clip_norm": None,
+        "clip_value": None,
+        "scaler": None,
+    }
     return StepSpec(
         model=model,
         optimizer=kind(groups, **kwargs),

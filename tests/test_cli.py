@@ -1,0 +1,292 @@
+"""The commands as a user types them: exit codes, what goes where, and the files of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fasttrain import cli
+from fasttrain.cli import main
+from fasttrain.run.config import TrainConfig
+from fasttrain.workloads.generate import generate_reviews
+from tests.commands import FILES, command, small, strict_json
+
+SUMMARY = {
+    *("test_loss", "test_accuracy", "best_epoch", "epochs", "engine", "engine_reason", "device", "precision"),
+    *("samples_per_s", "compile_s", "total_s", "vocabulary_size", "data_sha256", "versions", "workload", "stopped"),
+}
+HISTORY = ["epoch", "split", "loss", "accuracy", "lr", "samples", "seconds", "samples_per_s"]
+
+
+@pytest.fixture(autouse=True)
+def threads_restored() -> Iterator[None]:
+    # A command owns its process, and sets the number of threads there.
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "reviews.csv"
+    generate_reviews(200, seed=1).table.to_csv(path, index=False)
+    return path
+
+
+# --- train ---
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["--epochs", "2"]])
+def test_without_a_table_reviews_are_generated_and_said_to_be(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = generate_reviews(400, seed=1337)
+    monkeypatch.setattr("fasttrain.workloads.reviews.generate_reviews", lambda *, seed: few)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 0
+    stdout = capsys.readouterr().out
+    assert f"These reviews are generated. The best possible accuracy on these very test rows is " \
+        f"{few.best_accuracy('test'):.2f}%." in stdout  # fmt: skip
+    [run] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-reviews", run.name)
+    assert f"open runs/{run.name}/report.html" in stdout
+
+
+def test_train_tells_its_result_on_stdout_and_its_progress_on_stderr(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(small(data, tmp_path / "run", "--epochs", "2")) == 0
+    captured = capsys.readouterr()
+    assert re.search(r"^test loss \d\.\d{4}, test accuracy \d+\.\d\d%$", captured.out, re.MULTILINE)
+    assert re.search(r"^positive: \w+( [\w.,!<>]+){19}$", captured.out, re.MULTILINE)
+    assert f"run: {tmp_path / 'run'}" in captured.out
+    lines = captured.err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_json_is_the_whole_of_stdout(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(small(data, tmp_path / "run", "--epochs", "2", "--json")) == 0
+    document = strict_json(capsys.readouterr().out)
+    assert document.keys() == SUMMARY | {"run", "notes"}
+    assert document["run"] == str(tmp_path / "run")
+    stored = strict_json((tmp_path / "run" / "summary.json").read_text())
+    assert {name: document[name] for name in stored} == stored
+
+
+def test_json_stays_json_when_the_loss_is_not_a_number(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = small(data, tmp_path / "run", "--epochs", "1", "--learning-rate", "1e38", "--json")
+    assert main(arguments) == 0
+    assert strict_json(capsys.readouterr().out)["test_loss"] is None
+
+
+def test_a_run_leaves_its_files(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(small(data, run, "--epochs", "3")) == 0
+    assert {path.name for path in run.iterdir()} == FILES
+
+    config = strict_json((run / "config.json").read_text())
+    assert TrainConfig.from_dict(config) == TrainConfig(
+        data=data, out=run, epochs=3, cutoff=5, batch_size=16, device="cpu"
+    )
+
+    history = pd.read_csv(run / "history.csv")
+    assert list(history.columns) == HISTORY
+    assert list(history["epoch"]) == [1, 1, 2, 2, 3, 3]
+    assert list(history["split"]) == ["train", "val"] * 3
+    assert set(history["samples"]) == {128, 30}  # 140 train rows make 8 whole batches of 16
+    assert history["accuracy"].between(0, 100).all()
+
+    summary = strict_json((run / "summary.json").read_text())
+    assert summary.keys() == SUMMARY
+    assert (summary["epochs"], summary["engine"], summary["precision"]) == (3, "eager", "fp32")
+    assert summary["best_epoch"] in (1, 2, 3)
+    assert summary["compile_s"] is None
+    assert summary["versions"]["torch"] == str(torch.__version__)
+
+    vectorizer = strict_json((run / "vectorizer.json").read_text())
+    assert vectorizer.keys() == {"review_vocab", "rating_vocab"}
+    assert all(each.keys() == {"token_to_idx", "add_unk", "unk_token"} for each in vectorizer.values())
+    assert vectorizer["review_vocab"]["token_to_idx"]["<UNK>"] == 0
+    assert vectorizer["rating_vocab"]["token_to_idx"] == {"negative": 0, "positive": 1}
+
+    model = load_file(run / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in model.items()} == {
+        "fc1.weight": (1, summary["vocabulary_size"]),
+        "fc1.bias": (1,),
+    }
+    assert "<svg" in (run / "report.html").read_text()
+
+
+# --- resume ---
+
+
+def test_a_resumed_run_equals_a_straight_one(data: Path, tmp_path: Path) -> None:
+    # At this learning rate the validation loss soon rises: the schedule has to be resumed as well.
+    options = ("--learning-rate", "0.5", "--patience", "20")
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert main(small(data, straight, *options, "--epochs", "12")) == 0
+    assert main(small(data, resumed, *options, "--epochs", "5")) == 0
+    assert main(["--resume", str(resumed), "--epochs", "12"]) == 0
+    expected, found = (pd.read_csv(run / "history.csv")[HISTORY[:6]] for run in (straight, resumed))
+    assert expected["lr"].nunique() > 2
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    assert (resumed / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    summaries = [strict_json((run / "summary.json").read_text()) for run in (straight, resumed)]
+    for name in ("best_epoch", "epochs", "test_loss", "test_accuracy", "stopped"):
+        assert summaries[0][name] == summaries[1][name]
+
+
+def test_a_run_can_be_resumed_to_the_default_number_of_epochs(data: Path, tmp_path: Path) -> None:
+    default = TrainConfig().epochs
+    assert main(small(data, tmp_path / "run", "--epochs", "1", "--patience", "1000")) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--epochs", str(default)]) == 0
+    assert strict_json((tmp_path / "run" / "summary.json").read_text())["epochs"] == default
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(small(data, run, "--epochs", "3")) == 0
+    before = {name: (run / name).read_bytes() for name in ("history.csv", "model.safetensors", "config.json")}
+    assert main(["--resume", str(run)]) == 0
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+# --- predict ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    generate_reviews(1000, seed=1).table.to_csv(folder / "reviews.csv", index=False)
+    threads = torch.get_num_threads()
+    assert main(small(folder / "reviews.csv", folder / "run", "--epochs", "20", "--learning-rate", "0.01")) == 0
+    torch.set_num_threads(threads)
+    return folder / "run"
+
+
+def predicted(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    assert main(["predict", *arguments, "--json"]) == 0
+    return strict_json(capsys.readouterr().out)
+
+
+def test_predict_rates_arguments(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["Great, delicious and friendly!", "Horrible. Rude and bland."]
+    assert main(["predict", str(trained), *texts]) == 0
+    stdout = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"positive  \d\d\.\d%  Great, delicious and friendly!", stdout[0])
+    assert re.fullmatch(r"    known words: .*\bgreat\b.*", stdout[1])
+    assert stdout[2].startswith("negative")
+    assert len(stdout) == 4
+
+
+def test_predict_rates_lines_of_stdin(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("great food\n\nbad food\r\nlast line"))
+    found = predicted([str(trained)], capsys)
+    assert [each["text"] for each in found] == ["great food", "", "bad food", "last line"]
+    assert found[0].keys() == {"text", "rating", "probability", "known_words"}
+    assert found[0] == predicted([str(trained), "great food"], capsys)[0]
+    assert (found[1]["known_words"], found[0]["rating"], found[2]["rating"]) == ([], "positive", "negative")
+
+
+def test_predict_takes_tokens_as_they_are(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predicted([str(trained), "GREAT!"], capsys)[0]["known_words"] == ["great"]
+    assert predicted([str(trained), "GREAT!", "--raw"], capsys)[0]["known_words"] == []
+
+
+def test_predict_says_when_it_knows_no_word(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(trained), "qwertz"]) == 0
+    assert "known words: none: the rating is the model's bias alone" in capsys.readouterr().out
+
+
+def test_predict_refuses_stdin_that_is_not_utf_8(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"great food\ntr\xe8s bon\n"), encoding="utf-8"))
+    assert main(["predict", str(trained)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"fasttrain: .*UTF-8.*\n", captured.err)
+
+
+# --- info, help, usage ---
+
+
+def test_info_is_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(["info", "--device", "cpu", "--json"]) == 0
+    document = strict_json(capsys.readouterr().out)
+    assert [re.split(" {2,}", line)[0] for line in lines] == list(document)
+
+
+def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of([], capsys)
+    assert all(name in text for name in ("train", "predict", "info", "reviews are generated"))
+    commands = {"train": (TrainConfig, cli.Train), "predict": (cli.Predict,), "info": (cli.Info,)}
+    for name, options in commands.items():
+        text = help_of([name], capsys)
+        fields = {field.name for each in options for field in dataclasses.fields(each)} - {"config", "run", "text"}
+        missing = [field for field in fields if f"--{field.replace('_', '-')}" not in text]
+        assert not missing, missing
+        assert "--config" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["retrain"], "retrain"),
+        (["train", "--engine", "warp"], "eager"),
+        (["train", "--precision", "int8"], "bf16"),
+        (["train", "--epochs", "many"], "--epochs"),
+        (["train", "--epochs", "1.5"], "--epochs"),
+        (["train", "--learning-rate"], "--learning-rate"),
+        (["train", "--momentum", "0.9"], "--momentum"),
+        (["--engine", "warp"], "eager"),
+        (["predict"], "predict"),
+        (["info", "now"], "now"),
+    ],
+)
+def test_wrong_usage_is_explained(
+    arguments: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert named in captured.err
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_module_runs_as_a_command(trained: Path) -> None:
+    with command("predict", str(trained), "--json") as process:
+        stdout, stderr = process.communicate("great food\n", timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    assert [each["rating"] for each in strict_json(stdout)] == ["positive"]
