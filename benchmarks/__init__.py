@@ -1,1 +1,1 @@
-"""What fasttrain is measured with: `pytest benchmarks/` for the quick suite, `python -m benchmarks.<name>` for records."""
+"""What fasttrain is measured with: `pytest benchmarks/` is the quick suite, `python -m benchmarks.<name>` records."""

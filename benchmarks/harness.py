@@ -75,7 +75,7 @@ def now() -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What figures depend on: hardware, versions, commit (None where git does not tell), load average."""
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain", "--", "fasttrain", "benchmarks/*.py")  # what a figure depends on
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Series:
         Raises:
             DataError: there is none, or one that is no finite positive number.
         """
-        wrong = [value for value in self.values if not (is_number(value) and 0 < value < math.inf)]
+        wrong = [value for value in self.values if not (is_number(value) and 0 < value <= sys.float_info.max)]
         if wrong or not self.values:
             raise DataError(f"the values of {self.description!r} must be finite positive numbers, not {wrong}")
 
@@ -137,9 +138,11 @@ class Record:
             if not isinstance(given.get(name), kind):
                 raise DataError(f"{name!r} must be a {kind.__name__}, not {given.get(name)!r:.60}")
         _check_finite(given)
+        _check_shown(given)
         series = {name: Series.from_dict(value) for name, value in given["series"].items()}
         ratios = {name: Series.from_dict(value) for name, value in given["ratios"].items()}
-        return cls(**{**{name: given[name] for name in _TYPES}, "series": series, "ratios": ratios})
+        fields: dict[str, Any] = {**{name: given[name] for name in _TYPES}, "series": series, "ratios": ratios}
+        return cls(**fields)
 
 
 _TYPES: dict[str, type] = {
@@ -155,6 +158,21 @@ _TYPES: dict[str, type] = {
     "refused": dict,
     "notes": list,
 }
+
+
+_ENVIRONMENT: dict[str, tuple[type, ...]] = {
+    "cpu": (str,),
+    "device": (str,),
+    "cores": (int,),
+    "torch": (str,),
+    "python": (str,),
+    "fasttrain": (str,),
+    "commit": (str, type(None)),
+    "has_uncommitted_changes": (bool, type(None)),
+    "load_average": (int, float),
+    "load_average_after": (int, float),
+}
+"""What the tables show of the environment; more may be in it."""
 
 
 def times_better(series: Series, yardstick: Series) -> Series:
@@ -200,6 +218,15 @@ def read_record(path: Path) -> Record:
 def is_number(value: object) -> bool:
     """Whether a value is a number; a bool is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_shown(given: dict[str, Any]) -> None:
+    """Refuses what the tables could not show."""
+    for name, kinds in _ENVIRONMENT.items():
+        if name not in given["environment"] or not isinstance(given["environment"][name], kinds):
+            raise DataError(f"the environment's {name!r} is missing or of another type: measure again")
+    if not all(isinstance(note, str) for note in [*given["notes"], *given["refused"].values()]):
+        raise DataError("notes, and the reasons of refused arms, must be text")
 
 
 def _check_finite(node: Any) -> None:

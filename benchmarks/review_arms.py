@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fasttrain.data.resident import epoch_order
 from fasttrain.data.table import read_reviews
 from fasttrain.data.text import EncodedReviews, EncodedSplit, encode_reviews
 from fasttrain.loop import Interrupted
-from fasttrain.metrics import RunningMetrics, count_correct
+from fasttrain.metrics import AccuracyRule, RunningMetrics, count_correct
 from fasttrain.reference import TextbookClassifier, TextbookDataset, textbook_loss, train_epoch
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.onehot import ReviewClassifier, review_forward
@@ -209,14 +210,14 @@ class DenseArm:
     """
 
     name = "tuned by hand"
-    description = "one-hot rows made once (uint8), index_select, fused Adam, no .item() in the loop"
     compile_s: float | None = None
 
     def __init__(self, job: ReviewJob, *, threads: int) -> None:
         self.threads = threads
+        self.description = f"one-hot rows made once, gathered; fused Adam; nothing read; {count(threads, 'thread')}"
         self._job = job
         self._epoch = 0
-        self._rule = "logit" if job.textbook.num_outputs == 1 else "argmax"
+        self._rule: AccuracyRule = "logit" if job.textbook.num_outputs == 1 else "argmax"
         self._model, _ = job.classifier()
         self._optimizer = torch.optim.Adam(self._model.parameters(), lr=LEARNING_RATE, fused=True)
         tokens = job.train.tokens
@@ -242,7 +243,10 @@ class DenseArm:
         losses: list[Tensor] = []
         correct = torch.zeros((), device=self._job.device)
         for rows in order.split(BATCH_SIZE)[:num_batches]:
-            batch = {"x_data": self._rows.index_select(0, rows).float(), "y_target": self._targets.index_select(0, rows)}
+            batch = {
+                "x_data": self._rows.index_select(0, rows).float(),
+                "y_target": self._targets.index_select(0, rows),
+            }
             loss, logits, targets = review_forward(self._model, batch)
             loss.backward()
             self._optimizer.step()
@@ -291,10 +295,8 @@ class FastArm:
             if batches == num_batches:
                 raise Interrupted
 
-        try:
+        with suppress(Interrupted):
             self.loop.train(self.batches, watch=watch)
-        except Interrupted:
-            pass
         return losses
 
     def run(self) -> int:

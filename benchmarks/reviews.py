@@ -117,34 +117,32 @@ def prepare(job: ReviewJob, textbooks: Sequence[Arm], threads: int) -> Prepared:
     for name, make in makers.items():
         log(f"checking and warming up: {name}")
         try:
+            begin = time.perf_counter()
             arm = make()
             with_threads(arm.threads)
             losses = arm.losses(CHECKED_BATCHES)
             wanted = wanted or losses
             difference = check_losses(losses, wanted, TOLERANCE)
-            seconds = first_pass_s(arm)
+            arm.run()
+            seconds = time.perf_counter() - begin
         except (EngineError, DataError) as error:
             prepared.refused[name] = str(error)
             log(f"not timed: {name}: {error}")
             continue
         prepared.arms.append(arm)
-        compiled = "" if arm.compile_s is None else f"; compiling took {arm.compile_s:.1f} s, in no figure"
-        prepared.notes.append(f"{name}: losses within {difference:.1g} of the textbook's{compiled}")
-        log(f"{name}: first pass {seconds:.2f} s{compiled}")
+        compiled = "" if arm.compile_s is None else f", {arm.compile_s:.1f} s of it for the first compilation"
+        prepared.notes.append(
+            f"{name}: losses within {difference:.1g} of the textbook's; made, checked and warmed up in {seconds:.1f} s"
+            f"{compiled}, in no figure"
+        )
+        log(prepared.notes[-1])
     return prepared
-
-
-def first_pass_s(arm: Arm) -> float:
-    """Runs a pass that no figure contains."""
-    begin = time.perf_counter()
-    arm.run()
-    return time.perf_counter() - begin
 
 
 def conditions(options: argparse.Namespace) -> list[str]:
     """What a reader of the figures has to know."""
     return [
-        f"{count(options.repeats, 'repeat')}; in each, every arm once in random order, for {options.seconds:g} s or more",
+        f"{count(options.repeats, 'repeat')}; in each, every arm once in random order, {options.seconds:g} s or more",
         f"a pass of the textbook is {options.textbook_batches} batches of an epoch, of every other arm a whole epoch",
         "order of rows, gathering, steps and the readout of loss and accuracy are inside; the first pass and "
         "evaluation are not",

@@ -20,7 +20,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--patience", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--threads", type=int, help="torch's; by default its own choice")
     options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     dataset = TextbookDataset.from_csv(options.data)
     model = TextbookClassifier(dataset.num_features, dataset.num_outputs)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -17,11 +17,11 @@ import torch
 import tyro
 
 from fasttrain.device import resolve_device
-from fasttrain.errors import ConfigError, FasttrainError
+from fasttrain.errors import ConfigError, DataError, FasttrainError
 from fasttrain.info import describe_machine
 from fasttrain.loop import Interrupted
 from fasttrain.run.config import TrainConfig
-from fasttrain.run.folder import RunFolder
+from fasttrain.run.folder import RunFolder, json_text
 from fasttrain.workloads.predict import Prediction, predict
 from fasttrain.workloads.reviews import ReviewsOutcome, train_reviews
 
@@ -103,20 +103,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        command = _parse(arguments)
-        if isinstance(command, Train):
-            return _train(command, arguments)
-        if isinstance(command, Predict):
-            return _predict(command)
-        return _info(command)
+        code = _run(_parse(arguments), arguments)
+        sys.stdout.flush()
+        return code
     except FasttrainError as error:
         if debug:
             raise
         print(f"fasttrain: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_BAD_INPUT
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 0
     except KeyboardInterrupt:
         print("fasttrain: interrupted", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
+
+
+def _run(command: Train | Predict | Info, arguments: list[str]) -> int:
+    if isinstance(command, Train):
+        return _train(command, arguments)
+    if isinstance(command, Predict):
+        return _predict(command)
+    return _info(command)
 
 
 def _parse(arguments: list[str]) -> Train | Predict | Info:
@@ -130,7 +138,7 @@ def _parse(arguments: list[str]) -> Train | Predict | Info:
 
 
 def _train(command: Train, arguments: list[str]) -> int:
-    config = command.config if command.resume is None else _resumed(command.resume, command.config)
+    config = command.config if command.resume is None else _resumed(command.resume, arguments)
     device = resolve_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or 1)
@@ -153,23 +161,26 @@ def _train(command: Train, arguments: list[str]) -> int:
     return EXIT_INTERRUPTED if outcome.summary["stopped"] == "interrupted" else 0
 
 
-def _resumed(run: Path, given: TrainConfig) -> TrainConfig:
+def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
     """The run's own options, with what may change: the limit of epochs.
+
+    The arguments are read again with the run's options as defaults: what differs then was given.
 
     Raises:
         ConfigError: another option was given that differs from the run's.
         RunError: the folder is not a run's.
     """
     stored = TrainConfig.from_dict(RunFolder.open(run).read_json("config.json"))
-    default = TrainConfig()
+    options = arguments[1:] if arguments[0] == "train" else arguments
+    given = tyro.cli(Train, args=options, default=Train(config=stored)).config
     for option in fields(TrainConfig):
-        value = getattr(given, option.name)
-        if option.name != "epochs" and value != getattr(default, option.name) and value != getattr(stored, option.name):
+        value, kept = getattr(given, option.name), getattr(stored, option.name)
+        if option.name != "epochs" and value != kept:
             raise ConfigError(
-                f"--{option.name.replace('_', '-')} {value}: {run} was trained with {getattr(stored, option.name)}; "
+                f"--{option.name.replace('_', '-')} {value}: {run} was trained with {kept}; "
                 "a resumed run keeps its options, only --epochs may change"
             )
-    return stored if given.epochs == default.epochs else replace(stored, epochs=given.epochs)
+    return given
 
 
 class _Interrupt:
@@ -203,7 +214,7 @@ def _first_interrupt_ends_cleanly() -> Generator[_Interrupt]:
 
 
 def _predict(command: Predict) -> int:
-    texts = list(command.text) or [line.rstrip("\r\n") for line in sys.stdin]
+    texts = list(command.text) or _lines_of_stdin()
     predictions = predict(command.run, texts, raw=command.raw)
     if command.json:
         _print_json([asdict(each) for each in predictions])
@@ -211,6 +222,14 @@ def _predict(command: Predict) -> int:
         for each in predictions:
             _print(_prediction_line(each))
     return 0
+
+
+def _lines_of_stdin() -> list[str]:
+    try:
+        return [line.rstrip("\r\n") for line in sys.stdin]
+    except UnicodeDecodeError as error:
+        found = error.object[error.start]
+        raise DataError(f"byte 0x{found:02x} is not UTF-8: give text in UTF-8", file="stdin") from error
 
 
 def _prediction_line(prediction: Prediction) -> str:
@@ -244,7 +263,7 @@ def _print_outcome(outcome: ReviewsOutcome) -> None:
 
 
 def _print_json(document: Any) -> None:
-    _print(json.dumps(document, indent=2, ensure_ascii=False))
+    _print(json_text(document))
 
 
 def _print(line: str) -> None:

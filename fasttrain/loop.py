@@ -111,6 +111,8 @@ class FastLoop:
         self.optimizer = optimizer
         self._evaluation = RunningMetrics(self.step.device, metrics)
         self._evaluation_is_observed = False
+        self._epochs_left: int | None = None
+        self._steps_done = 0
         self._prefetchers: dict[int, tuple[Iterable[Batch], Prefetcher[Batch]]] = {}
 
     def train(self, batches: Iterable[Batch], *, watch: Watch | None = None) -> EpochResult:
@@ -128,6 +130,7 @@ class FastLoop:
         """
         step = self.step
         step.metrics.reset()
+        step.expect(self._steps_to_come(batches))
         counts = _Counts()
         try:
             with self._in_mode(training=True), self._on_device(batches) as placed:
@@ -139,6 +142,7 @@ class FastLoop:
                 step.flush()
                 return self._result(counts, step.metrics)
         finally:
+            self._steps_done += counts.batches
             for parameter in step.spec.trained():
                 parameter.grad = None
 
@@ -211,12 +215,15 @@ class FastLoop:
                 if patience is not None and history.epochs - (history.best_epoch or 0) >= patience:
                     history.stopped = "patience"
                     break
+                self._epochs_left = epochs - epoch + 1
                 self._fit_epoch(epoch, train, val, scheduler, state, shown, watch)
                 if on_epoch is not None:
                     on_epoch(state)
         except Interrupted:
             history.stopped = "interrupted"
         finally:
+            self._epochs_left = None
+            self.step.close()
             if shown is not None:
                 shown.close()
         history.stopped = history.stopped or "epochs"
@@ -255,6 +262,11 @@ class FastLoop:
             scheduler.step()
         if shown is not None:
             shown.end(rows, is_best=is_best)
+
+    def _steps_to_come(self, batches: Iterable[Batch]) -> int:
+        """Steps of the fit that are left; in a loop of the user's own, this epoch and as many as there have been."""
+        in_epoch = _length(batches) or 0
+        return in_epoch * self._epochs_left if self._epochs_left is not None else in_epoch + self._steps_done
 
     def _evaluate_batch(self, batch: Batch, samples: int) -> None:
         spec = self.step.spec

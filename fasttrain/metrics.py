@@ -76,6 +76,10 @@ class RunningMetrics:
         """
         with torch.no_grad():
             self.accumulate(self._cells, loss, predictions, targets, weight)
+        self.count(weight)
+
+    def count(self, weight: float) -> None:
+        """The host's half of `update`: a batch of this weight was added to the totals."""
         self._weight += weight
 
     def accumulate(

@@ -255,6 +255,7 @@ REFUSED = {
         "`--out` in a folder without permission", out_at("old/new", prepare=locked_folder), refuse_root("mkdir")
     ),
     "name too long": Case("`--out` with a name of 300 letters", out_at("new/" + "x" * 300)),
+    "name not in UTF-8": Case("`--out` with a byte 0xff in its name", out_at("new-\udcff")),
     "full disk": Case(
         "training on a full disk", lambda folder, _run: train(folder), refuse(errno.ENOSPC, "write_bytes")
     ),

@@ -53,6 +53,12 @@ def global_torch_state() -> dict[str, object]:
     }
 
 
+def environment_now() -> dict[str, str]:
+    """The environment, but for what pytest and torch's compiler set for themselves."""
+    theirs = ("PYTEST_CURRENT_TEST", "_TORCHINDUCTOR", "TORCHINDUCTOR")
+    return {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+
+
 def children() -> set[str]:
     tasks = Path(f"/proc/{os.getpid()}/task")
     if not tasks.is_dir():
@@ -72,16 +78,14 @@ def leaves_nothing_behind() -> Iterator[None]:
 
     `own_cache` asks for it, so that it looks after every monkeypatch is undone.
     """
-    threads, processes, environment = set(threading.enumerate()), children(), dict(os.environ)
+    threads, processes, environment = set(threading.enumerate()), children(), environment_now()
     settings = global_torch_state()
     yield
     if left_running(threads):
         gc.collect()  # what only a reference cycle keeps is not left behind; not always, for it takes 0.3 s
     assert not left_running(threads)
     assert global_torch_state() == settings
-    environment.pop("PYTEST_CURRENT_TEST", None)
-    now = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    assert now == environment
+    assert environment_now() == environment
     assert children() <= processes | compile_workers(), "processes left running"
 
 

@@ -21,7 +21,7 @@ import torch
 
 from fasttrain.cli import main
 from fasttrain.errors import DataError
-from tests.bad_input_cases import ACCEPTED, REFUSED, Case, train
+from tests.bad_input_cases import ACCEPTED, GOOD, REFUSED, Case, train
 
 GOLDEN = Path(__file__).with_name("bad_input.md")
 
@@ -44,7 +44,8 @@ def run_case(case: Case, folder: Path, run: Path) -> Outcome:
             exit_code = main(arguments)
     if exit_code != 0:
         assert contents(folder) == before
-    return Outcome(exit_code, stdout.getvalue(), stderr.getvalue().replace(f"{folder}/", "").replace(str(folder), "."))
+    shown = stderr.getvalue().encode("utf-8", "backslashreplace").decode()  # as Python's own stderr shows it
+    return Outcome(exit_code, stdout.getvalue(), shown.replace(f"{folder}/", "").replace(str(folder), "."))
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
@@ -121,6 +122,14 @@ def test_accepted_with_a_note(name: str, tmp_path: Path, run: Path) -> None:
     message = notes(run_case(case, tmp_path, run))
     assert row(name, case.did, message) in GOLDEN.read_text(encoding="utf-8").splitlines()
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+
+
+def test_a_misnamed_table_is_refused_though_its_content_was_read_before(tmp_path: Path) -> None:
+    well_named, misnamed = tmp_path / "mine.csv", tmp_path / "mine.csv.gz"
+    for path in (well_named, misnamed):
+        path.write_text(GOOD)
+    assert main(train(tmp_path, data=well_named)) == 0
+    assert main(train(tmp_path, "--out", str(tmp_path / "again"), data=misnamed)) == 2
 
 
 def test_golden_table_has_these_cases_and_no_others() -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fasttrain.data.table import SPLITS, check_format, read_bytes, read_reviews
+from fasttrain.data.table import SPLITS, format_of, read_bytes, read_reviews
 from fasttrain.data.text import (
     EncodedReviews,
     EncodedSplit,
@@ -72,11 +72,11 @@ def load_reviews(
     if isinstance(source, pd.DataFrame) or folder is None:
         return encode_reviews(read_reviews(source), cutoff=cutoff)
     path = Path(source)
-    check_format(path)
+    format_of(path)
     sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
     notes: tuple[str, ...] = ()
     try:
-        return replace(_load(_entry(folder, sha256, cutoff)), sha256=sha256, source=str(source))
+        return replace(_load(_entry(folder, path, sha256, cutoff)), sha256=sha256, source=str(source))
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -85,7 +85,7 @@ def load_reviews(
         notes = (f"the cached copy of this table was damaged, and is built again: {error}",)
     reviews = encode_reviews(read_reviews(source), cutoff=cutoff)
     try:
-        _store(reviews, _entry(folder, reviews.sha256, cutoff))
+        _store(reviews, _entry(folder, path, reviews.sha256, cutoff))
     except (OSError, SafetensorError) as error:
         notes += (f"the encoded reviews could not be kept in {folder}: {error}",)
     return replace(reviews, notes=reviews.notes + notes)
@@ -102,8 +102,9 @@ def default_cache_dir() -> Path | None:
     return base / "fasttrain" / "text"
 
 
-def _entry(folder: Path, sha256: str, cutoff: int) -> Path:
-    return folder / f"{sha256}-{cutoff}-v{FORMAT_VERSION}.safetensors"
+def _entry(folder: Path, path: Path, sha256: str, cutoff: int) -> Path:
+    # With the format: the same bytes under another name may be no table at all.
+    return folder / f"{sha256}-{cutoff}-v{FORMAT_VERSION}{format_of(path)}.safetensors"
 
 
 def _load(entry: Path) -> EncodedReviews:

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from fasttrain.data.csvfile import parse_csv, read_header, spreadsheet_row
 from fasttrain.errors import DataError
 
-__all__ = ["ReviewTable", "check_format", "read_bytes", "read_reviews"]
+__all__ = ["ReviewTable", "format_of", "read_bytes", "read_reviews"]
 
 COLUMNS = ("rating", "review", "split")
 SPLITS = ("train", "val", "test")
@@ -98,7 +98,7 @@ def read_reviews(source: str | Path | pd.DataFrame) -> ReviewTable:
         columns = _read_frame(source, origin)
         return _checked(columns, origin, sha256=_sha256_of_columns(columns))
     path = Path(source)
-    check_format(path)
+    format_of(path)
     raw = read_bytes(path)
     sha256 = hashlib.sha256(raw).hexdigest()
     if path.name.lower().endswith(".parquet"):
@@ -110,10 +110,16 @@ def read_reviews(source: str | Path | pd.DataFrame) -> ReviewTable:
     return _checked(_read_csv(text, origin), origin, sha256=sha256)
 
 
-def check_format(path: Path) -> None:
-    """Raise a `DataError` unless the file's name ends in one of `FORMATS` (in any case)."""
-    if not path.name.lower().endswith(FORMATS):
+def format_of(path: Path) -> str:
+    """Return which of `FORMATS` the file's name ends in (in any case).
+
+    Raises:
+        DataError: in none of them.
+    """
+    found = [each for each in FORMATS if path.name.lower().endswith(each)]
+    if not found:
         raise DataError(f"a table is a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file", file=str(path))
+    return found[0]
 
 
 def read_bytes(path: Path) -> bytes:

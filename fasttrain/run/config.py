@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fasttrain.device import PrecisionOrAuto
 from fasttrain.errors import ConfigError
@@ -82,6 +82,8 @@ class TrainConfig:
         _require(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a positive number")
         _require(0 < self.lr_factor < 1, "lr_factor", self.lr_factor, "a number between 0 and 1")
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+        for name in ("data", "out"):
+            _require(_is_utf8(getattr(self, name)), name, getattr(self, name), "a name in UTF-8")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, as in config.json."""
@@ -94,13 +96,30 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown option, or one that cannot work.
         """
-        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+        kinds = get_type_hints(cls)
+        unknown = sorted(set(given) - set(kinds))
         if unknown:
             raise ConfigError(
                 f"unknown options {', '.join(unknown)}; was this run made by another version of fasttrain?"
             )
+        for name, value in given.items():
+            _require(_is_stored(value, kinds[name]), name, value, "a value of the option's type")
         paths: dict[str, Any] = {name: Path(given[name]) for name in ("data", "out") if given.get(name) is not None}
         return cls(**{**given, **paths})
+
+
+def _is_utf8(path: Path | None) -> bool:
+    """Whether JSON can hold this path: Python keeps other bytes of a name as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))
+
+
+def _is_stored(value: object, kind: Any) -> bool:
+    """Whether a value from JSON can be one of an option of this type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    kinds = get_args(kind) or (kind,)
+    stored_as = {Path: (str,), float: (float, int)}
+    return any(type(value) in stored_as.get(each, (each,)) for each in kinds)
 
 
 def _require(is_met: bool, name: str, value: object, allowed: str) -> None:

@@ -19,7 +19,7 @@ from fasttrain.errors import RunError
 from fasttrain.history import History
 from fasttrain.run.checkpoint import load_tree, save_tree, write_atomically
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "json_text"]
 
 
 class RunFolder:
@@ -44,13 +44,15 @@ class RunFolder:
         """
         path = out or _free_name(Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{workload}")
         made = [path, *(parent for parent in path.parents if not parent.exists())]
+        folder = cls(path, made=made)
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             raise RunError(f"{path} exists already: give --out a new name, or go on with --resume {path}") from None
         except OSError as error:
-            raise RunError(f"{path} cannot be made: {error.strerror or error}") from error
-        return cls(path, made=made)
+            folder._remove_parents()
+            raise RunError(f"{path} cannot be made: {error.strerror or error}; give --out another name") from error
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -72,18 +74,21 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Takes the folders that this run made away, if an error ended it."""
-        if error is None or not self._made:
+        """Takes the folders that this run made away, if an error ended it; an impatient Ctrl-C leaves a checkpoint."""
+        is_resumable = isinstance(error, KeyboardInterrupt) and (self.path / "checkpoint.safetensors").exists()
+        if error is None or not self._made or is_resumable:
             return
         shutil.rmtree(self.path, ignore_errors=True)
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
         for parent in self._made[1:]:
-            with suppress(OSError):  # somebody else's files are in it: it stays
+            with suppress(OSError):  # it was not made, or somebody else's files are in it: it stays
                 parent.rmdir()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file, readable and diffable. Non-finite numbers become null: JSON has none."""
-        text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(self.path / name, (text + "\n").encode())
+        self.write_text(name, json_text(content) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Reads a JSON file of the run.
@@ -109,8 +114,9 @@ class RunFolder:
 
     def write_model(self, state: Mapping[str, Tensor]) -> None:
         """Writes model.safetensors: the state_dict of the model."""
+        # Copies, since tied weights share memory, which safetensors refuses.
         contiguous = {
-            name: value.detach().cpu().contiguous() for name, value in state.items()
+            name: value.detach().cpu().contiguous().clone() for name, value in state.items()
         }  # HOST READ: once, at the end
         write_atomically(self.path / "model.safetensors", save(contiguous))
 
@@ -145,6 +151,11 @@ def _free_name(path: Path) -> Path:
     while free.exists():
         free, number = path.with_name(f"{path.name}-{number}"), number + 1
     return free
+
+
+def json_text(content: Any) -> str:
+    """Readable, diffable JSON. Non-finite numbers become null: JSON has none."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(node: Any) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from fasttrain.device import cpp_compiler
+from fasttrain.device import Choice, cpp_compiler
 from fasttrain.errors import EngineError
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.spec import StepSpec
@@ -24,15 +25,13 @@ class CompiledEngine(EagerEngine):
         EngineError: this machine has no compiler for the device, or torch cannot compile this forward.
     """
 
-    name = "compiled"
-
     def __init__(self, spec: StepSpec) -> None:
         if spec.device.type == "cpu" and cpp_compiler() is None:
             raise EngineError(
                 "engine 'compiled' needs a C++ compiler on the CPU, and none is on the PATH (set CXX or install g++); "
                 "engine 'eager' needs none"
             )
-        super().__init__(spec, torch.compile(spec.forward))
+        super().__init__(replace(spec, forward=torch.compile(spec.forward)), Choice("compiled", "asked for"))
 
     def step(self, batch: Any) -> Tensor:
         """See `Engine.step`."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.device import autocast_dtype
+from fasttrain.device import Choice, autocast_dtype
 from fasttrain.metrics import LossObserver
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
 
@@ -21,14 +21,12 @@ class EagerEngine:
 
     Args:
         spec: the step.
-        forward: what runs in place of the spec's forward (a compiled form of it), None for itself.
+        choice: why it is this engine.
     """
 
-    name = "eager"
-
-    def __init__(self, spec: StepSpec, forward: Forward | None = None) -> None:
+    def __init__(self, spec: StepSpec, choice: Choice = Choice("eager", "asked for")) -> None:
+        self.choice = choice
         self._spec = spec
-        self._forward = forward or spec.forward
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
         self._gathered = 0
@@ -55,9 +53,15 @@ class EagerEngine:
                     parameter.grad.mul_(rescale)
             self._apply()
 
+    def expect(self, steps: int) -> None:
+        """See `Engine.expect`: eager has nothing to plan."""
+
+    def close(self) -> None:
+        """See `Engine.close`: nothing runs beside eager."""
+
     def _observed_forward(self, batch: Batch) -> StepOutput:
         if self._is_observed:
-            return run_forward(self._spec, self._forward, batch)
+            return run_forward(self._spec, self._spec.forward, batch)
         self._is_observed = True
         with LossObserver() as observer:
             output = run_forward(self._spec, self._spec.forward, batch)

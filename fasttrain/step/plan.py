@@ -28,10 +28,12 @@ def choose_engine(wanted: str) -> Choice:
     return Choice(wanted, "asked for")
 
 
-def make_engine(name: str, spec: StepSpec) -> Engine:
-    """The engine of that (resolved) name for a step.
+def make_engine(wanted: str, spec: StepSpec) -> Engine:
+    """The engine of that name for a step.
 
     Raises:
+        ConfigError: there is no such engine.
         EngineError: it cannot run this step here.
     """
-    return CompiledEngine(spec) if name == "compiled" else EagerEngine(spec)
+    choice = choose_engine(wanted)
+    return CompiledEngine(spec) if choice.value == "compiled" else EagerEngine(spec, choice)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fasttrain.device import Precision
+from fasttrain.device import Choice, Precision
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import RunningMetrics
 
@@ -75,11 +75,11 @@ class Engine(Protocol):
     """Runs training steps of one `StepSpec`. All engines give the same numbers at equal precision.
 
     Attributes:
-        name: as it is asked for.
-        compile_s: seconds that steps have waited for a compiler so far; None where there was no wait.
+        choice: what runs the steps now ("eager" or "compiled"), and why.
+        compile_s: seconds that steps have waited for a trace or a compiler so far; None where there was no wait.
     """
 
-    name: str
+    choice: Choice
     compile_s: float | None
 
     def step(self, batch: Batch) -> Tensor:
@@ -92,6 +92,14 @@ class Engine(Protocol):
 
     def flush(self) -> None:
         """Steps the optimizer with what an unfinished accumulation has gathered (their mean), if anything."""
+        ...
+
+    def expect(self, steps: int) -> None:
+        """Tells how many steps are to come, as far as the caller knows: whether compiling can pay depends on it."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs beside the training (a compiling child). Steps may follow; they compile nothing more."""
         ...
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttrain.device import choose_precision, resolve_device
+from fasttrain.device import Choice, choose_precision, resolve_device
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import Metric, RunningMetrics
-from fasttrain.step.plan import choose_engine, make_engine
+from fasttrain.step.plan import make_engine
 from fasttrain.step.spec import StepSpec, normalise_forward
 
 __all__ = ["TrainStep"]
@@ -42,7 +42,6 @@ class TrainStep:
         metrics: the running metrics; `compute()` reads them (and waits), `reset()` starts anew.
         device: where the step runs.
         precision: what the forward pass runs in, with the reason.
-        engine: what runs the step, with the reason.
 
     Raises:
         ConfigError: an option, or their combination, cannot work.
@@ -67,7 +66,6 @@ class TrainStep:
     ) -> None:
         self.device = _agreed_device(model, device)
         self.precision = choose_precision(precision, self.device)
-        self.engine = choose_engine(engine)
         self.metrics = RunningMetrics(self.device, metrics)
         self.spec = StepSpec(
             model=model,
@@ -81,7 +79,7 @@ class TrainStep:
             metrics=self.metrics,
             scaler=torch.amp.GradScaler(self.device.type) if self.precision.value == "fp16" else None,
         )
-        self._engine = make_engine(self.engine.value, self.spec)
+        self._engine = make_engine(engine, self.spec)
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step. Makes no host read.
@@ -95,9 +93,22 @@ class TrainStep:
         return self._engine.step(batch)
 
     @property
+    def engine(self) -> Choice:
+        """What runs the steps now ("eager" or "compiled"), and why."""
+        return self._engine.choice
+
+    @property
     def compile_s(self) -> float | None:
-        """Seconds that steps have waited for a compiler so far; None where there was no wait."""
+        """Seconds that steps have waited for a trace or a compiler so far; None where there was no wait."""
         return self._engine.compile_s
+
+    def expect(self, steps: int) -> None:
+        """Tells how many steps are to come: whether compiling can pay depends on it. Without it, none are expected."""
+        self._engine.expect(steps)
+
+    def close(self) -> None:
+        """Ends what runs beside the training (a compiling child). Steps may follow; they compile nothing more."""
+        self._engine.close()
 
     def flush(self) -> None:
         """Steps the optimizer with what an unfinished accumulation has gathered; call it after the last batch."""

@@ -53,7 +53,8 @@ def predict(run: Path, texts: Sequence[str], *, raw: bool = False) -> list[Predi
     try:
         model.load_state_dict(folder.read_model())
     except RuntimeError as error:
-        raise RunError(f"{run / 'model.safetensors'} does not fit vectorizer.json: {error}") from error
+        problem = " ".join(str(error).split())  # torch writes several lines
+        raise RunError(f"{run / 'model.safetensors'} does not fit vectorizer.json: {problem}") from error
     rows = vectorizer.encode(list(texts) if raw else [clean(text) for text in texts])
     ids, offsets = torch.from_numpy(rows.ids.astype("int32")), torch.from_numpy(rows.offsets)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Generator
@@ -95,6 +96,8 @@ def train_reviews(
         test = job.test()
         words = influential_words(job.model, data.vectorizer)
         summary = _summary(job, history, test, total_s=time.perf_counter() - begin)
+        if any(not math.isfinite(row.loss) for row in history.rows):
+            notes = (*notes, "The loss was not a finite number in some epochs: lower --learning-rate.")
         if history.stopped == "interrupted":
             notes = (*notes, f"Interrupted after {history.epochs} finished epochs; go on with --resume {folder.path}.")
         folder.write_model(job.model.state_dict())

@@ -102,7 +102,7 @@ def test_test_figures_are_those_of_dense_one_hot_rows(generated: Path, tmp_path:
     assert outcome.summary["test_accuracy"] == pytest.approx(accuracy, abs=1e-9)
 
 
-def test_generated_reviews_come_near_their_best_possible_accuracy(generated: Path, tmp_path: Path) -> None:
+def test_generated_reviews_are_learnt(generated: Path, tmp_path: Path) -> None:
     outcome = train(config_of(generated, tmp_path / "run", epochs=20))
     assert outcome.summary["test_accuracy"] > 70  # of 600 reviews; guessing gives 50
 
@@ -229,7 +229,7 @@ def test_a_table_that_changed_is_not_gone_on_with(generated: Path, tmp_path: Pat
 
 
 def test_a_batch_larger_than_the_train_split_is_refused(generated: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--batch-size 421 .* at most 420"):
+    with pytest.raises(ConfigError, match=r"--batch-size 421 .* at most 420"):
         train(config_of(generated, tmp_path / "run", batch_size=421))
     assert not (tmp_path / "run").exists()
     train(config_of(generated, tmp_path / "run", batch_size=420, epochs=1))

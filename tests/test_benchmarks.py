@@ -1,0 +1,346 @@
+"""The measurements measure what they say, their records hold together, and the committed tables follow from them."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import commands, first_step, harness, reviews, tables
+from benchmarks.records import Record, Series, ratios_to, read_record, times_better, write_record
+from benchmarks.review_arms import BATCH_SIZE, DenseArm, ReviewJob, TextbookArm, fast_arms
+from fasttrain import DataError, EngineError, FasttrainError
+from fasttrain.workloads.generate import generate_reviews
+
+REPOSITORY = Path(__file__).parent.parent
+RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
+
+figures = st.floats(1e-6, 1e12)
+
+
+def small_record(*, rates: tuple[float, ...] = (4_000.0, 5_000.0), **changes: Any) -> Record:
+    series = {
+        "textbook": Series(description="the book's loop", unit="samples/s", values=(100.0, 50.0)),
+        "fast": Series(description="a | loop <b>", unit="samples/s", values=rates),
+        "peak": Series(description="memory", unit="MB", values=(612.0,)),
+    }
+    environment = {
+        "cpu": "A CPU",
+        "device": "A CPU",
+        "cores": 4,
+        "torch": "2.13.0",
+        "python": "3.11.7",
+        "fasttrain": "0.1.0",
+        "commit": "0123456789abcdef",
+        "has_uncommitted_changes": False,
+        "load_average": 0.1,
+        "load_average_after": 1.2,
+    }
+    fields: dict[str, Any] = {
+        "benchmark": "reviews",
+        "title": "Training, cpu",
+        "command": "python -m benchmarks.reviews",
+        "created": "2026-01-02T03:04:05+00:00",
+        "environment": environment,
+        "workload": {"train_rows": 39_200},
+        "series": series,
+        "yardstick": "textbook",
+        "ratios": ratios_to(series, "textbook", ["textbook", "fast"]),
+        "refused": {"compiled": "no compiler"},
+        "notes": ["a note"],
+    }
+    return Record(**{**fields, **changes})
+
+
+class FakeArm:
+    """Takes exact seconds on a fake clock."""
+
+    compile_s = None
+    description = "fake"
+    threads = 1
+
+    def __init__(self, name: str, seconds: float, log: list[str], clock: list[float]) -> None:
+        self.name, self.seconds, self.log, self.clock = name, seconds, log, clock
+
+    def losses(self, num_batches: int) -> list[float]:
+        return [1.0] * num_batches
+
+    def run(self) -> int:
+        self.log.append(self.name)
+        self.clock[0] += self.seconds
+        return 10
+
+
+def test_every_arm_is_timed_once_a_repeat_over_whole_passes() -> None:
+    log: list[str] = []
+    clock = [0.0]
+    arms = [FakeArm("short", 0.25, log, clock), FakeArm("long", 4.0, log, clock)]
+    rates = harness.measure(arms, repeats=3, min_seconds=1.0, seed=0, clock=lambda: clock[0])
+    assert rates == {"short": [40.0] * 3, "long": [2.5] * 3}
+    assert log.count("short") == 3 * 4
+    assert log.count("long") == 3
+
+
+@given(repeats=st.integers(1, 20), seed=st.integers(0, 10**6))
+@settings(deadline=None)
+def test_interleaving_is_a_permutation_in_each_repeat(repeats: int, seed: int) -> None:
+    names = ["a", "b", "c", "d"]
+    orders = list(harness.interleaved(names, repeats, seed))
+    assert len(orders) == repeats
+    assert all(sorted(order) == names for order in orders)
+    assert orders == list(harness.interleaved(names, repeats, seed))
+
+
+def test_interleaving_varies_the_order() -> None:
+    assert len({tuple(order) for order in harness.interleaved(["a", "b", "c"], 50, 0)}) == 6
+
+
+def test_losses_that_leave_the_textbook_are_refused() -> None:
+    wanted = [0.7, 0.6]
+    assert harness.check_losses([0.7, 0.6 * (1 + 5e-6)], wanted, 1e-5) == pytest.approx(5e-6)
+    with pytest.raises(DataError, match="batch 2"):
+        harness.check_losses([0.7, 0.6 * (1 + 5e-5)], wanted, 1e-5)
+    with pytest.raises(DataError, match="leave"):
+        harness.check_losses([float("nan"), 0.6], wanted, 1e-5)
+    with pytest.raises(DataError, match="1 losses"):
+        harness.check_losses([0.7], wanted, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def job() -> ReviewJob:
+    return ReviewJob.load(generate_reviews(4_000).table, torch.device("cpu"))
+
+
+def test_arms_train_the_same_numbers(job: ReviewJob) -> None:
+    wanted = TextbookArm(job, name="textbook", threads=1, num_batches=2).losses(5)
+    assert len(wanted) == 5
+    makers = fast_arms(job, 1)
+    for arm in (DenseArm(job, threads=1), makers["eager"](), makers["eager, streamed"]()):
+        assert harness.check_losses(arm.losses(5), wanted, reviews.TOLERANCE) < reviews.TOLERANCE, arm.name
+        assert arm.run() == 2_800 // BATCH_SIZE * BATCH_SIZE, arm.name
+
+
+def test_text_size_is_that_of_the_uncompressed_file(tmp_path: Path) -> None:
+    table = generate_reviews(300).table
+    plain, packed = tmp_path / "table.csv", tmp_path / "table.csv.gz"
+    table.to_csv(plain, index=False)
+    table.to_csv(packed, index=False)
+    sizes = [ReviewJob.load(path, torch.device("cpu")).text_bytes() for path in (plain, packed)]
+    assert sizes == [plain.stat().st_size] * 2
+
+
+def test_reviews_writes_a_record_and_times_no_arm_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.csv"
+    generate_reviews(4_000).table.to_csv(table, index=False)
+
+    def no_compiler() -> harness.Arm:
+        raise EngineError("no compiler")
+
+    def arms(job: ReviewJob, threads: int) -> dict[str, Any]:
+        wrong = FakeArm("wrong", 0.0, [], [0.0])
+        return {"eager": fast_arms(job, threads)["eager"], "wrong": lambda: wrong, "compiled": no_compiler}
+
+    monkeypatch.setattr(reviews, "fast_arms", arms)
+    out = tmp_path / "results" / "record.json"
+    options = ["--repeats", "2", "--seconds", "0.01", "--textbook-batches", "2"]
+    assert reviews.main(["--data", str(table), "--out", str(out), *options]) == 0
+    record = read_record(out)
+    assert list(record.series) == list(record.ratios) == ["textbook", "tuned by hand", "eager"]
+    assert all(len(series.values) == 2 for series in record.series.values())
+    assert record.ratios["textbook"].values == (1.0, 1.0)
+    assert record.refused["compiled"] == "no compiler"
+    assert "leave the textbook's" in record.refused["wrong"]
+    assert record.workload["train_rows"] == 2_800
+
+
+def test_the_textbook_is_measured_at_both_numbers_of_threads(job: ReviewJob) -> None:
+    assert [arm.threads for arm in reviews.textbook_arms(job, 1, 4, 2)] == [1, 4]
+    assert [arm.threads for arm in reviews.textbook_arms(job, 4, 4, 2)] == [4]
+
+
+class FakePlace(commands.Place):
+    """Commands whose times are made up."""
+
+    def train(self, *options: str, data: Path | None = None) -> commands.Ran:
+        return commands.Ran(2.0, 600.0, json.dumps({"epochs": 3, "test_accuracy": 90.0}))
+
+    def textbook(self, epochs: int, threads: int) -> commands.Ran:
+        return commands.Ran(50.0, 500.0, json.dumps({"epochs": 3, "test_accuracy": 91.0}))
+
+
+def test_whole_commands_are_compared_over_the_same_epochs(tmp_path: Path) -> None:
+    place = FakePlace(data=tmp_path / "table.csv", scratch=tmp_path)
+    options = SimpleNamespace(epochs=3, textbook_threads=1, repeats=2)
+    series, notes = commands.against_textbook(place, options)  # pyright: ignore[reportArgumentType]
+    assert times_better(series[commands.WHOLE], series[commands.TEXTBOOK]).values == (25.0, 25.0)
+    assert "90.00%" in notes[0]
+    assert "91.00%" in notes[0]
+    options.epochs = 4
+    with pytest.raises(DataError, match="ran 3 epochs where 4"):
+        commands.against_textbook(place, options)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_failed_command_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FasttrainError, match=r"exited with 1.*(?s:.*)no table"):
+        commands.run_child("-c", "raise SystemExit('no table')", cache=tmp_path)
+
+
+def test_peak_memory_below_the_parents_is_not_believed() -> None:
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    usage: Any = SimpleNamespace(ru_maxrss=2 * own)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert commands.peak_mb(usage) == pytest.approx(2 * own * unit / 1e6)
+    with pytest.raises(DataError, match="hides"):
+        commands.peak_mb(SimpleNamespace(ru_maxrss=own))  # pyright: ignore[reportArgumentType]
+
+
+def test_copies_hold_every_row_in_several_orders(tmp_path: Path) -> None:
+    source, target = tmp_path / "one.csv.gz", tmp_path / "three.csv"
+    table = generate_reviews(50).table
+    table.loc[0, "review"] = 'a "quoted", one'
+    table.to_csv(source, index=False)
+    assert commands.write_copies(source, target, 3) == 150
+    copies = pd.read_csv(target, dtype=str, keep_default_na=False)
+    parts = [copies[begin : begin + 50] for begin in (0, 50, 100)]
+    rows = [sorted(map(tuple, part.to_numpy())) for part in parts]
+    assert rows == [sorted(map(tuple, table.to_numpy()))] * 3
+    assert parts[0]["review"].tolist() != parts[1]["review"].tolist()
+
+
+def test_the_first_step_is_timed_once(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    generate_reviews(400).table.to_csv(table, index=False)
+    options = ["--data", str(table), "--out", str(tmp_path / "run"), "--epochs", "1", "--device", "cpu"]
+    plain_step = first_step.TrainStep.__call__
+    assert first_step.main([str(tmp_path / "stepped_at"), *options]) == 0
+    assert first_step.TrainStep.__call__ is plain_step
+    assert float((tmp_path / "stepped_at").read_text()) <= (tmp_path / "run" / "summary.json").stat().st_mtime
+
+
+@given(values=st.lists(st.tuples(figures, figures), min_size=1, max_size=9), unit=st.sampled_from(["s", "samples/s"]))
+@settings(deadline=None)
+def test_records_survive_the_file(
+    values: list[tuple[float, float]], unit: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ours, theirs = zip(*values, strict=True)
+    series = {
+        "a": Series(description="ours", unit=unit, values=ours),
+        "b": Series(description="theirs", unit=unit, values=theirs),
+    }
+    ratios = ratios_to(series, "b", ["a"])
+    record = small_record(series=series, yardstick="b", ratios=ratios)
+    path = tmp_path_factory.getbasetemp() / "record.json"
+    write_record(record, path)
+    assert read_record(path) == record
+    is_better = ours[0] < theirs[0] if unit == "s" else ours[0] > theirs[0]
+    assert (ratios["a"].values[0] > 1) == is_better
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (["schema_version"], 2, "schema version 1"),
+        (["series"], [], "'series' must be a dict"),
+        (["series", "fast", "values", 0], 10**400, "finite"),
+        (["series", "fast", "values", 0], "4000", "finite"),
+        (["series", "fast", "values", 0], True, "finite"),
+        (["series", "fast", "values", 0], -1.0, "finite"),
+        (["series", "fast", "values"], [], "finite"),
+        (["series", "fast", "median"], 4_600.0, "does not belong"),
+        (["ratios", "fast", "values", 0], 41.0, "does not belong|do not follow"),
+        (["ratios", "peak"], {"description": "", "unit": "x", "values": [1.0]}, "does not belong"),
+        (["yardstick"], "nobody", "none of the series"),
+        (["environment", "cores"], "four", "'cores'"),
+        (["workload", "train_rows"], float("inf"), "not finite"),
+        (["notes", 0], 3, "must be text"),
+    ],
+    ids=lambda given: str(given)[:30],
+)
+def test_damaged_records_are_refused(where: list[Any], value: Any, message: str, tmp_path: Path) -> None:
+    content = node = json.loads(json.dumps(small_record().to_dict()))
+    for key in where[:-1]:
+        node = node[key]
+    node[where[-1]] = value
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message) as raised:
+        read_record(path)
+    assert raised.value.file == str(path)
+
+
+def repository(folder: Path, *records: Record, front: str | None = None) -> Path:
+    (folder / "benchmarks").mkdir(parents=True)
+    for number, record in enumerate(records):
+        write_record(record, folder / "benchmarks" / "results" / f"{number}.json")
+    if front is not None:
+        (folder / "README.md").write_text(front)
+    return folder
+
+
+FRONT = f"# A title\n\nbefore\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
+
+
+def test_tables_are_written_and_then_up_to_date(tmp_path: Path) -> None:
+    root = repository(tmp_path / "r", small_record(), front=FRONT)
+    stale = [root / "benchmarks" / "README.md", root / "README.md"]
+    assert tables.update(root, is_check=True) == stale
+    assert (root / "README.md").read_text() == FRONT
+    assert tables.update(root, is_check=False) == stale
+    assert tables.update(root, is_check=True) == []
+    front = (root / "README.md").read_text()
+    assert front.startswith("# A title\n\nbefore\n")
+    assert front.endswith(f"{tables.END}\nafter\n")
+    row = "| fast | 4,500 samples/s (4,000 to 5,000) | 70.0x (40.0 to 100) | 2 |"
+    page = (root / "benchmarks" / "README.md").read_text()
+    assert row in front
+    assert f"{row} a \\| loop &lt;b> |" in page
+    assert "| peak | 612 MB |  | 1 |" in front
+    assert "not timed: compiled: no compiler" in page
+    assert "A CPU, 4 cores; torch 2.13.0" in front
+
+    write_record(small_record(rates=(4_000.0, 6_000.0)), root / "benchmarks" / "results" / "0.json")
+    assert tables.update(root, is_check=True) == stale
+
+
+def test_tables_do_without_a_top_readme_and_without_records(tmp_path: Path) -> None:
+    root = repository(tmp_path / "r")
+    assert tables.update(root, is_check=False) == [root / "benchmarks" / "README.md"]
+    assert "No results are recorded yet." in (root / "benchmarks" / "README.md").read_text()
+    assert not (root / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "front", ["", tables.BEGIN, tables.END, f"{tables.END}\n{tables.BEGIN}\n", FRONT + FRONT], ids=repr
+)
+def test_a_top_readme_without_its_block_is_an_error(front: str, tmp_path: Path) -> None:
+    root = repository(tmp_path / "r", small_record(), front=front)
+    with pytest.raises(DataError, match="once each"):
+        tables.update(root, is_check=False)
+    assert (root / "README.md").read_text() == front
+
+
+@given(value=st.floats(1e-6, 1e9))
+@settings(deadline=None)
+def test_figures_are_shown_to_three_digits(value: float) -> None:
+    shown = tables.number(value)
+    assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.006)
+    assert "e" not in shown
+
+
+@pytest.mark.skipif(not RESULTS, reason="no results are committed yet")
+def test_the_committed_tables_are_up_to_date() -> None:
+    assert tables.update(REPOSITORY, is_check=True) == [], "run python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_the_committed_records_are_whole(path: Path) -> None:
+    assert read_record(path).series
