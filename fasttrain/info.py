@@ -16,14 +16,14 @@ from fasttrain.device import (
     total_bytes,
     versions,
 )
-from fasttrain.step.plan import choose_engine
+from fasttrain.step.plan import explain_auto
 
 __all__ = ["describe_machine"]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Plain facts about a device and this machine, and what "auto" chooses there, with reasons."""
-    precision, engine = choose_precision("auto", device), choose_engine("auto")
+    precision, engine = choose_precision("auto", device), explain_auto(device)
     return {
         "device": f"{device} ({device_name(device)})",
         "memory": _memory(device),

@@ -154,7 +154,7 @@ def count_correct(rule: AccuracyRule, predictions: Tensor, targets: Tensor) -> T
         labels = predictions.argmax(dim=1)
     else:
         labels = predictions > (0.0 if rule == "logit" else 0.5)
-    return labels.eq(targets).sum()
+    return labels.eq(targets).sum(dtype=torch.float64)
 
 
 class LossObserver(TorchFunctionMode):

@@ -22,11 +22,13 @@ class EagerEngine:
     Args:
         spec: the step.
         choice: why it is this engine.
+        forward: what runs in place of the spec's forward (a compiled form of it), None for itself.
     """
 
-    def __init__(self, spec: StepSpec, choice: Choice = Choice("eager", "asked for")) -> None:
+    def __init__(self, spec: StepSpec, choice: Choice, forward: Forward | None = None) -> None:
         self.choice = choice
         self._spec = spec
+        self._forward = forward or spec.forward
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
         self._gathered = 0
@@ -61,7 +63,7 @@ class EagerEngine:
 
     def _observed_forward(self, batch: Batch) -> StepOutput:
         if self._is_observed:
-            return run_forward(self._spec, self._spec.forward, batch)
+            return run_forward(self._spec, self._forward, batch)
         self._is_observed = True
         with LossObserver() as observer:
             output = run_forward(self._spec, self._spec.forward, batch)

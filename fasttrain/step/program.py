@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +11,36 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import EngineError
-from fasttrain.step.torch_private import flat_runner
+from fasttrain.step.torch_private import compile_package, flat_runner
 from fasttrain.step.trace import Mismatch, TracedStep
 
-__all__ = ["StepProgram", "compile_program", "export_step"]
+__all__ = ["StepProgram", "compile_graph"]
 
 Batch = Any
 
-# Random numbers must be eager's own; its kernels are called for them.
-_INDUCTOR = {"fallback_random": True}
 
+def compile_graph(
+    graph: torch.fx.GraphModule, inputs: Sequence[Tensor], open_dims: Sequence[frozenset[int]], package: Path
+) -> None:
+    """Exports and compiles a traced step into `package` (a .pt2 file). Takes 10 to 30 s, for large models minutes.
 
-def export_step(traced: TracedStep, batch: Batch) -> torch.export.ExportedProgram:
-    """The traced step as a program that can be saved and compiled elsewhere, without the user's code.
+    It needs none of the user's code. The program keeps the number of threads that torch has now
+    (`torch.get_num_threads()`).
 
-    Raises:
-        EngineError: torch cannot export the graph.
-    """
-    inputs = traced.inputs(batch)
-    if isinstance(inputs, Mismatch):
-        raise EngineError(f"this step cannot be exported: it was traced before a change of {inputs.reason}")
-    example = tuple(tensor.detach() for tensor in inputs)
-    dynamic: Any = tuple({dim: torch.export.Dim.DYNAMIC for dim in dims} or None for dims in traced.open_dims)
-    try:
-        return torch.export.export(traced.graph, example, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:
-        raise EngineError(f"this step cannot be exported: {error}") from error
-
-
-def compile_program(program: torch.export.ExportedProgram, package: Path) -> None:
-    """Compiles an exported step into `package` (a .pt2 file). Takes tens of seconds.
-
-    The generated code keeps the number of threads that torch has now (`torch.get_num_threads()`).
+    Args:
+        graph: of `TracedStep`.
+        inputs: examples; nothing but their metadata is looked at.
+        open_dims: of `TracedStep`.
+        package: where it goes.
 
     Raises:
-        EngineError: the compiler failed.
+        EngineError: torch cannot export or compile the graph.
     """
+    dynamic: Any = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) or None for dims in open_dims)
+    examples = tuple(tensor.detach() for tensor in inputs)
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(_INDUCTOR))
+        program = torch.export.export(graph, examples, dynamic_shapes=dynamic, strict=False)
+        compile_package(program, str(package))
     except Exception as error:
         raise EngineError(f"this step cannot be compiled: {error}") from error
 
@@ -71,9 +63,12 @@ class StepProgram:
         Raises:
             EngineError: it cannot be exported or compiled.
         """
+        inputs = traced.inputs(batch)
+        if isinstance(inputs, Mismatch):
+            raise EngineError(f"this step cannot be compiled: since it was traced, there is a change: {inputs.reason}")
         with tempfile.TemporaryDirectory(prefix="fasttrain-") as folder:
             package = Path(folder) / "step.pt2"
-            compile_program(export_step(traced, batch), package)
+            compile_graph(traced.graph, inputs, traced.open_dims, package)
             return cls(package, traced.spec.device)
 
     def run(self, inputs: list[Tensor]) -> Tensor:

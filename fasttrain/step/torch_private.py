@@ -1,22 +1,30 @@
-"""Every private torch API that the compiled step needs, in one place. Each has a canary in tests/step/test_torch_private.py.
+"""Every private torch API that the compiled step needs, in one place, for torch 2.11 to 2.13.
 
-Written against torch 2.11 to 2.13.
+Each function has a canary in tests/step/test_torch_private.py.
 """
+
+# The private names of torch are this file's whole purpose.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasttrain.errors import EngineError
+
 __all__ = [
+    "compile_package",
     "flat_runner",
     "has_gradient_hooks",
     "module_tables",
     "optimizer_hooks",
+    "prepare_for_inductor",
     "reported_as_compiling",
     "tensor_check",
     "trace_graph",
@@ -54,8 +62,80 @@ def trace_graph(
     return make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*fakes)
 
 
+def prepare_for_inductor(graph: torch.fx.GraphModule) -> None:
+    """Rewrites, in place, what Inductor computes wrongly or many times over. The values stay the same.
+
+    What is left holds nothing of the trace, so that it can be pickled for a process that compiles it.
+
+    Raises:
+        EngineError: there is an operator that Inductor gets wrong and that is not worth rewriting.
+    """
+    _spell_out_factors(graph)
+    _settle_scalars(graph)
+    for node in graph.graph.nodes:
+        node.meta = {}
+    vars(graph).pop("shape_env", None)
+    graph.recompile()
+
+
+def _spell_out_factors(graph: torch.fx.GraphModule) -> None:
+    """Turns `x + alpha * y`, where it is one operator, into two.
+
+    Inductor fuses a matrix product and a sum into `addmm` and forgets the factor on the way (pytorch#167313), which is
+    where SGD's weight decay on a linear layer would go.
+
+    Raises:
+        EngineError: there is a product with a factor of its own, which Inductor gets wrong as well.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target in _SCALED_PRODUCTS and {node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)} != {1}:
+            raise EngineError(f"{node.target} with alpha or beta is not compiled correctly by torch (pytorch#167313)")
+        if node.target not in _SCALED_SUMS or node.kwargs.get("alpha", 1) == 1 or not _is_of_one_dtype(*node.args):
+            continue
+        with graph.graph.inserting_before(node):
+            scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[1], node.kwargs["alpha"]))
+        scaled.meta["val"] = node.args[1].meta["val"]
+        node.args = (node.args[0], scaled)
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "alpha"}
+
+
+def _is_of_one_dtype(first: Any, second: Any) -> bool:
+    """Where it is not, nothing is fused, and the factor must stay where it is: it is applied in the wider dtype."""
+    are_tensors = isinstance(first, torch.fx.Node) and isinstance(second, torch.fx.Node)
+    return are_tensors and first.meta["val"].dtype == second.meta["val"].dtype
+
+
+_aten = torch.ops.aten
+_SCALED_SUMS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor)
+_SCALED_PRODUCTS = (_aten.addmm.default, _aten.baddbmm.default, _aten.addmv.default, _aten.addbmm.default)
+
+
+def _settle_scalars(graph: torch.fx.GraphModule) -> None:
+    """Has each scalar that the optimizer derives (bias corrections and the like) computed once, into memory.
+
+    Inductor would compute it anew for every vector of every parameter: for Adam two calls of `pow` per 16 weights. It
+    never computes through `as_strided`, which changes nothing on a scalar.
+    """
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not _is_double_scalar(node):
+            continue
+        readers = [user for user in node.users if isinstance(user.meta.get("val"), Tensor) and user.meta["val"].dim()]
+        if not readers:
+            continue
+        with graph.graph.inserting_after(node):
+            settled = graph.graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
+        settled.meta = dict(node.meta)
+        for reader in readers:
+            reader.replace_input_with(node, settled)
+
+
+def _is_double_scalar(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float64
+
+
 @contextmanager
-def reported_as_compiling() -> Iterator[None]:
+def reported_as_compiling() -> Generator[None]:
     """Makes `torch.compiler.is_compiling()` true: optimizers then keep their step counts as tensors (no `.item()`)."""
     previous = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
@@ -65,38 +145,55 @@ def reported_as_compiling() -> Iterator[None]:
         torch.compiler._is_compiling_flag = previous
 
 
+def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
+    """Compiles an exported program into an AOTInductor package (.pt2) at `path`."""
+    from torch._inductor import aoti_compile_and_package
+
+    # Random numbers must be eager's own, so its kernels are called for them.
+    configs = {"fallback_random": True}
+    with warnings.catch_warnings():
+        # torch warns of its own use of what it has deprecated; no code of the user's runs here.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
 def flat_runner(package: str, device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
     """Loads an AOTInductor package; the result takes the flat list of inputs (and empties it) and returns all outputs.
 
-    Calling the loader's C++ half directly saves the pytree round trip of `AOTICompiledModel.__call__` on every step.
+    The C++ loader without its Python half: that imports the whole of Inductor first (2 s, where loading takes 2 ms),
+    and walks a pytree on every step.
 
     Args:
         package: path of the .pt2 file.
         device: where the program runs.
     """
-    from torch._inductor import aoti_load_package
-
-    device_index = -1 if device.index is None else device.index
-    model: Any = aoti_load_package(package, run_single_threaded=True, device_index=device_index)
-    return model.loader.boxed_run
+    index: Any = device.index  # None for "the current one", which its annotation leaves out
+    num_runners, is_single_threaded = 1, True
+    extension: Any = torch._C._aoti
+    loader = extension.AOTIModelPackageLoader(
+        package, "model", is_single_threaded, num_runners, -1 if index is None else index
+    )
+    return loader.boxed_run
 
 
 def optimizer_hooks(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
     """The dicts that hold the hooks of this optimizer's step and those of all optimizers."""
-    from torch.optim import optimizer as module
+    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
     own: Any = optimizer
     return [
         own._optimizer_step_pre_hooks,
         own._optimizer_step_post_hooks,
-        module._global_optimizer_pre_hooks,
-        module._global_optimizer_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
     ]
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """True where Python code runs when this tensor's gradient is made or accumulated."""
-    return bool(parameter._backward_hooks) or bool(parameter._post_accumulate_grad_hooks)
+    own: Any = parameter
+    return bool(own._backward_hooks) or bool(own._post_accumulate_grad_hooks)
 
 
 def module_tables(module: torch.nn.Module) -> list[dict[str, Any]]:
@@ -113,17 +210,36 @@ def module_tables(module: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def tensor_check(tensors: Sequence[Tensor], open_dims: Sequence[frozenset[int]]) -> Callable[[Sequence[Tensor]], str | None]:
+def tensor_check(
+    tensors: Sequence[Tensor], open_dims: Sequence[frozenset[int]]
+) -> Callable[[Sequence[Tensor]], str | None]:
     """A check that tensors are of the same type, dtype, device, sizes, strides and requires_grad as these.
 
     Args:
-        tensors: examples.
+        tensors: examples; a tensor may be there twice.
         open_dims: for each, the dimensions whose size may vary.
 
     Returns:
         A function of as many tensors that gives None, or says what differs. It takes 0.1 us a tensor; it also notices
         autocast and inference mode.
     """
+    places = {id(tensor): place for place, tensor in reversed(list(enumerate(tensors)))}
+    first = sorted(places.values())
+    again = [place for place in range(len(tensors)) if place not in first]
+    check_first = _tensor_guards([tensors[place] for place in first], [open_dims[place] for place in first])
+    check_again = [(place, _tensor_guards([tensors[place]], [open_dims[place]])) for place in again]
+    if not again:
+        return check_first
+
+    def check(found: Sequence[Tensor]) -> str | None:
+        reasons = (differ([found[place]]) for place, differ in check_again)
+        return check_first([found[place] for place in first]) or next(filter(None, reasons), None)
+
+    return check
+
+
+def _tensor_guards(tensors: list[Tensor], open_dims: list[frozenset[int]]) -> Callable[[Sequence[Tensor]], str | None]:
+    """Dynamo's guards of these tensors, which refuse one that is there twice."""
     from torch._C._dynamo.guards import TensorGuards
 
     sizes = [
@@ -131,7 +247,8 @@ def tensor_check(tensors: Sequence[Tensor], open_dims: Sequence[frozenset[int]])
         for tensor, dims in zip(tensors, open_dims, strict=True)
     ]
     strides = [list(tensor.stride()) for tensor in tensors]
-    guards: Any = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    make: Any = TensorGuards  # annotated for one tensor only
+    guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     names = [f"input {index}" for index in range(len(tensors))]
 
     def check(found: Sequence[Tensor]) -> str | None:
@@ -141,7 +258,7 @@ def tensor_check(tensors: Sequence[Tensor], open_dims: Sequence[frozenset[int]])
 
 
 @contextmanager
-def without_onednn() -> Iterator[None]:
+def without_onednn() -> Generator[None]:
     """Turns oneDNN off. The public context (`torch.backends.mkldnn.flags`) also sets TF32, which warns."""
     was_enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)

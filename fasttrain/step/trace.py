@@ -6,118 +6,30 @@ changes the very tensors of the user's objects in place, so that their `state_di
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fasttrain.errors import EngineError
 from fasttrain.step.eager import run_forward
 from fasttrain.step.guards import BatchLayout, Guards
+from fasttrain.step.optimizer import OptimizerStep
 from fasttrain.step.spec import StepOutput, StepSpec
+from fasttrain.step.state import LearningRates, StepState
 from fasttrain.step.torch_private import (
     has_gradient_hooks,
     optimizer_hooks,
-    reported_as_compiling,
+    prepare_for_inductor,
     tensor_check,
     trace_graph,
     without_onednn,
 )
 
-__all__ = ["LearningRates", "Mismatch", "StepState", "TracedStep", "trace_step"]
+__all__ = ["Mismatch", "TracedStep", "trace_step"]
 
 Batch = Any
-
-_BRANCHES_ON_VALUES = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
-"""Their default code branches on values of tensors; their `capturable` code computes the same without."""
-
-_SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
-"""State that optimizers read as Python numbers, in double precision."""
-
-
-class StepState:
-    """The tensors that a step reads and changes, in the order of the graph's inputs.
-
-    Args:
-        spec: the step.
-
-    Attributes:
-        names: what each tensor is.
-        tensors: model parameters, other trained parameters, buffers, optimizer state, totals of the metrics.
-        groups: for each group of the optimizer, where its parameters are in `tensors`.
-        slots: for each trained parameter that has state (by its place in `tensors`), where each entry of it is.
-    """
-
-    def __init__(self, spec: StepSpec) -> None:
-        self.names: list[str] = []
-        self.tensors: list[Tensor] = []
-        self._places: dict[int, int] = {}
-        self.parameters = {name: self._add(name, value) for name, value in spec.model.named_parameters()}
-        self.groups = [
-            [self._add(f"group {number}", parameter) for parameter in group["params"]]
-            for number, group in enumerate(spec.optimizer.param_groups)
-        ]
-        self.buffers = {name: self._add(name, value) for name, value in spec.model.named_buffers()}
-        self.slots = dict(self._add_slots(spec.optimizer))
-        self.totals = self._add("metrics", spec.metrics.totals)
-
-    @property
-    def signature(self) -> Any:
-        """Everything about the state but which objects hold it and their values."""
-        metadata = [(t.shape, t.dtype, t.stride(), t.device, t.requires_grad) for t in self.tensors]
-        return self.names, metadata, self.parameters, self.groups, self.buffers, self.slots, self.totals
-
-    def _add(self, name: str, tensor: Tensor) -> int:
-        place = self._places.get(id(tensor))
-        if place is None:
-            place = self._places[id(tensor)] = len(self.tensors)
-            self.tensors.append(tensor)
-            self.names.append(name)
-        return place
-
-    def _add_slots(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, dict[str, int]]]:
-        for place in [place for group in self.groups for place in group]:
-            entries: dict[str, Any] = optimizer.state.get(self.tensors[place], {})
-            found = {
-                key: self._add(f"{key} of {self.names[place]}", value)
-                for key, value in entries.items()
-                if isinstance(value, Tensor)
-            }
-            if found:
-                yield place, found
-
-
-class LearningRates:
-    """The groups' learning rates as scalar tensors, so that a graph can take them as inputs.
-
-    Args:
-        optimizer: whose `param_groups` are read; a rate that is a tensor already is passed on as it is.
-        device: where the rates live.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._optimizer = optimizer
-        # Python's floats are doubles, and so is what eager optimizers compute with them.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._own = [torch.zeros((), dtype=dtype, device=device) for _ in optimizer.param_groups]
-        self._filled: list[float | None] = [None] * len(self._own)
-
-    def current(self) -> list[Tensor]:
-        """The rates of this moment, one a group."""
-        rates: list[Tensor] = []
-        for index, group in enumerate(self._optimizer.param_groups):
-            rate = group["lr"]
-            if isinstance(rate, Tensor):
-                rates.append(rate)
-                continue
-            if rate != self._filled[index]:
-                self._own[index].fill_(rate)
-                self._filled[index] = rate
-            rates.append(self._own[index])
-        return rates
 
 
 class Mismatch(NamedTuple):
@@ -142,6 +54,8 @@ class TracedStep:
         spec: the step.
         graph: see above.
         open_dims: for each input of the graph, the dimensions whose size is left open.
+        tensors: the state that the graph changes, the user's own tensors.
+        kinds: what each of them is (see `StepState`).
     """
 
     def __init__(
@@ -158,13 +72,13 @@ class TracedStep:
         self._layout = BatchLayout(batch)
         self._rates = rates
         self._closed_over = closed_over
-        self._bind(state)
+        self._bind(state, Guards(spec))
         leaves = self._layout.flatten(batch)
         assert leaves is not None
-        example = self._all_inputs(leaves)
-        fixed: list[frozenset[int]] = [frozenset()] * (len(example) - len(leaves) - len(closed_over))
-        self.open_dims = [*fixed, *self._layout.open_dims, *[frozenset[int]()] * len(closed_over)]
-        self._differ = tensor_check(example, self.open_dims)
+        closed: frozenset[int] = frozenset()
+        num_before = len(state.tensors) + len(state.groups)
+        self.open_dims = [*[closed] * num_before, *self._layout.open_dims, *[closed] * len(closed_over)]
+        self._differ = tensor_check(self._all_inputs(leaves), self.open_dims)
 
     def inputs(self, batch: Batch) -> list[Tensor] | Mismatch:
         """The graph's inputs for a batch, or why the graph does not hold for it or for the user's objects as they are.
@@ -194,24 +108,24 @@ class TracedStep:
         """Takes up tensors that were replaced by others of the same kind, as `load_state_dict` does.
 
         Returns:
-            False where more has changed than that: trace anew.
+            False where nothing was replaced, or more has changed than that: trace anew.
         """
-        before, state = self._guards, StepState(self.spec)
-        if state.signature != self._signature:
+        if self._guards.mismatch() is None:
             return False
-        self._bind(state)
-        if not self._guards.agree(before):
-            self._guards = before
+        state, guards = StepState(self.spec), Guards(self.spec)
+        if state.signature != self._signature or not guards.agree(self._guards):
             return False
+        self._bind(state, guards)
         return True
 
-    def _bind(self, state: StepState) -> None:
-        self._tensors = state.tensors
-        self._signature = state.signature
-        self._guards = Guards(self.spec)
-
     def _all_inputs(self, leaves: list[Tensor]) -> list[Tensor]:
-        return [*self._tensors, *self._rates.current(), *leaves, *self._closed_over]
+        return [*self.tensors, *self._rates.current(), *leaves, *self._closed_over]
+
+    def _bind(self, state: StepState, guards: Guards) -> None:
+        self.tensors = state.tensors
+        self.kinds = state.kinds
+        self._signature = state.signature
+        self._guards = guards
 
 
 def trace_step(spec: StepSpec, batch: Batch) -> TracedStep:
@@ -229,7 +143,7 @@ def trace_step(spec: StepSpec, batch: Batch) -> TracedStep:
     leaves = layout.flatten(batch)
     assert leaves is not None
     state = StepState(spec)
-    _refuse_overlaps(state)
+    state.refuse_overlaps()
     rates = LearningRates(spec.optimizer, spec.device)
     inputs = [*state.tensors, *rates.current(), *leaves]
     fixed: list[frozenset[int]] = [frozenset()] * (len(inputs) - len(leaves))
@@ -242,7 +156,7 @@ def trace_step(spec: StepSpec, batch: Batch) -> TracedStep:
     except Exception as error:
         raise EngineError(f"this step cannot be traced: {_first_line(error)}") from error
     closed_over = _lift_closed_over(graph)
-    _settle_scalars(graph)
+    prepare_for_inductor(graph)
     return TracedStep(spec, graph, batch, state, rates, closed_over)
 
 
@@ -264,13 +178,14 @@ class _WholeStep:
         with torch.enable_grad():
             variables = {place: state[place].detach().requires_grad_() for place in self._trained}
             output = self._forward({**dict(enumerate(state)), **variables}, batch)
-            gradients = torch.autograd.grad(output.loss, list(variables.values()), allow_unused=True)
+            found = torch.autograd.grad(output.loss, list(variables.values()), allow_unused=True)
+            gradients = cast("Sequence[Tensor | None]", found)
         with torch.no_grad():
             for place, gradient in zip(self._trained, gradients, strict=True):
                 # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
                 state[place].grad = None if gradient is None else gradient.clone()
             self._clip([state[place] for place in self._trained])
-            _OptimizerStep(self._spec.optimizer, self._state, state, rates).run()
+            OptimizerStep(self._spec.optimizer, self._state, state, rates).run()
             cells = list(state[self._state.totals].unbind())
             self._spec.metrics.accumulate(cells, *output, 1.0)
         return output.loss.detach()
@@ -306,94 +221,6 @@ class _ForwardModule(nn.Module):
         return run_forward(self._spec, self._spec.forward, batch)
 
 
-class _OptimizerStep:
-    """The step of the user's optimizer, by its own code, over stand-ins for its tensors.
-
-    It runs in a twin that shares the optimizer's attributes and has groups and state of its own, so that nothing of the
-    user's has to be put back.
-
-    Args:
-        optimizer: the user's.
-        state: where everything is.
-        tensors: the stand-ins, in the order of `state`; trained ones have their gradients.
-        rates: stand-ins for the learning rates, one a group.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, state: StepState, tensors: list[Tensor], rates: Sequence[Tensor]
-    ) -> None:
-        self._optimizer = optimizer
-        self._state = state
-        self._tensors = tensors
-        self._twin: Any = object.__new__(type(optimizer))
-        self._twin.__dict__.update(optimizer.__dict__)
-        self._twin.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the user's optimizer
-        self._twin.param_groups = [
-            self._group(group, places, rate)
-            for group, places, rate in zip(optimizer.param_groups, state.groups, rates, strict=True)
-        ]
-        self._twin.state = defaultdict(dict, {tensors[place]: self._entries(place) for place in state.slots})
-
-    def run(self) -> None:
-        """Steps the twin and brings what it changed to the stand-ins."""
-        groups = [dict(group) for group in self._twin.param_groups]
-        before = {parameter: dict(entries) for parameter, entries in self._twin.state.items()}
-        with reported_as_compiling(), _TensorsForNumbers():
-            type(self._optimizer).step(self._twin)
-        if any(group != old for group, old in zip(self._twin.param_groups, groups, strict=True)):
-            raise EngineError(f"{self._name} changes its parameter groups in every step: a graph would not see that")
-        for parameter, entries in self._twin.state.items():
-            for key, value in entries.items():
-                if key not in before.get(parameter, {}):
-                    raise EngineError(f"{self._name} has not made its state yet: run one step eagerly, then trace")
-                self._write_back(parameter, key, before[parameter][key], value)
-
-    @property
-    def _name(self) -> str:
-        return type(self._optimizer).__name__
-
-    def _group(self, group: dict[str, Any], places: list[int], rate: Tensor) -> dict[str, Any]:
-        twin = {**group, "params": [self._tensors[place] for place in places], "lr": rate}
-        # One operator after the other: the compiler fuses them itself, and fused kernels cannot be recorded.
-        twin.update({name: False for name in ("foreach", "fused") if name in group})
-        if isinstance(self._optimizer, _BRANCHES_ON_VALUES):
-            twin["capturable"] = True
-        return twin
-
-    def _entries(self, place: int) -> dict[str, Any]:
-        entries = dict(self._optimizer.state[self._state.tensors[place]])
-        for key, slot in self._state.slots[place].items():
-            stand_in = self._tensors[slot]
-            entries[key] = stand_in.double() if key in _SCALARS and stand_in.dim() == 0 else stand_in
-        return entries
-
-    def _write_back(self, parameter: Tensor, key: str, old: Any, new: Any) -> None:
-        if not isinstance(old, Tensor):
-            if new is not old and new != old:
-                raise EngineError(f"{self._name} keeps {key!r} as a Python value: a graph would not change it")
-            return
-        slots = next(s for place, s in self._state.slots.items() if self._tensors[place] is parameter)
-        home = self._tensors[slots[key]]
-        if new is not home:
-            home.copy_(new)
-
-
-class _TensorsForNumbers(TorchFunctionMode):
-    """Lets optimizers use scalar tensors where torch takes only numbers: `add(x, y, alpha=rate)` and its kin."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Multiplies the second operand by a factor that is a tensor, which is what these operators do with numbers."""
-        kwargs = kwargs or {}
-        for name in ("alpha", "value"):
-            factor = kwargs.get(name)
-            if isinstance(factor, Tensor) and len(args) > 1:
-                kwargs = {key: value for key, value in kwargs.items() if key != name}
-                args = (args[0], args[1] * factor, *args[2:])
-        return func(*args, **kwargs)
-
-
 def _refuse_unsupported(spec: StepSpec) -> None:
     """Raises EngineError for what a trace would silently get wrong."""
     if spec.accumulate != 1:
@@ -406,26 +233,16 @@ def _refuse_unsupported(spec: StepSpec) -> None:
         raise EngineError(f"{type(spec.optimizer).__name__} has a parameter group without 'lr'")
     for parameter in (*spec.model.parameters(), *spec.trained()):
         if type(parameter) not in (Tensor, nn.Parameter):
-            raise EngineError(f"the model has a parameter of type {type(parameter).__name__}: only plain tensors are traced")
+            raise EngineError(
+                f"the model has a parameter of type {type(parameter).__name__}: only plain tensors are traced"
+            )
         if has_gradient_hooks(parameter):
             raise EngineError("a parameter has gradient hooks: a compiled step would not call them")
 
 
-def _refuse_overlaps(state: StepState) -> None:
-    """Raises EngineError where two tensors of the state share memory: a graph cannot know that."""
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.untyped_storage().nbytes() - tensor.storage_offset(), name)
-        for name, tensor in zip(state.names, state.tensors, strict=True)
-        if tensor.numel()
-    )
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
-        if begin < end:
-            raise EngineError(f"{first!r} and {second!r} share memory without being one tensor")
-
-
 def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
     """Turns the real tensors that were met while tracing into inputs of the graph, after the others."""
-    lifted: list[Tensor] = []
+    lifted: dict[int, tuple[Tensor, torch.fx.Node]] = {}
     nodes = list(graph.graph.nodes)
     last = [node for node in nodes if node.op == "placeholder"][-1]
     for node in nodes:
@@ -434,42 +251,18 @@ def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
         tensor = getattr(graph, node.target)
         if tensor.requires_grad:
             raise EngineError(
-                f"forward uses a tensor of shape {list(tensor.shape)} that requires a gradient and is no parameter of the "
-                "model: register it as one"
+                f"forward uses a tensor of shape {list(tensor.shape)} that requires a gradient and is no parameter of "
+                "the model: register it as one"
             )
-        with graph.graph.inserting_after(last):
-            last = graph.graph.placeholder(f"closed_over_{len(lifted)}")
-        last.meta = dict(node.meta)
-        node.replace_all_uses_with(last)
+        if id(tensor) not in lifted:
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"closed_over_{len(lifted)}")
+            last.meta = dict(node.meta)
+            lifted[id(tensor)] = tensor, last
+        node.replace_all_uses_with(lifted[id(tensor)][1])
         graph.graph.erase_node(node)
-        lifted.append(tensor)
     graph.recompile()
-    return lifted
-
-
-def _settle_scalars(graph: torch.fx.GraphModule) -> None:
-    """Has each scalar that the optimizer derives (bias corrections and the like) computed once, into memory.
-
-    Inductor would compute it anew for every vector of every parameter: for Adam two calls of `pow` per 16 weights. It
-    never computes through `as_strided`, which changes nothing on a scalar.
-    """
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function" or not _is_double_scalar(node):
-            continue
-        readers = [user for user in node.users if isinstance(user.meta.get("val"), Tensor) and user.meta["val"].dim()]
-        if not readers:
-            continue
-        with graph.graph.inserting_after(node):
-            settled = graph.graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
-        settled.meta = dict(node.meta)
-        for reader in readers:
-            reader.replace_input_with(node, settled)
-    graph.recompile()
-
-
-def _is_double_scalar(node: torch.fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float64
+    return [tensor for tensor, _ in lifted.values()]
 
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh_copy.default

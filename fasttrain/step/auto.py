@@ -1,0 +1,298 @@
+"""`auto`: starts eagerly, compiles beside the training where that can pay, and keeps what is measured faster.
+
+    measure eager -> consider -> trace (the one stall) -> a child compiles -> parity -> trial -> program, or eager
+
+Each arrow is a method that the next steps run through; whatever goes wrong on the way, training goes on eagerly and
+`choice` says why.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fasttrain.device import Choice
+from fasttrain.errors import EngineError
+from fasttrain.step.cache import Verdict
+from fasttrain.step.compiler import Compiler, Pending
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.parity import compare_steps, fits_in_memory
+from fasttrain.step.replay import Programs
+from fasttrain.step.spec import StepSpec
+from fasttrain.step.trace import Mismatch
+
+__all__ = ["AutoEngine"]
+
+Batch = Any
+
+WARM_STEPS = 8
+"""Eager steps before any is timed: allocator, caches and the optimizer's state are made in them."""
+
+TIMED_STEPS = 32
+"""Eager steps whose median says what a step takes."""
+
+POLL_STEPS = 16
+"""Steps between two looks at the child, or at whether compiling is worth it by now."""
+
+TRIAL_ROUNDS = 10
+TRIAL_S = 0.002
+"""A trial alternates so many rounds of eager and program, each long enough for the clock."""
+
+MARGIN = 0.98
+"""A program is kept if its step takes less than this share of eager's."""
+
+AUDIT_STEPS = 20_000
+"""Steps between two audits of a running program: one step both ways, compared."""
+
+LOOK_STEPS = 256
+MISSED_SHARE = 0.25
+MAX_TRACES = 4
+"""A running step is traced anew where, of so many steps, more than this share found no program; so often at most."""
+
+EXPECTED_COMPILE_S = 25.0
+EXPECTED_TRACE_S = 0.7
+SMALL_STEP_S = 2e-3
+GAIN_OF_SMALL_STEPS, GAIN_OF_LARGE_STEPS = 0.5, 0.05
+"""What to expect before anything is measured: the time of small steps is overhead, which compiling removes; that of
+large ones is in matrix products, which it does not touch."""
+
+
+class AutoEngine:
+    """Runs steps eagerly or by program, whichever is measured faster, and never waits for the compiler.
+
+    Args:
+        spec: the step.
+
+    Attributes:
+        choice: what runs now, and why.
+        compile_s: seconds that steps have waited (for traces); None where there was no wait.
+    """
+
+    name = "auto"
+
+    def __init__(self, spec: StepSpec) -> None:
+        self.choice = Choice("eager", "there were too few steps to measure anything")
+        self.compile_s: float | None = None
+        self._spec = spec
+        self._eager = EagerEngine(spec, self.choice)
+        self._programs = Programs(self._eager.step, spec.metrics.count)
+        self._compiler: Compiler | None = None
+        self._pending: Pending | None = None
+        self._steps = self._last_step = self._traces = 0
+        self._eager_times: list[float] = []
+        self._trial = _Trial()
+        self._run: Callable[[Batch], Tensor] = self._measure_eager
+
+    def step(self, batch: Batch) -> Tensor:
+        """See `Engine.step`."""
+        self._steps += 1
+        return self._run(batch)
+
+    def flush(self) -> None:
+        """See `Engine.flush`."""
+        self._eager.flush()
+
+    def expect(self, steps: int) -> None:
+        """See `Engine.expect`."""
+        self._last_step = self._steps + steps
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._pending is not None:
+            self._pending.close()
+            self._give_up("training ended before the program was ready")
+
+    @property
+    def _eager_s(self) -> float:
+        return statistics.median(self._eager_times)
+
+    # Each of these runs one step; `_run` is the one that runs the next.
+
+    def _measure_eager(self, batch: Batch) -> Tensor:
+        begin = time.perf_counter()
+        loss = self._eager.step(batch)
+        if self._steps > WARM_STEPS:
+            self._eager_times.append(time.perf_counter() - begin)
+        if len(self._eager_times) >= TIMED_STEPS:
+            self._run = self._consider
+        return loss
+
+    def _consider(self, batch: Batch) -> Tensor:
+        if self._steps % POLL_STEPS == 0:
+            try:
+                self._begin_if_worth_it(batch)
+            except EngineError as error:
+                self._give_up(str(error))
+        return self._programs.step(batch)
+
+    def _wait_for_program(self, batch: Batch) -> Tensor:
+        assert self._pending is not None
+        if self._steps % POLL_STEPS == 0:
+            try:
+                if self._pending.is_ready():
+                    self._run = self._check_parity
+            except EngineError as error:
+                self._refuse(str(error))
+        return self._programs.step(batch)
+
+    def _check_parity(self, batch: Batch) -> Tensor:
+        assert self._pending is not None
+        traced = self._pending.traced
+        if isinstance(traced.inputs(batch), Mismatch) and not traced.rebind():
+            return self._missed(batch)
+        if not fits_in_memory(traced.tensors, self._spec.device):
+            self._give_up("two copies of the step's state, to check the program with, do not fit in memory")
+            return self._programs.step(batch)
+        self._programs.add(traced, self._pending.load())
+        loss, difference = self._compare(batch)
+        if difference is not None:
+            self._programs.drop_first()
+            self._refuse(f"its numbers differ from eager's: {difference}")
+        else:
+            self._trial = _Trial(steps=max(1, round(TRIAL_S / self._eager_s)))
+            self._run = self._try_out
+        return loss
+
+    def _try_out(self, batch: Batch) -> Tensor:
+        """One step of the trial, by the arm whose turn it is; both arms train."""
+        run = self._programs.step if self._trial.is_programs_turn else self._eager.step
+        begin = time.perf_counter()
+        loss = run(batch)
+        self._trial.add(time.perf_counter() - begin)
+        if self._trial.is_over:
+            self._conclude(*self._trial.medians())
+        return loss
+
+    def _replay(self, batch: Batch) -> Tensor:
+        if self._steps % AUDIT_STEPS == 0 and self._programs.first_holds(batch):
+            loss, difference = self._compare(batch)
+            if difference is not None:
+                self._programs.clear()
+                self._refuse(f"an audit found numbers that differ from eager's: {difference}")
+            return loss
+        if self._steps % LOOK_STEPS == 0:
+            missed, self._programs.missed = self._programs.missed, 0
+            if missed > MISSED_SHARE * LOOK_STEPS and self._traces < MAX_TRACES:
+                self._run = self._consider
+        return self._programs.step(batch)
+
+    # What the steps above decide.
+
+    def _begin_if_worth_it(self, batch: Batch) -> None:
+        compiler = self._compiler = self._compiler or Compiler(self._spec)
+        known = compiler.verdict(batch)
+        if known is not None and known.refused is not None:
+            self._give_up(f"an earlier run of this job refused its program: {known.refused}")
+            return
+        shortfall = _shortfall(self._last_step - self._steps, self._eager_s, known)
+        if shortfall is not None:
+            self.choice = Choice("eager", shortfall)
+            return
+        self._pending = compiler.begin(batch)
+        self._traces += 1
+        self.compile_s = (self.compile_s or 0.0) + self._pending.trace_s
+        self.choice = Choice("eager", "a child process is compiling the step")
+        self._run = self._wait_for_program
+
+    def _compare(self, batch: Batch) -> tuple[Tensor, str | None]:
+        traced = self._programs.first
+        return compare_steps(
+            traced.tensors, traced.kinds, self._spec.device, self._eager.step, self._programs.run_first, batch
+        )
+
+    def _missed(self, batch: Batch) -> Tensor:
+        """The step has changed while its program was compiled: leave it, and look again later."""
+        assert self._pending is not None
+        self._pending.close()
+        self._pending = None
+        self._run = self._consider if self._traces < MAX_TRACES else self._programs.step
+        return self._programs.step(batch)
+
+    def _conclude(self, eager_s: float, program_s: float) -> None:
+        assert self._pending is not None
+        is_faster = program_s < MARGIN * eager_s
+        measured = f"measured {program_s * 1e6:.0f} us a step, eager {eager_s * 1e6:.0f} us"
+        self._remember(program_us=program_s * 1e6, refused=None if is_faster else f"not faster: {measured}")
+        self._pending.close()
+        self._pending = None
+        if is_faster:
+            self.choice = Choice("compiled", measured)
+            self._run = self._replay
+        else:
+            self._programs.drop_first()
+            self._give_up(f"the compiled program is not faster: {measured}")
+
+    def _refuse(self, reason: str) -> None:
+        """The program must not be used, now or in a later run."""
+        self._remember(program_us=None, refused=reason)
+        self._give_up(f"the compiled program was refused: {reason}")
+
+    def _remember(self, *, program_us: float | None, refused: str | None) -> None:
+        if self._compiler is not None and self._pending is not None:
+            self._compiler.remember(
+                Verdict(
+                    eager_us=self._eager_s * 1e6,
+                    program_us=program_us,
+                    trace_s=self._pending.trace_s,
+                    compile_s=self._pending.compile_s,
+                    refused=refused,
+                )
+            )
+
+    def _give_up(self, reason: str) -> None:
+        """Eager for good, with the programs that there are."""
+        if self._pending is not None:
+            self._pending.close()
+            self._pending = None
+        if not len(self._programs):
+            self.choice = Choice("eager", reason)
+        self._run = self._programs.step
+
+
+def _shortfall(steps: int, eager_s: float, known: Verdict | None) -> str | None:
+    """Why so many steps cannot repay a program, None if they can."""
+    trace_s = known.trace_s if known is not None else EXPECTED_TRACE_S
+    compile_s = EXPECTED_COMPILE_S
+    gain = GAIN_OF_SMALL_STEPS if eager_s < SMALL_STEP_S else GAIN_OF_LARGE_STEPS
+    if known is not None and known.program_us is not None:
+        compile_s, gain = 0.0, 1.0 - known.program_us / known.eager_us
+    alone = len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else False
+    cost_s = 2.0 * trace_s + (compile_s if alone else 0.0)
+    saved_s = max(0.0, steps * eager_s - compile_s) * gain
+    if saved_s >= cost_s:
+        return None
+    return (
+        f"the {steps:,} steps that are left take about {steps * eager_s:.1f} s: too little to repay a compiled program "
+        f"(ready in {compile_s:.0f} s, then {gain:.0%} faster)"
+    )
+
+
+class _Trial:
+    """Times eager and program in turn, in rounds of so many steps."""
+
+    def __init__(self, steps: int = 1) -> None:
+        self._steps = steps
+        self._rounds: list[list[float]] = [[]]
+
+    @property
+    def is_programs_turn(self) -> bool:
+        return len(self._rounds) % 2 == 0
+
+    @property
+    def is_over(self) -> bool:
+        return len(self._rounds) > 2 * TRIAL_ROUNDS
+
+    def add(self, seconds: float) -> None:
+        self._rounds[-1].append(seconds)
+        if len(self._rounds[-1]) == self._steps:
+            self._rounds.append([])
+
+    def medians(self) -> tuple[float, float]:
+        """Seconds of a step: eager, program; the first round of each warms up and does not count."""
+        means = [statistics.fmean(each) for each in self._rounds if each]
+        return statistics.median(means[2::2]), statistics.median(means[3::2])

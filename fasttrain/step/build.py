@@ -1,0 +1,197 @@
+"""Compiling a traced step in a child process that holds none of the user's code.
+
+The parent writes the graph and the shapes of its inputs into a private folder and goes on training; the child exports
+and compiles at low priority, with bounds on threads and memory, and leaves a package or the reason why there is none.
+It ends when the parent does.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.device import total_bytes
+from fasttrain.errors import EngineError
+from fasttrain.step.program import compile_graph
+
+__all__ = ["Build", "GraphJob"]
+
+TIMEOUT_S = 900.0
+"""A child that takes longer is ended; large models take minutes."""
+
+MEMORY_SHARE = 0.5
+"""Of the machine's memory, what a child may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphJob:
+    """What a child needs: plain data and a graph of ATen operators.
+
+    Attributes:
+        graph: the step.
+        inputs: (size, stride, dtype, device) of each input.
+        open_dims: for each input, the dimensions whose size is left open.
+        num_threads: that the program is to run with.
+    """
+
+    graph: torch.fx.GraphModule
+    inputs: list[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]]
+    open_dims: list[frozenset[int]]
+    num_threads: int
+
+    @classmethod
+    def of(cls, graph: torch.fx.GraphModule, inputs: list[Tensor], open_dims: list[frozenset[int]]) -> GraphJob:
+        """The job of compiling a graph for inputs like these, with as many threads as torch has now."""
+        kinds = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs]
+        return cls(graph=graph, inputs=kinds, open_dims=open_dims, num_threads=torch.get_num_threads())
+
+
+class Build:
+    """A compilation under way in a child process. Close it, or let it be collected: the child then ends.
+
+    Args:
+        job: what to compile.
+
+    Raises:
+        EngineError: the child cannot be started.
+    """
+
+    def __init__(self, job: GraphJob) -> None:
+        self._begin = time.perf_counter()
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="fasttrain-build-"))  # mode 0700
+            (self._folder / "job").write_bytes(pickle.dumps(job))
+            with (self._folder / "log").open("wb") as log:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-m", "fasttrain.step.build", str(self._folder)],
+                    stdin=subprocess.PIPE,  # closes when this process ends: the child's sign to end too
+                    stdout=log,
+                    stderr=log,
+                    env=self._environment(job.num_threads),
+                    start_new_session=True,  # Ctrl-C is for the training, and killing reaches the compiler's children
+                )
+        except OSError as error:
+            raise EngineError(f"the compiling child cannot be started: {error}") from error
+        self._end = weakref.finalize(self, _end_child, self._child, self._folder)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._begin
+
+    def poll(self) -> Path | None:
+        """The finished package, None while it is under way.
+
+        Raises:
+            EngineError: the child failed, died or took too long; the message says what it said last.
+        """
+        status = self._child.poll()
+        if status is None:
+            if self.seconds > TIMEOUT_S:
+                self.close()
+                raise EngineError(f"the compiling child took longer than {TIMEOUT_S:.0f} s and was ended")
+            return None
+        package = self._folder / "step.pt2"
+        if status == 0 and package.is_file():
+            return package
+        said = self._last_words()
+        self.close()
+        raise EngineError(f"the compiling child {_how_it_ended(status)}{said}")
+
+    def wait(self) -> Path:
+        """Waits for the package; errors as in `poll`."""
+        while (package := self.poll()) is None:
+            try:
+                self._child.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                continue
+        return package
+
+    def close(self) -> None:
+        """Ends the child if it runs and removes its files. Nothing is left behind."""
+        self._end()
+
+    def _last_words(self) -> str:
+        lines = (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+    def _environment(self, num_threads: int) -> dict[str, str]:
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": str(num_threads),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            # Inductor's own cache is in a folder of /tmp that is not private.
+            "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor"),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
+
+
+def _end_child(child: subprocess.Popen[bytes], folder: Path) -> None:
+    if child.stdin is not None:
+        child.stdin.close()
+    if child.poll() is None:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        child.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _how_it_ended(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit code {status}"
+
+
+def main(folder: Path) -> int:
+    """The child: compiles the job in `folder`, the last line of its output is the reason if it cannot."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    os.nice(19)
+    _bound_memory()
+    # From a folder that the parent has just made for itself alone (mode 0700).
+    job: GraphJob = pickle.loads((folder / "job").read_bytes())
+    torch.set_num_threads(job.num_threads)
+    examples = [
+        torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in job.inputs
+    ]
+    partial = folder / "partial.pt2"
+    try:
+        compile_graph(job.graph, examples, job.open_dims, partial)
+    except EngineError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+        return 1
+    partial.rename(folder / "step.pt2")
+    return 0
+
+
+def _end_with_the_parent() -> None:
+    # Not through sys.stdin: the interpreter cannot shut down while a thread holds its lock.
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def _bound_memory() -> None:
+    total: Any = total_bytes(torch.device("cpu"))
+    if total is not None:
+        import resource
+
+        bound = int(total * MEMORY_SHARE)
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

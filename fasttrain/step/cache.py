@@ -1,0 +1,192 @@
+"""Compiled programs on disk: one folder that belongs to this user alone, bounded in size, safe for two processes.
+
+A program is machine code that is loaded into the process, so nothing is taken from a folder that anyone else could
+have written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttrain.errors import EngineError
+
+__all__ = ["CacheEntry", "ProgramCache", "Verdict", "default_folder"]
+
+MAX_BYTES = 2 << 30
+"""Beyond this, the programs that were not used for longest are removed."""
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was measured of a step's program on this machine.
+
+    Attributes:
+        eager_us: median of a step, run eagerly.
+        program_us: median of a step, replayed; None if it was never timed.
+        trace_s: how long the trace stopped the training.
+        compile_s: how long export and compiler took, in the child.
+        refused: why the program is not to be used; None where it was measured faster.
+    """
+
+    eager_us: float
+    program_us: float | None
+    trace_s: float
+    compile_s: float | None
+    refused: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheEntry:
+    """A program in the cache, as `cache` shows it."""
+
+    key: str
+    num_bytes: int
+    used: float
+    what: str
+
+
+def default_folder() -> Path:
+    """`$XDG_CACHE_HOME/fasttrain/programs`, by default below `~/.cache`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "fasttrain" / "programs"
+
+
+class ProgramCache:
+    """Programs by key (of graph, shapes, versions, hardware, threads) and verdicts by signature (of the job).
+
+    Args:
+        folder: where they are; made with mode 0700 if it is not there.
+
+    Raises:
+        EngineError: the folder belongs to somebody else, others may write to it, or it cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _make_private(folder)
+
+    def find(self, key: str) -> Path | None:
+        """The program of that key, None if there is none or it is damaged (it is then removed)."""
+        package, record = self._paths(key)
+        try:
+            known = json.loads(record.read_text(encoding="utf-8"))
+            is_whole = known["format"] == FORMAT and known["sha256"] == _sha256(package)
+        except (OSError, ValueError, KeyError, TypeError):
+            is_whole = False
+        if not is_whole:
+            self._remove(key)
+            return None
+        os.utime(record)
+        return package
+
+    def add(self, key: str, package: Path, what: str) -> Path:
+        """Takes a package in (the file is moved) and returns where it is; removes the oldest beyond the bound.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        home, record = self._paths(key)
+        content = {"format": FORMAT, "sha256": _sha256(package), "what": what}
+        os.replace(package, home)
+        _write(record, content)
+        self._keep_to_size(key)
+        return home
+
+    def verdict(self, signature: str) -> Verdict | None:
+        """What was measured for a job of that signature, None if nothing (readable) was."""
+        try:
+            return Verdict(**json.loads(self._verdict_path(signature).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def remember(self, signature: str, verdict: Verdict) -> None:
+        """Keeps what was measured.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        _write(self._verdict_path(signature), asdict(verdict))
+
+    def entries(self) -> list[CacheEntry]:
+        """All programs, the last used first."""
+        found = [entry for record in self.folder.glob("*.json") if (entry := self._entry(record)) is not None]
+        return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+    def clear(self) -> int:
+        """Removes every program and verdict; returns how many programs there were."""
+        count = 0
+        for path in list(self._own_files()):
+            count += path.suffix == ".pt2"
+            path.unlink(missing_ok=True)
+        return count
+
+    def _paths(self, key: str) -> tuple[Path, Path]:
+        return self.folder / f"{key}.pt2", self.folder / f"{key}.json"
+
+    def _verdict_path(self, signature: str) -> Path:
+        return self.folder / f"{signature}.verdict"
+
+    def _own_files(self) -> Iterator[Path]:
+        for suffix in ("pt2", "json", "verdict", "partial"):
+            yield from self.folder.glob(f"*.{suffix}")
+
+    def _entry(self, record: Path) -> CacheEntry | None:
+        package, _ = self._paths(record.stem)
+        try:
+            known: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+            return CacheEntry(
+                key=record.stem,
+                num_bytes=package.stat().st_size,
+                used=record.stat().st_mtime,
+                what=str(known["what"]),
+            )
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _keep_to_size(self, newest: str) -> None:
+        total = 0
+        for entry in self.entries():
+            total += entry.num_bytes
+            if total > MAX_BYTES and entry.key != newest:
+                self._remove(entry.key)
+
+    def _remove(self, key: str) -> None:
+        for path in self._paths(key):
+            path.unlink(missing_ok=True)
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise EngineError(f"the program cache {folder} cannot be made: {error.strerror or error}") from error
+    if stat.S_ISLNK(found.st_mode) or not stat.S_ISDIR(found.st_mode):
+        raise EngineError(f"the program cache {folder} is not a folder (links are not followed)")
+    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+        raise EngineError(f"the program cache {folder} belongs to another user: no code is loaded from there")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise EngineError(
+            f"others may write to the program cache {folder}: no code is loaded from there (chmod 700)"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, path)

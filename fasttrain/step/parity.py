@@ -1,0 +1,129 @@
+"""Does a program give eager's numbers? Judged on a real batch, from the same state, before and while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.device import free_bytes
+
+__all__ = ["METRICS", "PARAMETERS", "Snapshot", "compare_steps", "fits_in_memory"]
+
+METRICS, PARAMETERS = "metrics", "parameters"
+"""Kinds of tensors that are judged in their own way; any other is state of the optimizer or a buffer."""
+
+LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative, by the loss's dtype. Rounding is far below; a lost term is not."""
+
+STATE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""By dtype, of the largest change that a step makes to tensors of one kind."""
+
+METRICS_TOLERANCE = 0.02
+"""Of the largest change: a prediction at the threshold may fall to either side. The loss is judged apart."""
+
+PARAMETER_SLACK = 10.0
+"""Parameters may differ by so many times more, and a hundredth of their entries by more still: where a gradient is zero
+but for rounding (a bias in front of BatchNorm), an optimizer that divides by its size makes whole steps of noise."""
+
+NOISE_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of tensors, and of the random generator's state, at one moment."""
+
+    copies: list[Tensor]
+    rng: Tensor
+    cuda_rng: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], device: torch.device) -> Snapshot:
+        """Copies the tensors; the generators are those of the CPU and of the device."""
+        cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls([tensor.detach().clone() for tensor in tensors], torch.get_rng_state(), cuda_rng)
+
+    @torch.no_grad()
+    def restore(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        """Brings tensors and generators back, bit for bit."""
+        for tensor, copy in zip(tensors, self.copies, strict=True):
+            tensor.copy_(copy)
+        torch.set_rng_state(self.rng)
+        if self.cuda_rng is not None:
+            torch.cuda.set_rng_state(self.cuda_rng, device)
+
+
+def fits_in_memory(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """True where two copies of the tensors take at most half of the memory that is free."""
+    free = free_bytes(device)
+    return free is None or 2 * sum(tensor.nbytes for tensor in tensors) <= free // 2
+
+
+def compare_steps(
+    tensors: Sequence[Tensor],
+    kinds: Sequence[str],
+    device: torch.device,
+    eager: Callable[[Any], Tensor],
+    program: Callable[[Any], Tensor],
+    batch: Any,
+) -> tuple[Tensor, str | None]:
+    """Runs one step both ways from the same state, and leaves the state as eager made it. Waits for the device.
+
+    Args:
+        tensors: the whole state of the step.
+        kinds: of each tensor: those of one kind are judged by the largest change among them.
+        device: where they are.
+        eager: one step, the reference.
+        program: one step, the candidate.
+        batch: what both are given.
+
+    Returns:
+        Eager's loss, and what differs beyond the tolerance (None if nothing does).
+    """
+    before = Snapshot.of(tensors, device)
+    program_loss = program(batch)
+    got = Snapshot.of(tensors, device)
+    before.restore(tensors, device)
+    loss = eager(batch)
+    return loss, _difference(before.copies, got.copies, tensors, kinds, program_loss, loss)
+
+
+def _difference(
+    before: Sequence[Tensor],
+    got: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    kinds: Sequence[str],
+    got_loss: Tensor,
+    wanted_loss: Tensor,
+) -> str | None:
+    """HOST READ: all of it; it runs once when a program is taken up, and at each audit."""
+    tolerance = LOSS_TOLERANCE.get(wanted_loss.dtype, LOSS_TOLERANCE[torch.float32])
+    if not torch.allclose(got_loss, wanted_loss, rtol=tolerance, atol=0.0, equal_nan=True):
+        return f"the loss is {got_loss.item():.9g}, eager's is {wanted_loss.item():.9g}"
+    for kind in dict.fromkeys(kinds):
+        members = [index for index, each in enumerate(kinds) if each == kind]
+        reason = _kind_differs(kind, *[[side[index] for index in members] for side in (before, got, wanted)])
+        if reason:
+            return f"{kind}: {reason}"
+    return None
+
+
+def _kind_differs(kind: str, before: Sequence[Tensor], got: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
+    largest = max((_largest(after, old) for after, old in zip(wanted, before, strict=True)), default=0.0)
+    rounding = 1e-6 * max((_largest(right, torch.zeros_like(right)) for right in wanted), default=0.0)
+    tolerance = METRICS_TOLERANCE if kind == METRICS else STATE_TOLERANCE.get(wanted[0].dtype, 0.0)
+    bound = tolerance * largest * (PARAMETER_SLACK if kind == PARAMETERS else 1.0) + rounding
+    errors = [(after.double() - right.double()).abs() for after, right in zip(got, wanted, strict=True)]
+    count, beyond = sum(error.numel() for error in errors), sum(int((~(error <= bound)).sum()) for error in errors)
+    worst = max((error.max().item() for error in errors if error.numel()), default=0.0)
+    allowed = NOISE_SHARE * count if kind == PARAMETERS else 0
+    if beyond > allowed or not worst <= max(bound, 2.5 * largest):
+        return f"{beyond} of {count} entries differ by more than {bound:.3g}, at most by {worst:.3g}"
+    return None
+
+
+def _largest(tensor: Tensor, other: Tensor) -> float:
+    return (tensor.double() - other.double()).abs().max().item() if tensor.numel() else 0.0

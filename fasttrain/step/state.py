@@ -1,0 +1,121 @@
+"""The tensors that a step reads and changes: the very ones of the user's objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import EngineError
+from fasttrain.step.spec import StepSpec
+
+__all__ = ["LearningRates", "StepState"]
+
+
+class StepState:
+    """The tensors that a step reads and changes, in the order of the graph's inputs.
+
+    Args:
+        spec: the step.
+
+    Attributes:
+        names: of each tensor.
+        kinds: of each tensor: "parameters", "buffers", "metrics", or an entry of the optimizer's state ("exp_avg").
+        tensors: model parameters, other trained parameters, buffers, optimizer state, totals of the metrics.
+        groups: for each group of the optimizer, where its parameters are in `tensors`.
+        slots: for each trained parameter that has state (by its place in `tensors`), where each entry of it is.
+    """
+
+    def __init__(self, spec: StepSpec) -> None:
+        self.names: list[str] = []
+        self.kinds: list[str] = []
+        self.tensors: list[Tensor] = []
+        self._places: dict[int, int] = {}
+        self.parameters = {name: self._add(name, "parameters", value) for name, value in spec.model.named_parameters()}
+        self.groups = [
+            [self._add(f"group {number}", "parameters", parameter) for parameter in group["params"]]
+            for number, group in enumerate(spec.optimizer.param_groups)
+        ]
+        self.buffers = {name: self._add(name, "buffers", value) for name, value in spec.model.named_buffers()}
+        self.slots = dict(self._add_slots(spec.optimizer))
+        self.totals = self._add("metrics", "metrics", spec.metrics.totals)
+
+    @property
+    def signature(self) -> Any:
+        """Everything about the state but which objects hold it and their values."""
+        metadata = [(t.shape, t.dtype, t.stride(), t.device, t.requires_grad) for t in self.tensors]
+        return self.names, metadata, self.parameters, self.groups, self.buffers, self.slots, self.totals
+
+    def refuse_overlaps(self) -> None:
+        """Checks that no two tensors share memory, which a graph could not know.
+
+        Raises:
+            EngineError: two do.
+        """
+        spans = sorted(
+            (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
+            for name, tensor in zip(self.names, self.tensors, strict=True)
+            if tensor.numel()
+        )
+        for (_, end, first), (begin, _, second) in pairwise(spans):
+            if begin < end:
+                raise EngineError(f"{first!r} and {second!r} share memory without being one tensor")
+
+    def _add(self, name: str, kind: str, tensor: Tensor) -> int:
+        place = self._places.get(id(tensor))
+        if place is None:
+            place = self._places[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+            self.names.append(name)
+            self.kinds.append(kind)
+        return place
+
+    def _add_slots(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, dict[str, int]]]:
+        for place in [place for group in self.groups for place in group]:
+            entries: dict[str, Any] = optimizer.state.get(self.tensors[place], {})
+            found = {
+                key: self._add(f"{key} of {self.names[place]}", key, value)
+                for key, value in entries.items()
+                if isinstance(value, Tensor)
+            }
+            if found:
+                yield place, found
+
+
+class LearningRates:
+    """The groups' learning rates as scalar tensors, so that a graph can take them as inputs.
+
+    Args:
+        optimizer: whose `param_groups` are read; a rate that is a tensor already is passed on as it is.
+        device: where the rates live.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        # Python's floats are doubles, and so is what eager optimizers compute with them.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._own = [torch.zeros((), dtype=dtype, device=device) for _ in optimizer.param_groups]
+        self._filled: list[float | None] = [None] * len(self._own)
+
+    def current(self) -> list[Tensor]:
+        """The rates of this moment, one a group."""
+        rates: list[Tensor] = []
+        for index, group in enumerate(self._optimizer.param_groups):
+            rate = group["lr"]
+            if isinstance(rate, Tensor):
+                rates.append(rate)
+                continue
+            if rate != self._filled[index]:
+                self._own[index].fill_(rate)
+                self._filled[index] = rate
+            rates.append(self._own[index])
+        return rates
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first entry to the end of its last."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()

@@ -1,0 +1,61 @@
+"""The engine to measure against: forward and loss through `torch.compile`, the rest of the step eager."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from fasttrain.device import Choice, cpp_compiler
+from fasttrain.errors import EngineError
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.spec import StepSpec
+
+__all__ = ["TorchCompileEngine", "require_compiler"]
+
+
+class TorchCompileEngine(EagerEngine):
+    """Runs forward and loss (and, through autograd, backward) as compiled programs. The second step waits for them.
+
+    Args:
+        spec: the step.
+        choice: why it is this engine.
+
+    Raises:
+        EngineError: this machine has no compiler for the device, or torch cannot compile this forward.
+    """
+
+    def __init__(self, spec: StepSpec, choice: Choice) -> None:
+        require_compiler(spec)
+        super().__init__(spec, choice, torch.compile(spec.forward))
+
+    def step(self, batch: Any) -> Tensor:
+        """See `Engine.step`."""
+        if self._is_observed and self.compile_s is None:  # the very first step runs eagerly, to be observed
+            return self._compiling_step(batch)
+        return super().step(batch)
+
+    def _compiling_step(self, batch: Any) -> Tensor:
+        begin = time.perf_counter()
+        try:
+            loss = super().step(batch)
+        except TorchDynamoException as error:
+            raise EngineError(f"engine 'torch-compile' cannot compile this forward: {error}") from error
+        self.compile_s: float | None = time.perf_counter() - begin
+        return loss
+
+
+def require_compiler(spec: StepSpec) -> None:
+    """Checks that there is a compiler for the step's device.
+
+    Raises:
+        EngineError: there is none.
+    """
+    if spec.device.type == "cpu" and cpp_compiler() is None:
+        raise EngineError(
+            "a compiled engine needs a C++ compiler on the CPU, and none is on the PATH (set CXX or install g++); "
+            "engine 'eager' needs none"
+        )

@@ -1,0 +1,276 @@
+"""Everything that a trace takes for granted is noticed when it changes, and nothing else is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fasttrain.data.ragged import Ragged
+from fasttrain.device import Choice
+from fasttrain.errors import EngineError
+from fasttrain.metrics import RunningMetrics
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.guards import BatchLayout, Guards
+from fasttrain.step.spec import StepSpec, normalise_forward
+from fasttrain.step.state import LearningRates, StepState
+from fasttrain.step.trace import Mismatch, TracedStep, trace_step
+
+ASKED = Choice("eager", "asked for")
+
+CPU = torch.device("cpu")
+
+
+def step(optimizer: type[torch.optim.Optimizer] = torch.optim.Adam) -> StepSpec:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    return StepSpec(
+        model=model,
+        optimizer=optimizer(model.parameters(), lr=0.1),
+        forward=normalise_forward(None, nn.CrossEntropyLoss()),
+        device=CPU,
+        precision="fp32",
+        accumulate=1,
+        clip_norm=None,
+        clip_value=None,
+        metrics=RunningMetrics(CPU),
+        scaler=None,
+    )
+
+
+def batch(rows: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.ones(rows, 4), torch.zeros(rows, dtype=torch.int64)
+
+
+@pytest.fixture(scope="module")
+def traced() -> TracedStep:
+    spec = step()
+    EagerEngine(spec, ASKED).step(batch())
+    return trace_step(spec, batch())
+
+
+def weight(spec: StepSpec) -> nn.Parameter:
+    return spec.model[0].weight  # pyright: ignore
+
+
+def change_betas(spec: StepSpec) -> None:
+    spec.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+
+
+def new_option(spec: StepSpec) -> None:
+    spec.optimizer.param_groups[0]["clipped"] = True
+
+
+def replace_state(spec: StepSpec) -> None:
+    state = spec.optimizer.state[weight(spec)]
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
+def replace_step_count(spec: StepSpec) -> None:
+    state = spec.optimizer.state[weight(spec)]
+    state["step"] = state["step"].clone()
+
+
+def load_optimizer(spec: StepSpec) -> None:
+    spec.optimizer.load_state_dict(copy.deepcopy(spec.optimizer.state_dict()))
+
+
+def drop_state(spec: StepSpec) -> None:
+    spec.optimizer.state.popitem()
+
+
+def add_group(spec: StepSpec) -> None:
+    spec.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def swap_parameters_of_group(spec: StepSpec) -> None:
+    parameters = spec.optimizer.param_groups[0]["params"]
+    parameters[0], parameters[1] = parameters[1], parameters[0]
+
+
+def freeze(spec: StepSpec) -> None:
+    weight(spec).requires_grad_(False)
+
+
+def replace_parameter(spec: StepSpec) -> None:
+    spec.model[0].weight = nn.Parameter(weight(spec).detach().clone())  # pyright: ignore
+
+
+def replace_module(spec: StepSpec) -> None:
+    spec.model[3] = copy.deepcopy(spec.model[3])  # pyright: ignore
+
+
+def replace_buffer(spec: StepSpec) -> None:
+    spec.model[1].running_mean = torch.zeros(4)  # pyright: ignore
+
+
+def widen_data(spec: StepSpec) -> None:
+    weight(spec).data = weight(spec).data.double()
+
+
+def transpose_data(spec: StepSpec) -> None:
+    weight(spec).data = weight(spec).data.t()
+
+
+def leave_gradient(spec: StepSpec) -> None:
+    weight(spec).grad = torch.zeros(4, 4)
+
+
+CHANGES: list[tuple[Callable[[StepSpec], Any], str]] = [
+    (change_betas, "option"),
+    (new_option, "option"),
+    (replace_state, "optimizer's state"),
+    (replace_step_count, "optimizer's state"),
+    (load_optimizer, "group"),
+    (drop_state, "optimizer's state"),
+    (add_group, "parameter groups"),
+    (swap_parameters_of_group, "parameters of a group"),
+    (freeze, "requires_grad"),
+    (replace_parameter, "parameter"),
+    (replace_module, "module"),
+    (replace_buffer, "buffer"),
+    (widen_data, "dtype"),
+    (transpose_data, "stride"),
+    (leave_gradient, "gradient"),
+    (lambda spec: spec.model.eval(), "eval"),
+    (lambda spec: spec.model[2].eval(), "eval"),  # pyright: ignore
+    (lambda spec: spec.model.register_forward_hook(lambda *_: None), "hook"),
+    (lambda spec: spec.model[0].register_forward_pre_hook(lambda *_: None), "hook"),  # pyright: ignore
+    (lambda spec: spec.model.register_buffer("more", torch.ones(1)), "buffer"),
+    (lambda spec: spec.optimizer.register_step_pre_hook(lambda *_: None), "hook of the optimizer"),
+    (lambda spec: spec.metrics.user_metrics.update(more=lambda *_: torch.ones(())), "metrics"),
+    (lambda spec: setattr(spec.metrics, "rule", None), "rule"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES)
+def test_a_change_is_noticed(change: Callable[[StepSpec], Any], reason: str) -> None:
+    spec = step()
+    EagerEngine(spec, ASKED).step(batch())
+    found = trace_step(spec, batch())
+    assert isinstance(found.inputs(batch()), list)
+    change(spec)
+    mismatch = found.inputs(batch())
+    assert isinstance(mismatch, Mismatch)
+    assert reason in mismatch.reason
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        batch(6),
+        list(batch()),
+        (*batch(), 1),
+        (batch()[0], object()),
+        (batch()[0].double(), batch()[1]),
+        (torch.ones(4, 5).t(), batch()[1]),
+        {"x": batch()[0], "y": batch()[1]},
+        (batch()[0].requires_grad_(), batch()[1]),
+    ],
+)
+def test_another_batch_is_noticed(traced: TracedStep, other: Any) -> None:
+    assert isinstance(traced.inputs(other), Mismatch)
+
+
+def test_modes_of_torch_are_noticed(traced: TracedStep) -> None:
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with mode:
+            assert isinstance(traced.inputs(batch()), Mismatch)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert isinstance(traced.inputs((batch()[0].float(), batch()[1])), Mismatch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert isinstance(traced.inputs(batch()), list)
+
+
+def test_what_a_step_may_change_is_not_noticed(traced: TracedStep) -> None:
+    inputs = traced.inputs(batch())
+    assert isinstance(inputs, list)
+    traced.run(inputs)
+    traced.spec.optimizer.param_groups[0]["lr"] = 0.01
+    traced.spec.model.load_state_dict(copy.deepcopy(traced.spec.model.state_dict()))
+    traced.spec.metrics.reset()
+    assert isinstance(traced.inputs(batch()), list)
+
+
+def test_guards_agree_where_only_objects_differ() -> None:
+    spec, other = step(), step()
+    assert Guards(spec).agree(Guards(other))
+    other.optimizer.param_groups[0]["eps"] = 1.0
+    assert not Guards(spec).agree(Guards(other))
+
+
+def test_rates_follow_the_groups() -> None:
+    spec = step()
+    rates = LearningRates(spec.optimizer, CPU)
+    [rate] = rates.current()
+    assert rate.dtype == torch.float64
+    assert rate.item() == 0.1
+    spec.optimizer.param_groups[0]["lr"] = 0.3
+    assert rates.current()[0] is rate
+    assert rate.item() == 0.3
+
+
+def test_tied_weights_are_one_tensor_of_the_state() -> None:
+    spec = step()
+    spec.model[3].weight = nn.Parameter(torch.ones(3, 4))  # pyright: ignore
+    model = nn.ModuleList([spec.model, spec.model[3]])  # pyright: ignore
+    state = StepState(StepSpec(**{**vars(spec), "model": model}))
+    assert len(set(map(id, state.tensors))) == len(state.tensors)
+
+
+@dataclass
+class Pair:
+    first: Any
+    second: Any
+
+
+leaves = st.sampled_from([torch.ones(2), torch.zeros(3, dtype=torch.int64), 1, 2.5, "text", None, True])
+trees = st.recursive(
+    leaves,
+    lambda child: st.one_of(
+        st.lists(child, max_size=3),
+        st.lists(child, max_size=3).map(tuple),
+        st.dictionaries(st.sampled_from("abc"), child, max_size=3),
+        st.builds(Pair, child, child),
+        st.builds(Ragged, st.just(torch.ones(2)), st.just(torch.ones(1))),
+    ),
+    max_leaves=8,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    return BatchLayout(a).flatten(b) is not None
+
+
+@given(tree=trees, other=trees)
+@settings(deadline=None)
+def test_flattened_and_rebuilt_a_batch_is_the_same(tree: Any, other: Any) -> None:
+    layout = BatchLayout(tree)
+    found = layout.flatten(tree)
+    assert found is not None
+    assert len(found) == len(layout.open_dims)
+    rebuilt = layout.rebuild(found)
+    again = layout.flatten(rebuilt)
+    assert type(rebuilt) is type(tree)
+    assert again is not None
+    assert all(a is b for a, b in zip(found, again, strict=True))
+    assert same(tree, other) == same(other, tree)
+
+
+def test_only_the_number_of_values_of_ragged_rows_is_open() -> None:
+    rows = Ragged(torch.ones(5, dtype=torch.int32), torch.tensor([2, 3]))
+    assert BatchLayout({"x": rows, "y": torch.ones(2)}).open_dims == [frozenset({0}), frozenset(), frozenset()]
+
+
+def test_an_unknown_object_in_a_batch_is_refused() -> None:
+    with pytest.raises(EngineError, match="holds a object"):
+        BatchLayout((torch.ones(1), object()))

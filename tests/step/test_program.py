@@ -1,0 +1,175 @@
+"""Compiled programs against the eager loop. Each takes 10 to 30 s to compile, so they are few and cover much."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttrain.data.ragged import Ragged
+from fasttrain.device import Choice
+from fasttrain.errors import EngineError
+from fasttrain.metrics import RunningMetrics
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.program import StepProgram
+from fasttrain.step.spec import StepSpec, normalise_forward
+from fasttrain.step.trace import Mismatch, trace_step
+
+ASKED = Choice("eager", "asked for")
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], nn.Module]
+    batch: Callable[[torch.Generator], Any]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(50, 1)
+
+    def forward(self, rows: Ragged) -> Tensor:
+        values = self.fc1.weight.view(-1).index_select(0, rows.values)
+        return torch.segment_reduce(values, "sum", lengths=rows.lengths, unsafe=True) + self.fc1.bias
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.norm = nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 24, bias=False)  # a bias of keys has no gradient but noise
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        query, key, value = self.qkv(self.norm(hidden)).unflatten(-1, (2, 12)).transpose(1, 2).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.head(hidden + mixed.transpose(1, 2).flatten(-2)).transpose(1, 2)
+
+
+def bags(generator: torch.Generator) -> Any:
+    lengths = torch.randint(1, 9, (8,), generator=generator)
+    values = torch.randint(0, 50, (int(lengths.sum()),), generator=generator).int()
+    return Ragged(values, lengths), torch.randint(0, 2, (8,), generator=generator).float()
+
+
+def vectors(generator: torch.Generator) -> Any:
+    return torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+
+
+def images(generator: torch.Generator) -> Any:
+    return torch.randn(8, 1, 6, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+
+
+def texts(generator: torch.Generator) -> Any:
+    ids = torch.randint(0, 11, (4, 7), generator=generator)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def two_groups(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam([{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.03}], lr=0.01)
+
+
+CASES = {
+    "sparse, adam": Case(Bags, bags, F.binary_cross_entropy_with_logits, lambda p: torch.optim.Adam(p, lr=0.01)),
+    "dropout, adam in two groups, clipped": Case(
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.4), nn.ReLU(), nn.Linear(5, 3)),
+        vectors,
+        F.cross_entropy,
+        two_groups,
+        {"clip_norm": 0.5},
+    ),
+    "batch norm, sgd": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+        ),
+        images,
+        F.cross_entropy,
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    ),
+    "attention, tied weights, radam": Case(Attention, texts, F.cross_entropy, lambda p: torch.optim.RAdam(p, lr=0.01)),
+}
+
+
+def make(case: Case) -> StepSpec:
+    torch.manual_seed(5)
+    model = case.build()
+    defaults: dict[str, Any] = {"accumulate": 1, "clip_norm": None, "clip_value": None, "scaler": None}
+    return StepSpec(
+        model=model,
+        optimizer=case.optimizer(list(model.parameters())),
+        forward=normalise_forward(None, case.loss),
+        device=CPU,
+        precision="fp32",
+        metrics=RunningMetrics(CPU),
+        **(defaults | case.options),
+    )
+
+
+def everything(spec: StepSpec) -> dict[str, Any]:
+    return {"model": spec.model.state_dict(), "optimizer": spec.optimizer.state_dict(), "metrics": spec.metrics.totals}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_program_gives_eagers_numbers(name: str) -> None:
+    case = CASES[name]
+    generator = torch.Generator().manual_seed(1)
+    data = [case.batch(generator) for _ in range(10)]
+    spec, eager_spec = make(case), make(case)
+    eager = EagerEngine(eager_spec, ASKED)
+    for engine in (EagerEngine(spec, ASKED), eager):
+        torch.manual_seed(3)
+        engine.step(data[0])
+    before = copy.deepcopy(everything(spec))
+    traced = trace_step(spec, data[0])
+    program = StepProgram.compile(traced, data[0])
+    torch.testing.assert_close(everything(spec), before, rtol=0, atol=0)
+    for seed, batch in enumerate(data[1:]):
+        inputs = traced.inputs(batch)
+        assert not isinstance(inputs, Mismatch), inputs.reason
+        for group in (*spec.optimizer.param_groups, *eager_spec.optimizer.param_groups):
+            group["lr"] *= 0.9  # what a scheduler does; takes effect with the next inputs
+        inputs = traced.inputs(batch)
+        assert not isinstance(inputs, Mismatch)
+        torch.manual_seed(seed)
+        wanted, after = eager.step(batch), torch.get_rng_state()
+        torch.manual_seed(seed)
+        torch.testing.assert_close(program.run(inputs), wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(torch.get_rng_state(), after)
+    torch.testing.assert_close(everything(spec), everything(eager_spec), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_has_changed_is_not_compiled() -> None:
+    case = CASES["sparse, adam"]
+    spec, batch = make(case), bags(torch.Generator().manual_seed(1))
+    EagerEngine(spec, ASKED).step(batch)
+    traced = trace_step(spec, batch)
+    spec.model.eval()
+    with pytest.raises(EngineError, match="train or eval mode"):
+        StepProgram.compile(traced, batch)
+
+
+def test_a_compiler_that_fails_is_an_engine_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = CASES["sparse, adam"]
+    spec, batch = make(case), bags(torch.Generator().manual_seed(1))
+    EagerEngine(spec, ASKED).step(batch)
+    monkeypatch.setenv("CXX", str(tmp_path / "missing-compiler"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(EngineError, match="cannot be compiled"):
+        StepProgram.compile(trace_step(spec, batch), batch)

@@ -1,0 +1,161 @@
+"""Canaries: each private torch API still does what the compiled step relies on."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from fasttrain.step import torch_private as private
+
+
+def test_trace_graph_records_mutation_backward_and_open_sizes() -> None:
+    outside = torch.ones(3)
+
+    def step(weight: Tensor, x: Tensor) -> Tensor:
+        leaf = weight.detach().requires_grad_()
+        loss = (x @ leaf + outside).square().sum()
+        [gradient] = torch.autograd.grad(loss, [leaf])
+        weight.sub_(gradient, alpha=0.1)
+        return loss.detach()
+
+    weight, x = torch.randn(2, 3), torch.randn(4, 2)
+    before = weight.clone()
+    graph = private.trace_graph(step, [weight, x], [frozenset(), frozenset({0})])
+    assert torch.equal(weight, before)
+    assert sum(node.op == "placeholder" for node in graph.graph.nodes) == 2
+    [attribute] = [node.target for node in graph.graph.nodes if node.op == "get_attr"]
+    assert getattr(graph, attribute) is outside
+    longer, expected = torch.randn(7, 2), weight.clone()
+    torch.testing.assert_close(graph(weight, longer), step(expected, longer))
+    torch.testing.assert_close(weight, expected)
+    assert not torch.equal(weight, before)
+
+
+def test_trace_graph_refuses_a_branch_on_a_value() -> None:
+    with pytest.raises(Exception, match=r"data.dependent|Could not guard"):
+        private.trace_graph(lambda x: x + 1 if x.sum() > 0 else x, [torch.ones(2)], [frozenset()])
+
+
+def test_factors_of_sums_are_spelled_out() -> None:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y).add(y, alpha=0.5).sub_(x, alpha=3)
+
+    x, y = torch.randn(3, 3), torch.randn(3, 3)
+    graph = private.trace_graph(step, [x, y], [frozenset(), frozenset()])
+    private.prepare_for_inductor(graph)
+    assert not any("alpha" in node.kwargs for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(x, y), step(x, y))
+
+
+def test_scalars_are_settled_before_tensors_use_them() -> None:
+    def step(x: Tensor, count: Tensor) -> Tensor:
+        return x * (1 - 0.9**count)
+
+    x, count = torch.randn(3), torch.tensor(2.0, dtype=torch.float64)
+    graph = private.trace_graph(step, [x, count], [frozenset(), frozenset()])
+    private.prepare_for_inductor(graph)
+    assert sum(node.target is torch.ops.aten.as_strided.default for node in graph.graph.nodes) == 1
+    torch.testing.assert_close(graph(x, count), step(x, count))
+
+
+def test_reported_as_compiling_ends_with_its_context() -> None:
+    with private.reported_as_compiling():
+        assert torch.compiler.is_compiling()
+    with pytest.raises(ZeroDivisionError), private.reported_as_compiling():
+        _ = 1 / 0
+    assert not torch.compiler.is_compiling()
+
+
+def test_without_onednn_ends_with_its_context() -> None:
+    assert torch.backends.mkldnn.enabled
+    with private.without_onednn():
+        assert not torch.backends.mkldnn.enabled
+    with pytest.raises(ZeroDivisionError), private.without_onednn():
+        _ = 1 / 0
+    assert torch.backends.mkldnn.enabled
+
+
+def test_optimizer_hooks_see_every_kind() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    tables = private.optimizer_hooks(optimizer)
+    assert not any(tables)
+    for register in (
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert any(tables)
+        handle.remove()
+        assert not any(tables)
+
+
+def test_gradient_hooks_are_seen() -> None:
+    for name in ("register_hook", "register_post_accumulate_grad_hook"):
+        parameter = nn.Parameter(torch.ones(1))
+        assert not private.has_gradient_hooks(parameter)
+        getattr(parameter, name)(lambda _: None)
+        assert private.has_gradient_hooks(parameter)
+
+
+def test_module_tables_see_members_and_hooks() -> None:
+    module = nn.BatchNorm1d(2)
+    child = nn.Linear(1, 1)
+    module.add_module("child", child)
+    held = [value for table in private.module_tables(module) for value in table.values()]
+    assert {id(module.weight), id(module.running_mean), id(child)} <= set(map(id, held))
+    for name in (
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ):
+        count = sum(map(len, private.module_tables(module)))
+        handle = getattr(module, name)(lambda *_: None)
+        assert sum(map(len, private.module_tables(module))) == count + 1
+        handle.remove()
+
+
+def test_tensor_check_sees_what_a_program_trusts() -> None:
+    tensor = nn.Parameter(torch.randn(3, 4))
+    differ = private.tensor_check([tensor, torch.zeros(2)], [frozenset(), frozenset({0})])
+    assert differ([tensor, torch.ones(2)]) is None
+    assert differ([tensor, torch.ones(9)]) is None
+    for changed in (
+        nn.Parameter(torch.randn(3, 5)),
+        nn.Parameter(torch.randn(4, 3).t()),
+        nn.Parameter(torch.randn(3, 4).double()),
+        nn.Parameter(torch.randn(3, 4), requires_grad=False),
+    ):
+        assert isinstance(differ([changed, torch.ones(2)]), str)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert isinstance(differ([tensor, torch.ones(2)]), str)
+    with torch.inference_mode():
+        assert isinstance(differ([tensor, torch.ones(2)]), str)
+    assert differ([tensor, torch.ones(2)]) is None
+
+
+class Doubling(nn.Module):
+    def forward(self, total: Tensor, x: Tensor) -> Tensor:
+        total.add_(x)
+        return x * 2
+
+
+def test_a_package_is_compiled_and_run_and_changes_its_inputs(tmp_path: Path) -> None:
+    total, x = torch.zeros(3), torch.arange(3.0)
+    program = torch.export.export(Doubling(), (total, x), strict=False)
+    path = str(tmp_path / "doubling.pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        private.compile_package(program, path)
+    run = private.flat_runner(path, torch.device("cpu"))
+    for _ in range(2):
+        [doubled] = run([total, x])
+        assert torch.equal(doubled, x * 2)
+    assert torch.equal(total, x * 2)
