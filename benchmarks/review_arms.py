@@ -314,6 +314,7 @@ def fast_arms(job: ReviewJob, threads: int) -> dict[str, Callable[[], Arm]]:
     makers = {
         "eager": ("FastLoop, engine eager, resident batches", "eager", job.resident_batches),
         "eager, streamed": ("FastLoop, engine eager, prefetch over a DataLoader", "eager", job.streamed_batches),
+        "torch-compile": ("FastLoop, engine torch-compile, resident batches", "torch-compile", job.resident_batches),
         "compiled": ("FastLoop, engine compiled, resident batches", "compiled", job.resident_batches),
     }
     return {name: arm(name, *parts) for name, parts in makers.items()}
