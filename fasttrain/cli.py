@@ -9,9 +9,10 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -22,8 +23,9 @@ from fasttrain.info import describe_machine
 from fasttrain.loop import Interrupted
 from fasttrain.run.config import TrainConfig
 from fasttrain.run.folder import RunFolder, json_text
+from fasttrain.step.cache import ProgramCache, default_folder
 from fasttrain.workloads.predict import Prediction, predict
-from fasttrain.workloads.reviews import ReviewsOutcome, train_reviews
+from fasttrain.workloads.reviews import ReviewsOutcome, train_reviews, warm_reviews
 
 __all__ = ["main"]
 
@@ -78,6 +80,19 @@ class Predict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Show or clear the compiled programs on disk, or compile a job's step ahead (`warm`, with train options)."""
+
+    action: tyro.conf.Positional[Literal["show", "clear", "warm"]] = "show"
+    """show lists the programs, clear removes them, warm compiles for a job that is too short to do so itself."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info:
     """Tell what this machine can do, and what `auto` would choose, with reasons."""
 
@@ -95,6 +110,7 @@ Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Cache, tyro.conf.subcommand("cache")]
 )
 
 
@@ -119,15 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _run(command: Train | Predict | Info, arguments: list[str]) -> int:
+def _run(command: Train | Predict | Info | Cache, arguments: list[str]) -> int:
     if isinstance(command, Train):
         return _train(command, arguments)
     if isinstance(command, Predict):
         return _predict(command)
-    return _info(command)
+    return _info(command) if isinstance(command, Info) else _cache(command)
 
 
-def _parse(arguments: list[str]) -> Train | Predict | Info:
+def _parse(arguments: list[str]) -> Train | Predict | Info | Cache:
     is_bare = not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"))
     return tyro.cli(
         Command,  # pyright: ignore[reportArgumentType]  # a union of dataclasses is what tyro takes for subcommands
@@ -139,14 +155,7 @@ def _parse(arguments: list[str]) -> Train | Predict | Info:
 
 def _train(command: Train, arguments: list[str]) -> int:
     config = command.config if command.resume is None else _resumed(command.resume, arguments)
-    device = resolve_device(config.device)
-    if device.type == "cpu":
-        torch.set_num_threads(config.threads or 1)
-    elif config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if config.tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    _set_up_process(config)
     with _first_interrupt_ends_cleanly() as interrupt:
         outcome = train_reviews(
             config,
@@ -159,6 +168,15 @@ def _train(command: Train, arguments: list[str]) -> int:
     else:
         _print_outcome(outcome)
     return EXIT_INTERRUPTED if outcome.summary["stopped"] == "interrupted" else 0
+
+
+def _set_up_process(config: TrainConfig) -> None:
+    """Threads and TF32: settings of a whole process, which a command may change and a library may not."""
+    if config.threads is not None or resolve_device(config.device).type == "cpu":
+        torch.set_num_threads(config.threads or 1)
+    if config.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
@@ -245,6 +263,22 @@ def _info(command: Info) -> int:
         width = max(map(len, machine))
         for name, value in machine.items():
             _print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _cache(command: Cache) -> int:
+    cache = ProgramCache(default_folder())
+    if command.action == "clear":
+        _print(f"removed {cache.clear()} programs from {cache.folder}")
+    elif command.action == "warm":
+        _set_up_process(command.config)
+        choice = warm_reviews(command.config)
+        _print(f"auto will run this job {choice.value}: {choice.reason}")
+    else:
+        for entry in cache.entries():
+            used = datetime.fromtimestamp(entry.used)
+            _print(f"{entry.key[:12]}  {entry.num_bytes / 2**20:6.1f} MiB  used {used:%Y-%m-%d %H:%M}  {entry.what}")
+        _print(f"{len(cache.entries())} programs in {cache.folder}")
     return 0
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +54,9 @@ LOOK_STEPS = 256
 MISSED_SHARE = 0.25
 MAX_TRACES = 4
 """A running step is traced anew where, of so many steps, more than this share found no program; so often at most."""
+
+FOREVER = 1 << 40
+"""Steps to expect where a program is wanted whether this job repays it or not."""
 
 EXPECTED_COMPILE_S = 25.0
 EXPECTED_TRACE_S = 0.7
@@ -106,6 +110,21 @@ class AutoEngine:
         if self._pending is not None:
             self._pending.close()
             self._give_up("training ended before the program was ready")
+
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """Trains on until it is decided what runs the steps, however long that takes; waits for the compiler.
+
+        Args:
+            batches: as many as it may take; a few hundred do.
+        """
+        self.expect(FOREVER)
+        for batch in batches:
+            if self._run == self._wait_for_program and self._pending is not None:
+                with suppress(EngineError):  # the step that looks at the child deals with it
+                    self._pending.wait()
+            self.step(batch)
+            if self._run in (self._replay, self._programs.step):
+                return
 
     @property
     def _eager_s(self) -> float:

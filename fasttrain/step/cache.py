@@ -176,9 +176,7 @@ def _make_private(folder: Path) -> None:
     if hasattr(os, "getuid") and found.st_uid != os.getuid():
         raise EngineError(f"the program cache {folder} belongs to another user: no code is loaded from there")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise EngineError(
-            f"others may write to the program cache {folder}: no code is loaded from there (chmod 700)"
-        )
+        raise EngineError(f"others may write to the program cache {folder}: no code is loaded from there (chmod 700)")
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +68,11 @@ class CompiledEngine:
 
     def expect(self, steps: int) -> None:
         """See `Engine.expect`: what was asked for is compiled, whether it pays or not."""
+
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """See `Engine.settle`: the program is made in the second step."""
+        for batch in itertools.islice(batches, 2):
+            self.step(batch)
 
     def close(self) -> None:
         """See `Engine.close`: nothing runs beside the training."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ class EagerEngine:
 
     def expect(self, steps: int) -> None:
         """See `Engine.expect`: eager has nothing to plan."""
+
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """See `Engine.settle`: nothing is to be decided."""
 
     def close(self) -> None:
         """See `Engine.close`: nothing runs beside eager."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -96,6 +96,10 @@ class Engine(Protocol):
 
     def expect(self, steps: int) -> None:
         """Tells how many steps are to come, as far as the caller knows: whether compiling can pay depends on it."""
+        ...
+
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """Trains on until it is decided what runs the steps; waits for the compiler."""
         ...
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -105,6 +105,10 @@ class TrainStep:
     def expect(self, steps: int) -> None:
         """Tells how many steps are to come: whether compiling can pay depends on it. Without it, none are expected."""
         self._engine.expect(steps)
+
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """Trains on `batches` until "auto" has decided what runs the steps, and waits for the compiler meanwhile."""
+        self._engine.settle(batches)
 
     def close(self) -> None:
         """Ends what runs beside the training (a compiling child). Steps may follow; they compile nothing more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -18,7 +19,7 @@ from fasttrain.data.cache import load_reviews
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import ResidentBatches, resident
 from fasttrain.data.text import EncodedReviews, EncodedSplit, ReviewVectorizer
-from fasttrain.device import choose_precision, device_name, free_bytes, resolve_device, versions
+from fasttrain.device import Choice, choose_precision, device_name, free_bytes, resolve_device, versions
 from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, History
 from fasttrain.loop import FastLoop, FitState
@@ -30,7 +31,7 @@ from fasttrain.run.folder import RunFolder
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.onehot import ReviewClassifier, review_forward
 
-__all__ = ["ReviewsOutcome", "influential_words", "train_reviews"]
+__all__ = ["ReviewsOutcome", "influential_words", "train_reviews", "warm_reviews"]
 
 EVALUATION_BATCH = 1024
 """Least rows in a batch of evaluation: every sample counts once, so its size changes no figure, only the speed."""
@@ -115,6 +116,24 @@ def train_reviews(
         )
         folder.write_text("report.html", render_report(report))
     return ReviewsOutcome(path=folder.path, summary=summary, notes=notes, influential_words=words)
+
+
+def warm_reviews(config: TrainConfig) -> Choice:
+    """Compiles the step of a job ahead, for jobs that are too short to do so themselves. Leaves no run.
+
+    Args:
+        config: the options of the job.
+
+    Returns:
+        What `auto` will run, and why.
+
+    Raises:
+        FasttrainError: the table, an option or the device will not do.
+    """
+    data, _ = _load(config)
+    job = _Job(replace(config, engine="auto"), data, resolve_device(config.device))
+    job.loop.step.settle(batch for _ in itertools.count() for batch in job.batches)
+    return job.loop.step.engine
 
 
 def influential_words(model: ReviewClassifier, vectorizer: ReviewVectorizer) -> dict[str, list[tuple[str, float]]]:
