@@ -38,7 +38,7 @@ TIMED_STEPS = 32
 """Eager steps whose median says what a step takes."""
 
 POLL_STEPS = 16
-"""Steps between two looks at the child, or at whether compiling is worth it by now."""
+"""Steps between two looks at the child."""
 
 TRIAL_ROUNDS = 10
 TRIAL_S = 0.002
@@ -87,7 +87,8 @@ class AutoEngine:
         self._programs = Programs(self._eager.step, spec.metrics.count)
         self._compiler: Compiler | None = None
         self._pending: Pending | None = None
-        self._steps = self._last_step = self._traces = 0
+        self._verdict: Verdict | None = None
+        self._steps = self._last_step = self._traces = self._mismatches = 0
         self._eager_times: list[float] = []
         self._trial = _Trial()
         self._run: Callable[[Batch], Tensor] = self._measure_eager
@@ -104,12 +105,16 @@ class AutoEngine:
     def expect(self, steps: int) -> None:
         """See `Engine.expect`."""
         self._last_step = self._steps + steps
+        if self._run == self._run_short_of_steps:
+            self._run = self._consider
 
     def close(self) -> None:
         """See `Engine.close`."""
-        if self._pending is not None:
-            self._pending.close()
-            self._give_up("training ended before the program was ready")
+        if self._run == self._try_out:
+            self._programs.drop_first()  # it was not measured to the end
+        is_early = self._pending is not None
+        self._give_up("training ended before the program was ready" if is_early else self.choice.reason)
+        self._traces = MAX_TRACES
 
     def settle(self, batches: Iterable[Batch]) -> None:
         """Trains on until it is decided what runs the steps, however long that takes; waits for the compiler.
@@ -142,11 +147,17 @@ class AutoEngine:
         return loss
 
     def _consider(self, batch: Batch) -> Tensor:
-        if self._steps % POLL_STEPS == 0:
+        missed = self._programs.missed
+        loss = self._programs.step(batch)
+        if self._programs.missed > missed or not len(self._programs):
             try:
                 self._begin_if_worth_it(batch)
             except EngineError as error:
                 self._give_up(str(error))
+        return loss
+
+    def _run_short_of_steps(self, batch: Batch) -> Tensor:
+        """Until more steps are expected, there is nothing to consider."""
         return self._programs.step(batch)
 
     def _wait_for_program(self, batch: Batch) -> Tensor:
@@ -162,12 +173,19 @@ class AutoEngine:
     def _check_parity(self, batch: Batch) -> Tensor:
         assert self._pending is not None
         traced = self._pending.traced
-        if isinstance(traced.inputs(batch), Mismatch) and not traced.rebind():
-            return self._missed(batch)
+        inputs = traced.inputs(batch)
+        if isinstance(inputs, Mismatch) and self._mismatches % POLL_STEPS == 0 and traced.rebind():
+            inputs = traced.inputs(batch)
+        if isinstance(inputs, Mismatch):
+            return self._missed(batch, inputs.reason)
         if not fits_in_memory(traced.tensors, self._spec.device):
             self._give_up("two copies of the step's state, to check the program with, do not fit in memory")
             return self._programs.step(batch)
-        self._programs.add(traced, self._pending.load())
+        try:
+            self._programs.add(traced, self._pending.load())
+        except EngineError as error:
+            self._give_up(str(error))
+            return self._programs.step(batch)
         loss, difference = self._compare(batch)
         if difference is not None:
             self._programs.drop_first()
@@ -210,12 +228,16 @@ class AutoEngine:
             return
         shortfall = _shortfall(self._last_step - self._steps, self._eager_s, known)
         if shortfall is not None:
-            self.choice = Choice("eager", shortfall)
+            self._give_up(shortfall)
+            if not len(self._programs):
+                self._run = self._run_short_of_steps
             return
-        self._pending = compiler.begin(batch)
         self._traces += 1
+        self._mismatches = 0
+        self._pending = compiler.begin(batch)
         self.compile_s = (self.compile_s or 0.0) + self._pending.trace_s
-        self.choice = Choice("eager", "a child process is compiling the step")
+        if not len(self._programs):
+            self.choice = Choice("eager", "a child process is compiling the step")
         self._run = self._wait_for_program
 
     def _compare(self, batch: Batch) -> tuple[Tensor, str | None]:
@@ -224,12 +246,14 @@ class AutoEngine:
             traced.tensors, traced.kinds, self._spec.device, self._eager.step, self._programs.run_first, batch
         )
 
-    def _missed(self, batch: Batch) -> Tensor:
-        """The step has changed while its program was compiled: leave it, and look again later."""
-        assert self._pending is not None
-        self._pending.close()
-        self._pending = None
-        self._run = self._consider if self._traces < MAX_TRACES else self._programs.step
+    def _missed(self, batch: Batch, reason: str) -> Tensor:
+        """The program is ready, but not for this step: wait for one that it holds for, then leave it and look again."""
+        self._mismatches += 1
+        if self._mismatches == LOOK_STEPS and self._traces < MAX_TRACES:
+            self._give_up(reason)
+            self._run = self._consider
+        elif self._mismatches == LOOK_STEPS:
+            self._give_up(f"the step kept changing while its program was compiled: {reason}")
         return self._programs.step(batch)
 
     def _conclude(self, eager_s: float, program_s: float) -> None:
@@ -252,16 +276,17 @@ class AutoEngine:
         self._give_up(f"the compiled program was refused: {reason}")
 
     def _remember(self, *, program_us: float | None, refused: str | None) -> None:
-        if self._compiler is not None and self._pending is not None:
-            self._compiler.remember(
-                Verdict(
-                    eager_us=self._eager_s * 1e6,
-                    program_us=program_us,
-                    trace_s=self._pending.trace_s,
-                    compile_s=self._pending.compile_s,
-                    refused=refused,
-                )
-            )
+        assert self._compiler is not None
+        times = self._pending or self._verdict  # an audit comes long after the program
+        assert times is not None
+        self._verdict = Verdict(
+            eager_us=self._eager_s * 1e6,
+            program_us=program_us,
+            trace_s=times.trace_s,
+            compile_s=times.compile_s,
+            refused=refused,
+        )
+        self._compiler.remember(self._verdict)
 
     def _give_up(self, reason: str) -> None:
         """Eager for good, with the programs that there are."""
@@ -270,7 +295,7 @@ class AutoEngine:
             self._pending = None
         if not len(self._programs):
             self.choice = Choice("eager", reason)
-        self._run = self._programs.step
+        self._run = self._replay if len(self._programs) else self._programs.step
 
 
 def _shortfall(steps: int, eager_s: float, known: Verdict | None) -> str | None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,30 +77,40 @@ class ProgramCache:
         self.folder = folder
         _make_private(folder)
 
+    @property
+    def inductor_folder(self) -> Path:
+        """Where compiling children keep what serves the next one (what the C++ compiler can do)."""
+        return self.folder / "inductor"
+
     def find(self, key: str) -> Path | None:
         """The program of that key, None if there is none or it is damaged (it is then removed)."""
         package, record = self._paths(key)
         try:
             known = json.loads(record.read_text(encoding="utf-8"))
             is_whole = known["format"] == FORMAT and known["sha256"] == _sha256(package)
+            if is_whole:
+                os.utime(record)
+                return package
         except (OSError, ValueError, KeyError, TypeError):
-            is_whole = False
-        if not is_whole:
+            pass  # it is damaged, or another process has removed it meanwhile
+        with suppress(OSError):  # on a read-only file system it stays, and is found damaged again
             self._remove(key)
-            return None
-        os.utime(record)
-        return package
+        return None
 
     def add(self, key: str, package: Path, what: str) -> Path:
-        """Takes a package in (the file is moved) and returns where it is; removes the oldest beyond the bound.
+        """Takes a copy of a package in and returns where it is; removes the oldest beyond the bound.
 
         Raises:
             OSError: it cannot be written.
         """
         home, record = self._paths(key)
-        content = {"format": FORMAT, "sha256": _sha256(package), "what": what}
-        os.replace(package, home)
-        _write(record, content)
+        partial = _partial(home)
+        try:
+            shutil.copyfile(package, partial)  # the folder for temporary files may be another file system
+            os.replace(partial, home)
+        finally:
+            partial.unlink(missing_ok=True)
+        _write(record, {"format": FORMAT, "sha256": _sha256(home), "what": what})
         self._keep_to_size(key)
         return home
 
@@ -128,6 +140,7 @@ class ProgramCache:
         for path in list(self._own_files()):
             count += path.suffix == ".pt2"
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.inductor_folder, ignore_errors=True)
         return count
 
     def _paths(self, key: str) -> tuple[Path, Path]:
@@ -150,7 +163,7 @@ class ProgramCache:
                 used=record.stat().st_mtime,
                 what=str(known["what"]),
             )
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _keep_to_size(self, newest: str) -> None:
@@ -185,6 +198,14 @@ def _sha256(path: Path) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    partial = _partial(path)
+    try:
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other process or thread uses."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")

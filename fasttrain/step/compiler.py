@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Pending:
         job = GraphJob.of(traced.graph, inputs, traced.open_dims)
         self._key = program_key(job)
         self._package = compiler.cache.find(self._key)
-        self._build = None if self._package is not None else Build(job)
+        self._build = None if self._package is not None else Build(job, compiler.cache.inductor_folder)
 
     def is_ready(self) -> bool:
         """True once the program can be loaded.
@@ -119,15 +120,15 @@ class Compiler:
     def remember(self, verdict: Verdict) -> None:
         """Keeps what was measured; where it cannot be written, the next run measures again."""
         if self._signature is not None:
-            self.cache.remember(self._signature, verdict)
+            with suppress(OSError):
+                self.cache.remember(self._signature, verdict)
 
 
 def program_key(job: GraphJob) -> str:
     """Of everything that a program depends on: graph, constants, shapes, versions, hardware, threads."""
     constants = [
-        (name, value.shape, value.dtype, value.detach().cpu().numpy().tobytes())
-        for name, value in sorted(vars(job.graph).items())
-        if isinstance(value, torch.Tensor)
+        (name, value.shape, value.dtype, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in sorted(job.graph.named_buffers())  # a graph keeps its constants there
     ]
     inputs = [
         ([None if dim in dims else length for dim, length in enumerate(size)], stride, dtype, device)

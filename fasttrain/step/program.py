@@ -51,10 +51,16 @@ class StepProgram:
     Args:
         package: the compiled package; read here and not needed afterwards.
         device: where the program runs.
+
+    Raises:
+        EngineError: it cannot be loaded.
     """
 
     def __init__(self, package: Path, device: torch.device) -> None:
-        self._run: Callable[[list[Tensor]], list[Tensor]] = flat_runner(str(package), device)
+        try:
+            self._run: Callable[[list[Tensor]], list[Tensor]] = flat_runner(str(package), device)
+        except RuntimeError as error:
+            raise EngineError(f"the compiled program cannot be loaded: {error}") from error
 
     @classmethod
     def compile(cls, traced: TracedStep, batch: Batch) -> StepProgram:
