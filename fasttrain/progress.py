@@ -31,41 +31,46 @@ class Progress:
         self._stream = stream or sys.stderr
         self._bar_class = _bar_class(self._stream)
         self._bar: tqdm[Any] | None = None
-        self._shown = 0
+        self._epoch = 0
+        self._batches: int | None = None
         self._due = 0.0
 
     def begin(self, epoch: int, batches: int | None) -> None:
         """A training epoch (from 1) of so many batches (None: unknown) begins."""
-        if self._bar_class is not None:
+        self._epoch, self._batches = epoch, batches
+        if self._bar is None:
+            self._due = time.perf_counter() + UPDATE_S
+        else:
+            self._bar.reset(batches)
+            self._bar.set_description(self._description, refresh=False)
+
+    def batch(self, batches: int, samples: int, seconds: float, metrics: RunningMetrics) -> None:
+        """So many batches and samples of the epoch are done, in so many seconds."""
+        if self._bar_class is None or time.perf_counter() < self._due:
+            return
+        if self._bar is None:  # one bar for all epochs: making one takes as long as ten steps
             self._bar = self._bar_class(
-                total=batches,
-                desc=f"epoch {epoch}/{self._epochs}",
+                total=self._batches,
+                desc=self._description,
                 unit=" batches",
                 file=self._stream,
                 leave=False,
                 dynamic_ncols=True,
                 mininterval=0,
             )
-        self._shown = 0
-        self._due = time.perf_counter() + UPDATE_S
-
-    def batch(self, batches: int, samples: int, seconds: float, metrics: RunningMetrics) -> None:
-        """So many batches and samples of the epoch are done, in so many seconds."""
-        if self._bar is None or time.perf_counter() < self._due:
-            return
         readout = metrics.read_late()
         if readout is not None and readout.loss is not None:
             accuracy = "" if readout.accuracy is None else f", accuracy {readout.accuracy:.2f}%"
             self._bar.set_postfix_str(
                 f"loss {readout.loss:.4f}{accuracy}, {samples / seconds:,.0f} samples/s", refresh=False
             )
-        self._bar.update(batches - self._shown)
-        self._shown = batches
+        self._bar.update(batches - self._bar.n)
         self._due = time.perf_counter() + UPDATE_S
 
     def end(self, rows: list[EpochRow], *, is_best: bool) -> None:
         """The epoch is over; these are its lines of the history."""
-        self.close()
+        if self._bar is not None:
+            self._bar.clear()
         parts = [f"{row.split} loss {row.loss:.4f}{_percent(row.accuracy)}" for row in rows]
         rate = f"lr {rows[0].lr:.3g}, {rows[0].samples_per_s:,.0f} samples/s"
         mark = " *" if is_best else ""
@@ -80,6 +85,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    @property
+    def _description(self) -> str:
+        return f"epoch {self._epoch}/{self._epochs}"
 
 
 def _percent(accuracy: float | None) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +39,22 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture(autouse=True)
+def bars_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Closes what a test leaves open: tqdm moves the bars of others down."""
+    made: list[Progress] = []
+    init = Progress.__init__
+
+    def remember(self: Progress, *args: Any, **options: Any) -> None:
+        made.append(self)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(Progress, "__init__", remember)
+    yield
+    for each in made:
+        each.close()
 
 
 @pytest.fixture
