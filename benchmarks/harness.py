@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,8 +40,11 @@ class Arm(Protocol):
     description: str
     threads: int
 
-    def losses(self, num_batches: int) -> list[float]:
-        """Trains the first batches of the first epoch from the job's weights; the running loss after each."""
+    def losses(self, num_batches: int) -> list[float] | None:
+        """Trains the first batches of the first epoch from the job's weights; the running loss after each.
+
+        None where the algorithm is another, so that its losses must differ.
+        """
         ...
 
     def run(self) -> int:
@@ -171,3 +175,18 @@ def with_threads(threads: int) -> None:
     """Sets torch's threads, if they are not set so."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def environment_variables(**wanted: str) -> Generator[None]:
+    """Sets environment variables for a while."""
+    found = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in found.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -76,7 +76,7 @@ class Record:
     """One measurement, whole.
 
     Attributes:
-        benchmark: which one: "reviews" or "commands".
+        benchmark: which one: "reviews", "mlp" or "commands".
         title: the heading of its table.
         command: what measures it again.
         created: when, ISO 8601 in UTC.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from benchmarks.arms import BATCH_SIZE, LEARNING_RATE, SEED, FastArm, count, fast_arms, running_means
 from benchmarks.harness import Arm, data_dir
 from fasttrain import FastLoop, Ragged, resident
 from fasttrain.data.resident import epoch_order
 from fasttrain.data.table import read_reviews
 from fasttrain.data.text import EncodedReviews, EncodedSplit, encode_reviews
-from fasttrain.loop import Interrupted
-from fasttrain.metrics import AccuracyRule, RunningMetrics, count_correct
-from fasttrain.reference import TextbookClassifier, TextbookDataset, textbook_loss, train_epoch
+from fasttrain.metrics import AccuracyRule, count_correct
+from fasttrain.reference import TextbookClassifier, TextbookDataset, textbook_loss
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.onehot import ReviewClassifier, review_forward
-
-BATCH_SIZE = 128
-LEARNING_RATE = 1e-3
-SEED = 1337
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +76,23 @@ class ReviewJob:
         model.load_state_dict(self.weights)
         model.to(self.device)
         return model, torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+
+    def loop(self, engine: str) -> FastLoop:
+        """`FastLoop` at the job's weights; raises `EngineError` where the engine cannot run."""
+        return FastLoop(*self.classifier(), review_forward, engine=engine)
+
+    def textbook_model(self) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
+        """See `Job.textbook_model`."""
+        model = TextbookClassifier(self.textbook.num_features, self.textbook.num_outputs)
+        model.load_state_dict(self.weights)
+        model.to(self.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        return model, optimizer, textbook_loss(self.textbook.num_outputs)
+
+    def textbook_batches(self, order: list[int]) -> DataLoader[dict[str, Any]]:
+        """See `Job.textbook_batches`."""
+        self.textbook.set_split("train")
+        return self.textbook.batches(BATCH_SIZE, shuffle=False, drop_last=True, order=order)
 
     def resident_batches(self) -> Iterable[dict[str, Any]]:
         """The train rows as resident batches."""
@@ -160,49 +172,6 @@ def collate(rows: list[tuple[np.ndarray, Any]]) -> dict[str, Any]:
     return {"x_data": Ragged(torch.from_numpy(np.concatenate(ids)), lengths), "y_target": torch.tensor(targets)}
 
 
-class TextbookArm:
-    """The textbook's loop over its own dataset; a pass is a slice of an epoch, since a whole one takes long.
-
-    Args:
-        job: what it trains.
-        threads: torch's threads.
-        num_batches: batches in a pass.
-    """
-
-    compile_s: float | None = None
-
-    def __init__(self, job: ReviewJob, *, name: str, threads: int, num_batches: int) -> None:
-        self.name = name
-        self.threads = threads
-        self.description = f"the book's Dataset, DataLoader and loop, {count(threads, 'thread')}"
-        self._job = job
-        self._num_batches = num_batches
-        self._epoch = 0
-        self._model = TextbookClassifier(job.textbook.num_features, job.textbook.num_outputs)
-        self._model.load_state_dict(job.weights)
-        self._model.to(job.device)
-        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=LEARNING_RATE)
-
-    def losses(self, num_batches: int) -> list[float]:
-        """See `Arm.losses`."""
-        losses: list[float] = []
-        self._train(num_batches, lambda loss, _: losses.append(loss))
-        return losses
-
-    def run(self) -> int:
-        """See `Arm.run`."""
-        return self._train(self._num_batches)
-
-    def _train(self, num_batches: int, on_batch: Callable[[float, float], None] | None = None) -> int:
-        dataset = self._job.textbook
-        dataset.set_split("train")
-        order = self._job.order(self._epoch)[: num_batches * BATCH_SIZE].tolist()
-        self._epoch += 1
-        loader = dataset.batches(BATCH_SIZE, shuffle=False, drop_last=True, order=order)
-        loss = textbook_loss(dataset.num_outputs)
-        return train_epoch(self._model, loader, loss, self._optimizer, self._job.device, on_batch).samples
-
-
 class DenseArm:
     """What a careful engineer writes by hand: all one-hot rows made once, gathered by index, nothing read on the way.
 
@@ -228,8 +197,7 @@ class DenseArm:
 
     def losses(self, num_batches: int) -> list[float]:
         """See `Arm.losses`."""
-        losses = self._train(num_batches)[0].tolist()
-        return [sum(losses[:end]) / end for end in range(1, len(losses) + 1)]
+        return running_means(self._train(num_batches)[0].tolist())
 
     def run(self) -> int:
         """See `Arm.run`."""
@@ -256,70 +224,12 @@ class DenseArm:
         return torch.stack(losses), correct
 
 
-class FastArm:
-    """`FastLoop` over whole epochs.
-
-    Args:
-        job: what it trains.
-        batches: a source in the job's order, before its first epoch.
-        engine: as `FastLoop` takes it.
-        threads: torch's threads.
-
-    Raises:
-        EngineError: the engine cannot run here.
-    """
-
-    def __init__(
-        self, job: ReviewJob, batches: Iterable[Any], *, name: str, description: str, engine: str, threads: int
-    ) -> None:
-        self.name = name
-        self.description = description
-        self.threads = threads
-        self.batches = batches
-        model, optimizer = job.classifier()
-        self.loop = FastLoop(model, optimizer, review_forward, engine=engine)
-
-    @property
-    def compile_s(self) -> float | None:
-        """See `Arm.compile_s`."""
-        return self.loop.step.compile_s
-
-    def losses(self, num_batches: int) -> list[float]:
-        """See `Arm.losses`."""
-        losses: list[float] = []
-
-        def watch(batches: int, _samples: int, _seconds: float, metrics: RunningMetrics) -> None:
-            loss = metrics.compute().loss
-            assert loss is not None
-            losses.append(loss)
-            if batches == num_batches:
-                raise Interrupted
-
-        with suppress(Interrupted):
-            self.loop.train(self.batches, watch=watch)
-        return losses
-
-    def run(self) -> int:
-        """See `Arm.run`."""
-        return self.loop.train(self.batches).samples
-
-
-def fast_arms(job: ReviewJob, threads: int) -> dict[str, Callable[[], Arm]]:
+def review_arms(job: ReviewJob, threads: int) -> dict[str, Callable[[], Arm]]:
     """By name, what makes each arm of `FastLoop`; an engine that cannot run here raises `EngineError` then."""
+    description = "FastLoop, engine eager, prefetch over a DataLoader"
 
-    def arm(name: str, description: str, engine: str, source: Callable[[], Iterable[Any]]) -> Callable[[], Arm]:
-        described = f"{description}, {count(threads, 'thread')}"
-        return lambda: FastArm(job, source(), name=name, description=described, engine=engine, threads=threads)
+    def streamed() -> Arm:
+        batches = job.streamed_batches()
+        return FastArm(job.loop("eager"), batches, name="eager, streamed", description=description, threads=threads)
 
-    makers = {
-        "eager": ("FastLoop, engine eager, resident batches", "eager", job.resident_batches),
-        "eager, streamed": ("FastLoop, engine eager, prefetch over a DataLoader", "eager", job.streamed_batches),
-        "torch-compile": ("FastLoop, engine torch-compile, resident batches", "torch-compile", job.resident_batches),
-        "compiled": ("FastLoop, engine compiled, resident batches", "compiled", job.resident_batches),
-    }
-    return {name: arm(name, *parts) for name, parts in makers.items()}
-
-
-def count(number: int, noun: str) -> str:
-    """A number and its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return {**fast_arms(job.loop, job.resident_batches, threads), "eager, streamed": streamed}

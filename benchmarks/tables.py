@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import REPOSITORY, log
-from benchmarks.records import Record, Series, read_record
+from benchmarks.records import Record, Series, read_record, times_better
 from fasttrain.errors import DataError, FasttrainError
 
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
+
+MAIN_ARMS = ("tuned by hand", "eager", "compiled", "auto", "jax", "native")
+"""Arms that the top README shows, beside the yardstick."""
+
+ALSO_COMPARED = ("tuned by hand", "jax")
+"""Arms that the others are compared with too, in benchmarks/README.md, where a record has them."""
 
 INTRODUCTION = """\
 # Benchmarks
@@ -24,6 +30,7 @@ date. Measure on a machine that does nothing else.
   asked (`--benchmark-json FILE`).
 - `python -m benchmarks.reviews`: training on reviews, samples/s of every arm, interleaved; writes
   `results/reviews-<device>.json`.
+- `python -m benchmarks.mlp`: the same for a small network; writes `results/mlp-<device>.json`.
 - `python -m benchmarks.commands`: whole commands in fresh processes, their time and memory, and the speed of text;
   writes `results/commands-cpu.json`.
 - `python -m benchmarks.tables`: writes this file and the table in the top README; with `--check` it writes nothing and
@@ -31,7 +38,7 @@ date. Measure on a machine that does nothing else.
 
 Figures are medians over the repeats, with the range from smallest to largest. A ratio is formed within each repeat, and
 the median and the range of those are shown; above 1 is better than the yardstick, whose own ratio is 1. An arm whose
-losses leave the textbook's is not timed.
+losses leave the textbook's is not timed. Peers (`peers/`) take part where they are installed: `pip install '.[peers]'`.
 """
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
@@ -69,7 +76,7 @@ def update(root: Path, *, is_check: bool) -> list[Path]:
     """
     folder = root / "benchmarks"
     found = [read_record(path) for path in (folder / "results").glob("*.json")]
-    records = sorted(found, key=lambda record: (record.benchmark != "reviews", record.title))
+    records = sorted(found, key=lambda record: (not is_training(record), record.benchmark != "reviews", record.title))
     wanted = {folder / "README.md": benchmarks_page(records)}
     front = root / "README.md"
     if front.is_file():
@@ -91,21 +98,61 @@ def section(record: Record) -> str:
     workload = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in record.workload.items())
     refused = [f"not timed: {name}: {reason}" for name, reason in record.refused.items()]
     notes = "".join(f"- {text(note)}\n" for note in [*record.notes, *refused])
-    rows = [[*figures(record, name), text(series.description)] for name, series in record.series.items()]
+    others = [name for name in ALSO_COMPARED if name in record.ratios]
+    columns = [*header(record), *[f"times {text(name)}" for name in others], "what it is"]
+    rows = [
+        [*figures(record, name), *[against(record, name, other) for other in others], text(series.description)]
+        for name, series in record.series.items()
+    ]
     return (
-        f"\n## {text(record.title)}\n\n{table([*header(record), 'what it is'], rows)}\n{conditions(record)}\n\n"
+        f"\n## {text(record.title)}\n\n{table(columns, rows)}\n{conditions(record)}\n\n"
         f"- workload: {text(workload)}\n{notes}\nMeasured by {command(record)}\n"
     )
 
 
 def headline(records: Sequence[Record]) -> str:
-    """The tables of the top README."""
-    parts = [
-        f"**{text(record.title)}**\n\n{table(header(record), [figures(record, name) for name in record.series])}\n"
-        f"{conditions(record)} Measured by {command(record)}\n"
+    """The tables of the top README: one of all trainings, and one of each other record."""
+    trainings = [record for record in records if is_training(record)]
+    parts = [summary(trainings)] if trainings else []
+    for record in records:
+        if not is_training(record):
+            rows = [figures(record, name) for name in record.series]
+            parts.append(f"**{text(record.title)}**\n\n{table(header(record), rows)}\n{origin(record)}")
+    return "\n".join(parts) or NO_RECORDS.lstrip()
+
+
+def is_training(record: Record) -> bool:
+    """True for a record of arms that train, whose yardstick is the textbook's loop."""
+    return record.series[record.yardstick].unit == "samples/s"
+
+
+def summary(records: Sequence[Record]) -> str:
+    """A row a training: samples/s of the main arms, and how many times the yardstick's that is."""
+    arms = [arm for arm in MAIN_ARMS if any(arm in record.series for record in records)]
+    rows = [
+        [text(record.title), number(record.series[record.yardstick].median), *[rate(record, arm) for arm in arms]]
         for record in records
     ]
-    return "\n".join(parts) or NO_RECORDS.lstrip()
+    sources = "\n".join(f"- {text(record.title)}: {origin(record)}" for record in records)
+    return f"{table(['samples/s (times the textbook)', 'textbook', *map(text, arms)], rows)}\n{sources}"
+
+
+def rate(record: Record, name: str) -> str:
+    """Samples/s of an arm and its ratio to the yardstick; empty where it was not timed."""
+    series, ratio = record.series.get(name), record.ratios.get(name)
+    return "" if series is None or ratio is None else f"{number(series.median)} ({number(ratio.median)}x)"
+
+
+def origin(record: Record) -> str:
+    """One line: under what a record was measured, and by which command."""
+    return f"{conditions(record)} Measured by {command(record)}\n"
+
+
+def against(record: Record, name: str, other: str) -> str:
+    """The median ratio of a series to another one; empty where it has none to the yardstick."""
+    if name not in record.ratios:
+        return ""
+    return f"{number(times_better(record.series[name], record.series[other]).median)}x"
 
 
 def with_block(page: str, block: str, name: str) -> str:
@@ -163,8 +210,8 @@ def conditions(record: Record) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; figures, columns 1 to 3, to the right."""
-    rule = ["---:" if column in (1, 2, 3) else "---" for column in range(len(columns))]
+    """A Markdown table; all but words, in the first column and under "what it is", to the right."""
+    rule = ["---" if number == 0 or column == "what it is" else "---:" for number, column in enumerate(columns)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [columns, rule, *rows])
 
 

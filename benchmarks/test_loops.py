@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from benchmarks.arms import TextbookArm
 from benchmarks.conftest import THREADS
 from benchmarks.harness import Arm
-from benchmarks.review_arms import DenseArm, ReviewJob, TextbookArm, fast_arms
+from benchmarks.review_arms import DenseArm, ReviewJob, review_arms
 from fasttrain.errors import EngineError
 
 TEXTBOOK_BATCHES = 20
@@ -30,7 +31,7 @@ def test_tuned_by_hand(job: ReviewJob, time_arm: Callable[[Arm], None]) -> None:
 @pytest.mark.parametrize("name", ["eager", "eager, streamed", "compiled"])
 def test_fast_loop(job: ReviewJob, time_arm: Callable[[Arm], None], name: str) -> None:
     try:
-        arm = fast_arms(job, THREADS)[name]()
+        arm = review_arms(job, THREADS)[name]()
     except EngineError as error:
         pytest.skip(str(error))
     time_arm(arm)

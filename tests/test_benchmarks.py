@@ -1,6 +1,9 @@
 """The measurements measure what they say, their records hold together, and the committed tables follow from them."""
 
+import contextlib
+import importlib
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -13,9 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import commands, first_step, harness, reviews, tables
+from benchmarks import arms, commands, first_step, harness, interleave, mlp, reviews, tables
+from benchmarks.arms import BATCH_SIZE, TextbookArm, textbook_arms
+from benchmarks.mlp_arms import MlpJob, SliceArm, mlp_arms
+from benchmarks.peers import native
 from benchmarks.records import Record, Series, ratios_to, read_record, times_better, write_record
-from benchmarks.review_arms import BATCH_SIZE, DenseArm, ReviewJob, TextbookArm, fast_arms
+from benchmarks.review_arms import DenseArm, ReviewJob, review_arms
 from fasttrain import DataError, EngineError, FasttrainError
 from fasttrain.workloads.generate import generate_reviews
 
@@ -121,10 +127,121 @@ def job() -> ReviewJob:
 def test_arms_train_the_same_numbers(job: ReviewJob) -> None:
     wanted = TextbookArm(job, name="textbook", threads=1, num_batches=2).losses(5)
     assert len(wanted) == 5
-    makers = fast_arms(job, 1)
+    makers = review_arms(job, 1)
     for arm in (DenseArm(job, threads=1), makers["eager"](), makers["eager, streamed"]()):
-        assert harness.check_losses(arm.losses(5), wanted, reviews.TOLERANCE) < reviews.TOLERANCE, arm.name
-        assert arm.run() == 2_800 // BATCH_SIZE * BATCH_SIZE, arm.name
+        assert_trains_alike(arm, wanted, 2_800)
+
+
+def assert_trains_alike(arm: harness.Arm, wanted: list[float], num_rows: int) -> None:
+    losses = arm.losses(len(wanted))
+    assert losses is not None
+    assert harness.check_losses(losses, wanted, interleave.TOLERANCE) < interleave.TOLERANCE, arm.name
+    assert arm.run() == num_rows // BATCH_SIZE * BATCH_SIZE, arm.name
+
+
+def build_peer(build: Any) -> harness.Arm:
+    """The peer's arm; the test is skipped where the peer is missing."""
+    try:
+        return build()
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def imported_peers() -> None:
+    """Imports what is there: it sets variables when it is imported, which would look like a leak of the first test."""
+    before = set(os.environ)
+    for name in ("jax", "sklearn"):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    for name in set(os.environ) - before:
+        del os.environ[name]
+
+
+@pytest.mark.usefixtures("imported_peers")
+def test_jax_trains_the_same_reviews(job: ReviewJob) -> None:
+    arm = build_peer(reviews.peers(job, 1)["jax"])
+    wanted = TextbookArm(job, name="textbook", threads=1, num_batches=2).losses(20)
+    assert_trains_alike(arm, wanted, 2_800)
+
+
+@pytest.mark.usefixtures("imported_peers")
+def test_scikit_learn_is_not_compared(job: ReviewJob) -> None:
+    arm = build_peer(reviews.peers(job, 1)["scikit-learn"])
+    assert arm.losses(3) is None
+    assert arm.run() == 2_800
+
+
+def test_native_code_goes_on_where_it_stopped(job: ReviewJob) -> None:
+    textbook = TextbookArm(job, name="textbook", threads=1, num_batches=None)
+    arm = build_peer(reviews.peers(job, 1)["native"])
+    assert isinstance(arm, native.NativeArm)
+    for _ in range(2):
+        wanted, found = textbook.losses(21), arm.losses(21)
+        assert harness.check_losses(found, wanted, interleave.TOLERANCE) < interleave.TOLERANCE
+
+
+def test_native_code_without_a_compiler_is_refused(job: ReviewJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(EngineError, match="no C compiler"):
+        native.build(job, 1)
+    with pytest.raises(EngineError, match="one thread"):
+        native.build(job, 2)
+
+
+def test_a_peer_that_is_not_installed_is_refused(job: ReviewJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("jax_adam", "jax_reviews"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.peers.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    with pytest.raises(EngineError, match=r"jax is not installed: pip install '\.\[peers\]'"):
+        interleave.peer("jax_reviews", job, 1)()
+    with pytest.raises(ModuleNotFoundError, match=r"benchmarks\.peers\.misspelt"):
+        interleave.peer("misspelt", job, 1)()
+
+
+def test_mlp_arms_train_the_same_numbers() -> None:
+    job = MlpJob.draw(torch.device("cpu"), 1_000)
+    wanted = TextbookArm(job, name="textbook", threads=1, num_batches=None).losses(7)
+    makers = mlp_arms(job, 1)
+    for arm in (makers[SliceArm.name](), makers["eager"]()):
+        assert_trains_alike(arm, wanted, 1_000)
+
+
+@pytest.mark.usefixtures("imported_peers")
+@pytest.mark.parametrize("build", ["build", "build_stepwise"])
+def test_jax_trains_the_same_mlp(build: str) -> None:
+    job = MlpJob.draw(torch.device("cpu"), 1_000)
+    arm = build_peer(interleave.peer("jax_mlp", job, 1, build))
+    textbook = TextbookArm(job, name="textbook", threads=1, num_batches=None)
+    wanted = textbook.losses(7)
+    assert_trains_alike(arm, wanted, 1_000)
+    textbook.run()
+    assert arm.losses(7) == pytest.approx(textbook.losses(7), rel=interleave.TOLERANCE)
+
+
+def test_auto_is_given_time_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "SETTLE_S", 0.0)
+    arm = mlp_arms(MlpJob.draw(torch.device("cpu"), 1_000), 1)["auto"]()
+    assert isinstance(arm, arms.AutoArm)
+    assert [arm.run(), arm.run()] == [896, 896]
+    assert arm.batches.epoch == 3  # pyright: ignore[reportAttributeAccessIssue]  # one more, cut short by the clock
+    assert interleave.engines([arm])[0].startswith("auto: ended on eager: ")
+
+
+def test_mlp_writes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_arm(job: MlpJob, threads: int) -> dict[str, Any]:
+        return {SliceArm.name: lambda: SliceArm(job, threads=threads)}
+
+    monkeypatch.setattr(mlp, "mlp_arms", one_arm)
+    monkeypatch.setattr(
+        mlp, "peer", lambda *_, **__: one_arm(MlpJob.draw(torch.device("cpu"), 10_000), 1)[SliceArm.name]
+    )
+    out = tmp_path / "record.json"
+    assert mlp.main(["--repeats", "1", "--seconds", "0.01", "--rows", "3000", "--out", str(out)]) == 0
+    record = read_record(out)
+    assert list(record.series) == ["textbook", "tuned by hand"]
+    assert "leave the textbook's" in record.refused["jax"]
+    assert record.workload["train_rows"] == 3_000
 
 
 def test_text_size_is_that_of_the_uncompressed_file(tmp_path: Path) -> None:
@@ -147,9 +264,10 @@ def test_reviews_writes_a_record_and_times_no_arm_that_is_wrong(
 
     def arms(job: ReviewJob, threads: int) -> dict[str, Any]:
         wrong = FakeArm("wrong", 0.0, [], [0.0])
-        return {"eager": fast_arms(job, threads)["eager"], "wrong": lambda: wrong, "compiled": no_compiler}
+        return {"eager": review_arms(job, threads)["eager"], "wrong": lambda: wrong, "compiled": no_compiler}
 
-    monkeypatch.setattr(reviews, "fast_arms", arms)
+    monkeypatch.setattr(reviews, "review_arms", arms)
+    monkeypatch.setattr(reviews, "peers", lambda *_: {})
     out = tmp_path / "results" / "record.json"
     options = ["--repeats", "2", "--seconds", "0.01", "--textbook-batches", "2"]
     assert reviews.main(["--data", str(table), "--out", str(out), *options]) == 0
@@ -163,8 +281,8 @@ def test_reviews_writes_a_record_and_times_no_arm_that_is_wrong(
 
 
 def test_the_textbook_is_measured_at_both_numbers_of_threads(job: ReviewJob) -> None:
-    assert [arm.threads for arm in reviews.textbook_arms(job, 1, 4, 2)] == [1, 4]
-    assert [arm.threads for arm in reviews.textbook_arms(job, 4, 4, 2)] == [4]
+    assert [arm.threads for arm in textbook_arms(job, 1, 4, 2)] == [1, 4]
+    assert [arm.threads for arm in textbook_arms(job, 4, 4, 2)] == [4]
 
 
 class FakePlace(commands.Place):
@@ -299,16 +417,48 @@ def test_tables_are_written_and_then_up_to_date(tmp_path: Path) -> None:
     front = (root / "README.md").read_text()
     assert front.startswith("# A title\n\nbefore\n")
     assert front.endswith(f"{tables.END}\nafter\n")
-    row = "| fast | 4,500 samples/s (4,000 to 5,000) | 70.0x (40.0 to 100) | 2 |"
     page = (root / "benchmarks" / "README.md").read_text()
-    assert row in front
-    assert f"{row} a \\| loop &lt;b> |" in page
-    assert "| peak | 612 MB |  | 1 |" in front
+    assert "| Training, cpu | 75.0 |" in front
+    assert "| fast | 4,500 samples/s (4,000 to 5,000) | 70.0x (40.0 to 100) | 2 | a \\| loop &lt;b> |" in page
+    assert "| peak | 612 MB |  | 1 | memory |" in page
     assert "not timed: compiled: no compiler" in page
     assert "A CPU, 4 cores; torch 2.13.0" in front
 
     write_record(small_record(rates=(4_000.0, 6_000.0)), root / "benchmarks" / "results" / "0.json")
-    assert tables.update(root, is_check=True) == stale
+    assert tables.update(root, is_check=True) == stale[:1]  # the top table does not show this arm
+
+
+def training(name: str, **rates: tuple[float, ...]) -> Record:
+    series = {
+        arm.replace("_", " "): Series(description="an arm", unit="samples/s", values=values)
+        for arm, values in {"textbook": (10.0, 20.0), **rates}.items()
+    }
+    return small_record(title=name, series=series, ratios=ratios_to(series, "textbook", list(series)))
+
+
+def test_the_top_table_has_a_row_a_training_and_a_column_an_arm(tmp_path: Path) -> None:
+    first = training("one", compiled=(100.0, 400.0), tuned_by_hand=(20.0, 20.0))
+    second = training("two", compiled=(50.0, 50.0), jax=(100.0, 50.0), obscure=(1.0, 1.0))
+    root = repository(tmp_path / "r", first, second, front=FRONT)
+    tables.update(root, is_check=False)
+    front = (root / "README.md").read_text()
+    assert "| samples/s (times the textbook) | textbook | tuned by hand | compiled | jax |" in front
+    assert "| one | 15.0 | 20.0 (1.50x) | 250 (15.0x) |  |" in front
+    assert "| two | 15.0 |  | 50.0 (3.75x) | 75.0 (6.25x) |" in front
+    assert "obscure" not in front
+    page = (root / "benchmarks" / "README.md").read_text()
+    assert "| times textbook (range) | n | times jax | what it is |" in page
+    assert "| compiled | 250 samples/s (100 to 400) | 15.0x (10.0 to 20.0) | 2 | 12.5x | an arm |" in page
+    assert "| compiled | 50.0 samples/s (50.0 to 50.0) | 3.75x (2.50 to 5.00) | 2 | 0.750x | an arm |" in page
+
+
+def test_records_of_other_things_keep_their_own_table(tmp_path: Path) -> None:
+    series = {"whole command": Series(description="all of it", unit="s", values=(2.0,))}
+    ratios = ratios_to(series, "whole command", ["whole command"])
+    record = small_record(benchmark="commands", series=series, yardstick="whole command", ratios=ratios)
+    root = repository(tmp_path / "r", record, front=FRONT)
+    tables.update(root, is_check=False)
+    assert "| whole command | 2.00 s | 1.00x | 1 |" in (root / "README.md").read_text()
 
 
 def test_tables_do_without_a_top_readme_and_without_records(tmp_path: Path) -> None:

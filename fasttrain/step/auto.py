@@ -88,6 +88,7 @@ class AutoEngine:
         self._compiler: Compiler | None = None
         self._pending: Pending | None = None
         self._verdict: Verdict | None = None
+        self._taken_up = self.choice
         self._steps = self._last_step = self._traces = self._mismatches = 0
         self._eager_times: list[float] = []
         self._trial = _Trial()
@@ -104,8 +105,9 @@ class AutoEngine:
 
     def expect(self, steps: int) -> None:
         """See `Engine.expect`."""
+        is_more = self._steps + steps > self._last_step
         self._last_step = self._steps + steps
-        if self._run == self._run_short_of_steps:
+        if is_more and self._run == self._run_short_of_steps:
             self._run = self._consider
 
     def close(self) -> None:
@@ -154,6 +156,8 @@ class AutoEngine:
                 self._begin_if_worth_it(batch)
             except EngineError as error:
                 self._give_up(str(error))
+        elif self._steps % LOOK_STEPS == 0:
+            self._run = self._replay  # what was missed does not come any more
         return loss
 
     def _run_short_of_steps(self, batch: Batch) -> Tensor:
@@ -214,6 +218,11 @@ class AutoEngine:
             return loss
         if self._steps % LOOK_STEPS == 0:
             missed, self._programs.missed = self._programs.missed, 0
+            self.choice = self._taken_up
+            if missed == LOOK_STEPS:
+                self.choice = Choice(
+                    "eager", f"the program does not hold since this changed: {self._programs.why_missed}"
+                )
             if missed > MISSED_SHARE * LOOK_STEPS and self._traces < MAX_TRACES:
                 self._run = self._consider
         return self._programs.step(batch)
@@ -264,7 +273,7 @@ class AutoEngine:
         self._pending.close()
         self._pending = None
         if is_faster:
-            self.choice = Choice("compiled", measured)
+            self.choice = self._taken_up = Choice("compiled", measured)
             self._run = self._replay
         else:
             self._programs.drop_first()

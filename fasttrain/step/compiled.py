@@ -58,7 +58,7 @@ class CompiledEngine:
             self._is_first = False
             return self._eager.step(batch)
         is_wanted = self._compiled == 0 or self._programs.missed >= ENOUGH_STEPS
-        if is_wanted and self._compiled < MAX_PROGRAMS:
+        if is_wanted and self._compiled < MAX_PROGRAMS and not self._programs.hold(batch):
             return self._compile(batch)
         return self._programs.step(batch)
 

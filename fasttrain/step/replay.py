@@ -60,6 +60,10 @@ class Programs:
         """True where the first program holds for a batch, and the user's objects are as it knows them."""
         return not isinstance(self.first.inputs(batch), Mismatch)
 
+    def hold(self, batch: Batch) -> bool:
+        """True where any of the programs holds for a batch, and the user's objects are as it knows them."""
+        return any(not isinstance(traced.inputs(batch), Mismatch) for traced, _ in self._programs)
+
     def run_first(self, batch: Batch) -> Tensor:
         """One step by the first program, which must hold; the running metrics are not told."""
         traced, program = self._programs[0]

@@ -201,11 +201,37 @@ def test_what_a_step_may_change_is_not_noticed(traced: TracedStep) -> None:
     assert isinstance(traced.inputs(batch()), list)
 
 
-def test_guards_agree_where_only_objects_differ() -> None:
-    spec, other = step(), step()
-    assert Guards(spec).agree(Guards(other))
-    other.optimizer.param_groups[0]["eps"] = 1.0
-    assert not Guards(spec).agree(Guards(other))
+@pytest.mark.parametrize(
+    "change", [load_optimizer, replace_state, replace_parameter, replace_buffer, swap_parameters_of_group]
+)
+def test_guards_agree_where_only_tensors_and_groups_differ(change: Callable[[StepSpec], Any]) -> None:
+    spec = step()
+    EagerEngine(spec, ASKED).step(batch())
+    before = Guards(spec)
+    change(spec)
+    assert before.mismatch() is not None
+    assert Guards(spec).agree(before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_betas,
+        new_option,
+        replace_module,
+        lambda spec: spec.model.register_module("2", nn.Tanh()),
+        lambda spec: spec.model[0].register_forward_hook(lambda *_: None),  # pyright: ignore
+        lambda spec: spec.optimizer.register_step_post_hook(lambda *_: None),
+        lambda spec: spec.metrics.user_metrics.update(more=lambda *_: torch.ones(())),
+        lambda spec: spec.model[2].eval(),  # pyright: ignore
+    ],
+)
+def test_guards_disagree_where_another_step_is_computed(change: Callable[[StepSpec], Any]) -> None:
+    spec = step()
+    EagerEngine(spec, ASKED).step(batch())
+    before = Guards(spec)
+    change(spec)
+    assert not Guards(spec).agree(before)
 
 
 def test_rates_follow_the_groups() -> None:

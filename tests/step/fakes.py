@@ -1,0 +1,222 @@
+"""A compiler, a child and a clock by hand: what `auto` decides, without compiling anything and without waiting."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from fasttrain.errors import EngineError
+from fasttrain.step import auto, compiler
+from fasttrain.step.build import GraphJob
+from fasttrain.step.cache import Verdict
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.spec import StepSpec
+from fasttrain.step.state import StepState
+from fasttrain.step.trace import Mismatch, TracedStep
+from tests.step.models import ASKED
+
+Batch = tuple[Tensor, Tensor]
+
+TRIAL_ROUNDS = 3
+LOOK_STEPS = 64
+"""Smaller than in earnest, to keep the tests short."""
+
+
+class Lab:
+    """What the tests turn, and what they read.
+
+    Attributes:
+        now: the clock, in seconds; steps move it.
+        eager_s: what a step takes eagerly.
+        program_s: what it takes by program.
+        is_ready: whether the child has finished.
+        errors: by method of the compiler or its result, what it raises.
+        known: what the cache knows of the job, by the number of rows of the batch.
+        is_changing: whether the step is never as it was when it was traced.
+        spoil: what a program does to the loss that it returns.
+        begun: the pending programs, in order.
+        remembered: the verdicts that were kept.
+        replayed: steps that were run by a program.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.eager_s = 100e-6
+        self.program_s = 50e-6
+        self.is_ready = False
+        self.is_changing = False
+        self.errors: dict[str, str] = {}
+        self.known: dict[int, Verdict] = {}
+        self.spoil: Callable[[Tensor], Tensor] = lambda loss: loss
+        self.begun: list[FakePending] = []
+        self.remembered: list[Verdict] = []
+        self.replayed = 0
+
+    @classmethod
+    def install(cls, monkeypatch: pytest.MonkeyPatch) -> Lab:
+        """Puts itself in the place of what `auto` uses."""
+        lab = cls()
+        clock: Any = types.SimpleNamespace(perf_counter=lambda: lab.now)
+        monkeypatch.setattr(auto, "time", clock)
+        monkeypatch.setattr(auto, "LOOK_STEPS", LOOK_STEPS)
+        monkeypatch.setattr(auto, "TRIAL_ROUNDS", TRIAL_ROUNDS)
+        monkeypatch.setattr(auto, "Compiler", lambda spec: FakeCompiler(lab, spec))
+        monkeypatch.setattr(auto, "EagerEngine", lambda spec, choice: TimedEager(lab, spec))
+        return lab
+
+    def call(self, name: str) -> None:
+        if name in self.errors:
+            raise EngineError(self.errors[name])
+
+
+class TimedEager(EagerEngine):
+    def __init__(self, lab: Lab, spec: StepSpec) -> None:
+        super().__init__(spec, ASKED)
+        self._lab = lab
+
+    def step(self, batch: Batch) -> Tensor:
+        self._lab.now += self._lab.eager_s
+        return super().step(batch)
+
+
+class FakeTrace:
+    """Holds for batches of one shape, unless the test says that the step has changed."""
+
+    def __init__(self, lab: Lab, spec: StepSpec, batch: Batch) -> None:
+        state = StepState(spec)
+        self.tensors, self.kinds = state.tensors, state.kinds
+        self.spec = spec
+        self.shape = batch[0].shape
+        self.is_stale = lab.is_changing
+        self.can_rebind = False
+        self._eager = EagerEngine(spec, ASKED)
+        self._lab = lab
+
+    def inputs(self, batch: Batch) -> list[Tensor] | Mismatch:
+        if self.is_stale:
+            return Mismatch("an option of a parameter group")
+        return list(batch) if batch[0].shape == self.shape else Mismatch("the size of input 0")
+
+    def rebind(self) -> bool:
+        took_up = self.is_stale and self.can_rebind
+        self.is_stale = self.is_stale and not took_up
+        return took_up
+
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        """As a program does: everything but the count of batches."""
+        self._lab.now += self._lab.program_s
+        self._lab.replayed += 1
+        loss = self._eager.step((inputs[0], inputs[1]))
+        self.spec.metrics.count(-1.0)
+        return self._lab.spoil(loss)
+
+
+class FakePending:
+    trace_s = 0.5
+    compile_s = 20.0
+
+    def __init__(self, lab: Lab, spec: StepSpec, batch: Batch) -> None:
+        self.traced = FakeTrace(lab, spec, batch)
+        self.is_closed = False
+        self._lab = lab
+
+    def is_ready(self) -> bool:
+        self._lab.call("is_ready")
+        return self._lab.is_ready
+
+    def load(self) -> FakeTrace:
+        self._lab.call("load")
+        return self.traced
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class FakeCompiler:
+    def __init__(self, lab: Lab, spec: StepSpec) -> None:
+        lab.call("make")
+        self._lab = lab
+        self._spec = spec
+
+    def begin(self, batch: Batch) -> FakePending:
+        self._lab.call("begin")
+        pending = FakePending(self._lab, self._spec, batch)
+        self._lab.now += pending.trace_s
+        self._lab.begun.append(pending)
+        return pending
+
+    def verdict(self, batch: Batch) -> Verdict | None:
+        return self._lab.known.get(len(batch[0]))
+
+    def remember(self, verdict: Verdict) -> None:
+        self._lab.remembered.append(verdict)
+
+
+class Graphs:
+    """Has steps replayed by the traced graph itself: all but the machine code is real.
+
+    Attributes:
+        builds: how many children there would have been.
+        replayed: steps that were run by a graph.
+        spoil: what a program does to the loss that it returns.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.builds = 0
+        self.replayed = 0
+        self.spoil: Callable[[Tensor], Tensor] = lambda loss: loss
+        self._folder = folder
+        monkeypatch.setattr(compiler, "Build", self._build)
+        monkeypatch.setattr(compiler.Pending, "load", lambda pending: GraphProgram(self, pending.traced))
+
+    def _build(self, job: GraphJob, *_: Any) -> InstantBuild:
+        self.builds += 1
+        return InstantBuild(self._folder / f"{self.builds}.pt2")
+
+
+class InstantBuild:
+    seconds = 1.0
+
+    def __init__(self, package: Path) -> None:
+        package.write_bytes(b"a graph needs none")
+        self._package = package
+
+    def poll(self) -> Path:
+        return self._package
+
+    wait = poll
+
+    def close(self) -> None:
+        self._package.unlink(missing_ok=True)
+
+
+class GraphProgram:
+    def __init__(self, graphs: Graphs, traced: TracedStep) -> None:
+        self._graphs = graphs
+        self._traced = traced
+
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        self._graphs.replayed += 1
+        return self._graphs.spoil(self._traced.run(inputs))
+
+
+HASTE: dict[str, float] = {
+    "WARM_STEPS": 1,
+    "TIMED_STEPS": 1,
+    "POLL_STEPS": 1,
+    "TRIAL_ROUNDS": 2,
+    "TRIAL_S": 0.0,
+    "MARGIN": 1e9,
+    "LOOK_STEPS": 8,
+}
+
+
+def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `auto` take a program up within ten steps, whether it is faster or not."""
+    for name, value in HASTE.items():
+        monkeypatch.setattr(auto, name, value)

@@ -1,0 +1,240 @@
+"""The compiling child: whatever becomes of it, the parent learns why, and nothing of it is left."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.errors import EngineError
+from fasttrain.step import build as build_module
+from fasttrain.step.build import Build, GraphJob
+
+StandIn = Callable[[str], None]
+
+pytestmark = pytest.mark.usefixtures("temporary")
+
+
+def job(graph: torch.fx.GraphModule | None = None) -> GraphJob:
+    if graph is None:
+        graph = torch.fx.symbolic_trace(torch.nn.Identity())
+    return GraphJob.of(graph, [torch.ones(2, 3).t()], [frozenset()])
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Runs a shell script in place of Python as the child; its folder is "$3"."""
+
+    def use(script: str) -> None:
+        path = tmp_path / "child"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o700)
+        monkeypatch.setattr(build_module.sys, "executable", str(path))
+
+    return use
+
+
+def child_of(build: Build) -> subprocess.Popen[bytes]:
+    return build._child  # pyright: ignore[reportPrivateUsage]
+
+
+def wait_for_end(pid: int) -> None:
+    """Waits until a process that may be no child of this one has ended."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended, _, _ = select.select([process], [], [], 60)
+    os.close(process)
+    assert ended, f"process {pid} still runs"
+
+
+def test_a_package_is_handed_over_and_removed_with_the_rest(stand_in: StandIn, temporary: Path) -> None:
+    stand_in('cat "$3/job" > "$3/step.pt2"')
+    build = Build(job())
+    package = build.wait()
+    assert pickle.loads(package.read_bytes()).inputs == job().inputs
+    assert build.poll() == package
+    assert package.parent.stat().st_mode & 0o777 == 0o700
+    assert build.seconds > 0
+    build.close()
+    build.close()
+    assert not any(temporary.iterdir())
+
+
+def test_while_it_runs_there_is_no_package_and_close_ends_it(stand_in: StandIn, temporary: Path) -> None:
+    stand_in('touch "$3/step.pt2"; exec sleep 1000')
+    build = Build(job())
+    assert build.poll() is None
+    build.close()
+    assert child_of(build).returncode == -signal.SIGKILL
+    assert not any(temporary.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo begun; echo no compiler here >&2; exit 3", "failed with exit code 3: no compiler here$"),
+        ("exit 1", "failed with exit code 1$"),
+        ("exit 0", "failed with exit code 0$"),
+        ("kill -9 $$", "was ended by SIGKILL$"),
+        ('printf "\\377\\n" >&2; exit 1', "failed with exit code 1: \ufffd$"),
+    ],
+)
+def test_a_child_that_fails_says_why(script: str, reason: str, stand_in: StandIn, temporary: Path) -> None:
+    stand_in(script)
+    build = Build(job())
+    with pytest.raises(EngineError, match=reason):
+        build.wait()
+    assert not any(temporary.iterdir())
+
+
+def test_a_child_that_hangs_is_ended(stand_in: StandIn, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in("exec sleep 1000")
+    build = Build(job())
+    monkeypatch.setattr(build_module, "TIMEOUT_S", 0.0)
+    with pytest.raises(EngineError, match="took longer than 0 s and was ended"):
+        build.poll()
+    assert child_of(build).returncode == -signal.SIGKILL
+    assert not any(temporary.iterdir())
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_the_child_has_started_ends_with_it(
+    is_killed: bool, stand_in: StandIn, temporary: Path, tmp_path: Path
+) -> None:
+    ready = tmp_path / "ready"
+    os.mkfifo(ready)
+    stand_in(f'sleep 1000 & echo $! > "{ready}"; wait')
+    build = Build(job())
+    compiler = int(ready.read_text())
+    if is_killed:
+        os.kill(child_of(build).pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="ended by SIGKILL"):
+            build.wait()
+    else:
+        build.close()
+    wait_for_end(compiler)
+    assert not any(temporary.iterdir())
+
+
+def test_a_build_that_nobody_holds_ends_its_child(stand_in: StandIn, temporary: Path) -> None:
+    stand_in("exec sleep 1000")
+    build = Build(job())
+    pid = child_of(build).pid
+    del build
+    gc.collect()
+    wait_for_end(pid)
+    assert not any(temporary.iterdir())
+
+
+class Unpicklable(torch.nn.Module):
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot be pickled")
+
+
+def test_a_job_that_cannot_be_pickled_is_an_engine_error(temporary: Path) -> None:
+    graph: Any = Unpicklable()
+    with pytest.raises(EngineError, match="cannot be started: cannot be pickled"):
+        Build(job(graph))
+    assert not any(temporary.iterdir())
+
+
+def test_a_child_that_cannot_be_started_is_an_engine_error(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module.sys, "executable", str(temporary / "missing"))
+    with pytest.raises(EngineError, match=r"cannot be started: .*No such file"):
+        Build(job())
+    assert not any(temporary.iterdir())
+
+
+def test_without_a_place_for_temporary_files_there_is_no_child(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / "missing"))
+    with pytest.raises(EngineError, match="cannot be started"):
+        Build(job())
+
+
+def test_the_child_is_told_its_bounds(stand_in: StandIn, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    stand_in('env > "$3/step.pt2"')
+    build = Build(job())
+    told = build.wait().read_text().splitlines()
+    build.close()
+    assert "OMP_NUM_THREADS=3" in told
+    assert "TORCHINDUCTOR_COMPILE_THREADS=1" in told
+    [inductor] = [line for line in told if line.startswith("TORCHINDUCTOR_CACHE_DIR=")]
+    assert inductor.partition("=")[2].startswith(f"{temporary}/"), "a folder of its own"
+
+
+CHILD = """
+import json, os, resource, sys, threading
+from pathlib import Path
+import torch
+from fasttrain.step import build
+
+def compile_graph(graph, inputs, open_dims, package):
+    if sys.argv[2] == "hang":
+        print("ready", flush=True)
+        threading.Event().wait()
+    found = {
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "memory": resource.getrlimit(resource.RLIMIT_DATA)[0],
+        "threads": torch.get_num_threads(),
+        "inputs": [(list(x.shape), x.stride(), str(x.dtype)) for x in inputs],
+        "open_dims": [sorted(dims) for dims in open_dims],
+    }
+    package.write_text(json.dumps(found))
+
+build.compile_graph = compile_graph
+sys.exit(build.main(Path(sys.argv[1])))
+"""
+
+
+def real_child(folder: Path, manner: str) -> subprocess.Popen[bytes]:
+    """The child's own code, up to where it would compile."""
+    (folder / "job").write_bytes(pickle.dumps(job()))
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder), manner],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        start_new_session=True,
+    )
+
+
+def test_the_child_compiles_within_its_bounds(tmp_path: Path) -> None:
+    with real_child(tmp_path, "compile") as child:
+        child.wait()  # before its input is closed, at which it would end
+    assert child.returncode == 0
+    found = json.loads((tmp_path / "step.pt2").read_text())
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert found == {
+        "nice": 19,
+        "memory": int(total * build_module.MEMORY_SHARE),
+        "threads": torch.get_num_threads(),
+        "inputs": [[[3, 2], [1, 3], "torch.float32"]],
+        "open_dims": [[]],
+    }
+    assert not (tmp_path / "partial.pt2").exists()
+
+
+def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
+    with real_child(tmp_path, "hang") as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        child.stdin.close()  # as it does when the parent ends, however that comes
+        assert child.wait(timeout=60) == -signal.SIGKILL

@@ -1,0 +1,163 @@
+"""What a program and a verdict are known by: all that they depend on, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttrain.step.build import GraphJob
+from fasttrain.step.cache import ProgramCache, Verdict
+from fasttrain.step.compiler import Compiler, job_signature, program_key
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.spec import StepSpec, normalise_forward
+from fasttrain.step.torch_private import prepare_for_inductor, trace_graph
+from fasttrain.step.trace import trace_step
+from tests.step.jobs import batches, train_step
+from tests.step.models import ASKED
+
+
+def job(factor: Tensor, example: Tensor, open_dims: frozenset[int] = frozenset()) -> GraphJob:
+    """Of a product with a constant that is made in the traced function."""
+    value, dtype = factor.tolist(), factor.dtype
+    graph = trace_graph(lambda x: x * torch.tensor(value, dtype=dtype), [example], [open_dims])
+    prepare_for_inductor(graph)
+    return GraphJob.of(graph, [example], [open_dims])
+
+
+TWO, X = torch.tensor(2.0), torch.ones(3, 4)
+
+
+def test_the_same_step_has_the_same_key() -> None:
+    assert program_key(job(TWO, X)) == program_key(job(TWO, torch.zeros(3, 4)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: job(torch.tensor(3.0), X),
+        lambda: job(torch.tensor(2.0, dtype=torch.bfloat16), X),
+        lambda: job(torch.tensor([2.0, 2.0, 2.0, 2.0]), X),
+        lambda: job(TWO, torch.ones(4, 3)),
+        lambda: job(TWO, torch.ones(4, 3).t()),
+        lambda: job(TWO, X.double()),
+        lambda: job(TWO, X, frozenset({0})),
+    ],
+)
+def test_another_step_has_another_key(other: Callable[[], GraphJob]) -> None:
+    assert program_key(job(TWO, X)) != program_key(other())
+
+
+def test_open_sizes_are_not_part_of_the_key() -> None:
+    rows = frozenset({0})
+    assert program_key(job(TWO, torch.ones(3, 4), rows)) == program_key(job(TWO, torch.ones(7, 4), rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("torch.get_num_threads", lambda: 7),
+        ("torch.backends.cpu.get_cpu_capability", lambda: "ANOTHER"),
+        ("fasttrain.step.compiler.device_name", lambda _: "another processor"),
+        ("torch.__version__", "0.0"),
+    ],
+)
+def test_threads_hardware_and_versions_are_part_of_key_and_signature(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [batch] = batches(1)
+    before = program_key(job(TWO, X)), job_signature(train_step("eager").spec, batch)
+    monkeypatch.setattr(name, value)
+    after = program_key(job(TWO, X)), job_signature(train_step("eager").spec, batch)
+    monkeypatch.undo()
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+def altered(**options: Any) -> Callable[[StepSpec], StepSpec]:
+    return lambda spec: StepSpec(**{**vars(spec), **options})
+
+
+def with_beta(spec: StepSpec) -> StepSpec:
+    spec.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+    return spec
+
+
+def with_optimizer(spec: StepSpec) -> StepSpec:
+    return altered(optimizer=torch.optim.Adam(spec.model.parameters()))(spec)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        altered(clip_norm=1.0),
+        altered(clip_value=1.0),
+        altered(precision="bf16"),
+        altered(model=nn.Linear(6, 3)),
+        with_beta,
+        with_optimizer,
+    ],
+)
+def test_another_job_has_another_signature(change: Callable[[StepSpec], StepSpec]) -> None:
+    [batch] = batches(1)
+    spec = train_step("eager").spec
+    before = job_signature(spec, batch)
+    assert job_signature(train_step("eager").spec, batch) == before
+    assert job_signature(change(spec), batch) != before
+
+
+def test_the_batch_is_part_of_the_signature_and_the_rate_is_not() -> None:
+    spec = train_step("eager").spec
+    [batch], [short] = batches(1), batches(1, rows=5)
+    before = job_signature(spec, batch)
+    assert job_signature(spec, short) != before
+    spec.optimizer.param_groups[0]["lr"] = 0.5
+    assert job_signature(spec, batch) == before
+
+
+def test_verdicts_are_kept_for_the_job_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    [batch], [short] = batches(1), batches(1, rows=5)
+    verdict = Verdict(eager_us=100.0, program_us=200.0, trace_s=0.5, compile_s=None, refused="not faster")
+    compiler = Compiler(train_step("eager").spec)
+    compiler.remember(verdict)
+    assert compiler.verdict(batch) is None
+    compiler.remember(verdict)
+    later = Compiler(train_step("eager").spec)
+    assert later.verdict(batch) == verdict
+    assert later.verdict(short) is None
+
+
+def test_a_verdict_that_cannot_be_written_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ProgramCache, "remember", full)
+    [batch] = batches(1)
+    compiler = Compiler(train_step("eager").spec)
+    compiler.verdict(batch)
+    compiler.remember(Verdict(eager_us=1.0, program_us=1.0, trace_s=1.0, compile_s=None, refused="spoilt"))
+    assert compiler.verdict(batch) is None
+
+
+def test_two_constants_of_forward_make_two_programs() -> None:
+    """What the key must tell apart: else one job is handed the other's program."""
+    [batch] = batches(1)
+    keys: set[str] = set()
+    for factor in (2.0, 3.0):
+
+        def forward(model: nn.Module, batch: Any, factor: float = factor) -> Tensor:
+            return F.cross_entropy(model(batch[0]), batch[1]) * torch.tensor(factor)
+
+        spec = altered(forward=normalise_forward(forward, None))(train_step("eager").spec)
+        EagerEngine(spec, ASKED).step(batch)
+        traced = trace_step(spec, batch)
+        inputs = traced.inputs(batch)
+        assert isinstance(inputs, list)
+        keys.add(program_key(GraphJob.of(traced.graph, inputs, traced.open_dims)))
+    assert len(keys) == 2
