@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [--out FOLDER] [--data FILE]
 
-Each part has a bound on its time and runs whether or not the one before it failed. The records (small JSON files) and the
-tests' output go to FOLDER; commit the records under benchmarks/results/.
+Each part has a bound on its time and runs whether or not the one before it failed. The records (small JSON files) and
+the output of the tests go to FOLDER; commit the records under benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -120,8 +120,7 @@ def test_the_batch_is_part_of_the_signature_and_the_rate_is_not() -> None:
     assert job_signature(spec, batch) == before
 
 
-def test_verdicts_are_kept_for_the_job_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_verdicts_are_kept_for_the_job_that_was_asked_for(own_programs: Path) -> None:
     [batch], [short] = batches(1), batches(1, rows=5)
     verdict = Verdict(eager_us=100.0, program_us=200.0, trace_s=0.5, compile_s=None, refused="not faster")
     compiler = Compiler(train_step("eager").spec)
@@ -133,7 +132,9 @@ def test_verdicts_are_kept_for_the_job_that_was_asked_for(monkeypatch: pytest.Mo
     assert later.verdict(short) is None
 
 
-def test_a_verdict_that_cannot_be_written_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_that_cannot_be_written_is_measured_again(
+    own_programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
