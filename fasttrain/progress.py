@@ -48,23 +48,12 @@ class Progress:
         """So many batches and samples of the epoch are done, in so many seconds."""
         if self._bar_class is None or time.perf_counter() < self._due:
             return
-        if self._bar is None:  # one bar for all epochs: making one takes as long as ten steps
-            self._bar = self._bar_class(
-                total=self._batches,
-                desc=self._description,
-                unit=" batches",
-                file=self._stream,
-                leave=False,
-                dynamic_ncols=True,
-                mininterval=0,
-            )
+        bar = self._bar = self._bar or self._new_bar(self._bar_class)
         readout = metrics.read_late()
         if readout is not None and readout.loss is not None:
             accuracy = "" if readout.accuracy is None else f", accuracy {readout.accuracy:.2f}%"
-            self._bar.set_postfix_str(
-                f"loss {readout.loss:.4f}{accuracy}, {samples / seconds:,.0f} samples/s", refresh=False
-            )
-        self._bar.update(batches - self._bar.n)
+            bar.set_postfix_str(f"loss {readout.loss:.4f}{accuracy}, {samples / seconds:,.0f} samples/s", refresh=False)
+        bar.update(batches - bar.n)
         self._due = time.perf_counter() + UPDATE_S
 
     def end(self, rows: list[EpochRow], *, is_best: bool) -> None:
@@ -85,6 +74,18 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def _new_bar(self, bar_class: Any) -> tqdm[Any]:
+        """The one bar for all epochs: making one takes as long as ten steps."""
+        return bar_class(
+            total=self._batches,
+            desc=self._description,
+            unit=" batches",
+            file=self._stream,
+            leave=False,
+            dynamic_ncols=True,
+            mininterval=0,
+        )
 
     @property
     def _description(self) -> str:

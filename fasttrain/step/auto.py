@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
+from fasttrain.step.build import ChildEndedError
 from fasttrain.step.cache import Verdict
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.eager import EagerEngine
@@ -170,6 +171,8 @@ class AutoEngine:
             try:
                 if self._pending.is_ready():
                     self._run = self._check_parity
+            except ChildEndedError as error:
+                self._give_up(str(error))
             except EngineError as error:
                 self._refuse(str(error))
         return self._programs.step(batch)

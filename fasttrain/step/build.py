@@ -29,13 +29,17 @@ from fasttrain.device import total_bytes
 from fasttrain.errors import EngineError
 from fasttrain.step.program import compile_graph
 
-__all__ = ["Build", "GraphJob"]
+__all__ = ["Build", "ChildEndedError", "GraphJob"]
 
 TIMEOUT_S = 900.0
 """A child that takes longer is ended; large models take minutes."""
 
 MEMORY_SHARE = 0.5
 """Of the machine's memory, what a child may take."""
+
+
+class ChildEndedError(EngineError):
+    """The child was killed or took too long: that says nothing of the step, and a later run may try again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +100,14 @@ class Build:
         """The finished package, None while it is under way.
 
         Raises:
-            EngineError: the child failed, died or took too long; the message says what it said last.
+            ChildEndedError: the child was killed, or took too long.
+            EngineError: it could not compile the step; the message holds what it said last.
         """
         status = self._child.poll()
         if status is None:
             if self.seconds > TIMEOUT_S:
                 self.close()
-                raise EngineError(f"the compiling child took longer than {TIMEOUT_S:.0f} s and was ended")
+                raise ChildEndedError(f"the compiling child took longer than {TIMEOUT_S:.0f} s and was ended")
             return None
         package = self._folder / "step.pt2"
         if status == 0 and package.is_file():
@@ -110,7 +115,8 @@ class Build:
         _kill_group(self._child.pid)  # where it was killed, the C++ compiler that it had started runs on
         said = self._last_words()
         self.close()
-        raise EngineError(f"the compiling child {_how_it_ended(status)}{said}")
+        kind = ChildEndedError if status < 0 else EngineError
+        raise kind(f"the compiling child {_how_it_ended(status)}{said}")
 
     def wait(self) -> Path:
         """Waits for the package; errors as in `poll`."""

@@ -170,8 +170,8 @@ def flat_runner(package: str, device: torch.device) -> Callable[[list[Tensor]], 
     """
     index: Any = device.index  # None for "the current one", which its annotation leaves out
     num_runners, is_single_threaded = 1, True
-    extension: Any = torch._C._aoti
-    loader = extension.AOTIModelPackageLoader(
+    extension: Any = torch._C  # its stubs leave this part out
+    loader = extension._aoti.AOTIModelPackageLoader(
         package, "model", is_single_threaded, num_runners, -1 if index is None else index
     )
     return loader.boxed_run

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import ConfigError, EngineError, TrainStep
-from fasttrain.step import compiled as compiled_module
+from fasttrain.step import torch_compile as module
 from fasttrain.step.eager import FusedWhereOpen
-from fasttrain.step.plan import choose_engine
+from fasttrain.step.plan import explain_auto
 
-ENGINES = ["eager", "compiled"]
+ENGINES = ["eager", "torch-compile", "compiled"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -47,8 +47,10 @@ def textbook(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# Programs of the other optimizers are in test_program.py: each takes half a minute to compile.
+@pytest.mark.parametrize(
+    ("engine", "name"), [*[("eager", name) for name in OPTIMIZERS], ("torch-compile", "adam"), ("compiled", "adam")]
+)
 def test_the_numbers_are_the_textbooks(engine: str, name: str) -> None:
     net = model()
     reference = copy.deepcopy(net)
@@ -62,7 +64,7 @@ def test_the_numbers_are_the_textbooks(engine: str, name: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_running_metrics_and_the_returned_loss(engine: str) -> None:
     net = model()
-    step = TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.1), loss=nn.CrossEntropyLoss(), engine=engine)
+    step = TrainStep(net, OPTIMIZERS["adam"](net.parameters()), loss=nn.CrossEntropyLoss(), engine=engine)
     losses = [step(batch) for batch in batches()]
     assert not any(loss.requires_grad for loss in losses)
     readout = step.metrics.compute()
@@ -114,7 +116,7 @@ def test_what_a_forward_may_not_return(forward: Any, batch: Any, message: str) -
         ({"accumulate": 0}, "accumulate 0"),
         ({"clip_norm": -1.0}, "clip_norm -1.0"),
         ({"clip_value": 0.0}, "clip_value 0.0"),
-        ({"engine": "fast"}, "use one of auto, eager, compiled"),
+        ({"engine": "fast"}, "use one of auto, eager, compiled, torch-compile"),
         ({"precision": "fp8"}, "use one of auto, fp32"),
         ({"device": "meta"}, "not supported"),
     ],
@@ -132,13 +134,16 @@ def test_a_model_on_two_devices_is_refused() -> None:
 
 
 def test_auto_says_why() -> None:
-    choice = choose_engine("auto")
-    assert choice.value == "eager"
-    assert choice.reason
+    net = model()
+    step = TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.1), loss=nn.CrossEntropyLoss(), engine="auto")
+    step(batches()[0])
+    assert step.engine.value == "eager"
+    assert step.engine.reason
+    assert explain_auto(torch.device("cuda")).value == "eager"
 
 
 def test_compiled_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_module, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(module, "cpp_compiler", lambda: None)
     net = model()
     with pytest.raises(EngineError, match="needs a C\\+\\+ compiler"):
         TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.1), loss=nn.MSELoss(), engine="compiled")
