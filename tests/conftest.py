@@ -41,6 +41,14 @@ def own_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def threads_restored(leaves_nothing_behind: None) -> Iterator[None]:
+    """A command owns its process and sets the number of threads there; a test that calls one does not."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def global_torch_state() -> dict[str, object]:
     return {
         "threads": torch.get_num_threads(),

@@ -12,12 +12,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from fasttrain.cli import main
 from fasttrain.errors import DataError
@@ -99,14 +98,6 @@ def trained(folder: Path) -> Path:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert main(train(folder)) == 0
     return folder / "runs" / "mine"
-
-
-@pytest.fixture(autouse=True)
-def threads_restored() -> Iterator[None]:
-    # A command owns its process, and sets the number of threads there.
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import arms, commands, first_step, harness, interleave, mlp, reviews, tables
+from benchmarks import arms, commands, first_step, harness, interleave, mlp, reviews
 from benchmarks.arms import BATCH_SIZE, TextbookArm, textbook_arms
 from benchmarks.mlp_arms import MlpJob, SliceArm, mlp_arms
 from benchmarks.peers import native
-from benchmarks.records import Record, Series, ratios_to, read_record, times_better, write_record
+from benchmarks.records import read_record, times_better
 from benchmarks.review_arms import DenseArm, ReviewJob, review_arms
 from fasttrain import DataError, EngineError, FasttrainError
 from fasttrain.workloads.generate import generate_reviews
@@ -29,40 +29,6 @@ REPOSITORY = Path(__file__).parent.parent
 RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
 
 figures = st.floats(1e-6, 1e12)
-
-
-def small_record(*, rates: tuple[float, ...] = (4_000.0, 5_000.0), **changes: Any) -> Record:
-    series = {
-        "textbook": Series(description="the book's loop", unit="samples/s", values=(100.0, 50.0)),
-        "fast": Series(description="a | loop <b>", unit="samples/s", values=rates),
-        "peak": Series(description="memory", unit="MB", values=(612.0,)),
-    }
-    environment = {
-        "cpu": "A CPU",
-        "device": "A CPU",
-        "cores": 4,
-        "torch": "2.13.0",
-        "python": "3.11.7",
-        "fasttrain": "0.1.0",
-        "commit": "0123456789abcdef",
-        "has_uncommitted_changes": False,
-        "load_average": 0.1,
-        "load_average_after": 1.2,
-    }
-    fields: dict[str, Any] = {
-        "benchmark": "reviews",
-        "title": "Training, cpu",
-        "command": "python -m benchmarks.reviews",
-        "created": "2026-01-02T03:04:05+00:00",
-        "environment": environment,
-        "workload": {"train_rows": 39_200},
-        "series": series,
-        "yardstick": "textbook",
-        "ratios": ratios_to(series, "textbook", ["textbook", "fast"]),
-        "refused": {"compiled": "no compiler"},
-        "notes": ["a note"],
-    }
-    return Record(**{**fields, **changes})
 
 
 class FakeArm:
@@ -342,155 +308,3 @@ def test_the_first_step_is_timed_once(tmp_path: Path) -> None:
     assert first_step.main([str(tmp_path / "stepped_at"), *options]) == 0
     assert first_step.TrainStep.__call__ is plain_step
     assert float((tmp_path / "stepped_at").read_text()) <= (tmp_path / "run" / "summary.json").stat().st_mtime
-
-
-@given(values=st.lists(st.tuples(figures, figures), min_size=1, max_size=9), unit=st.sampled_from(["s", "samples/s"]))
-@settings(deadline=None)
-def test_records_survive_the_file(
-    values: list[tuple[float, float]], unit: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    ours, theirs = zip(*values, strict=True)
-    series = {
-        "a": Series(description="ours", unit=unit, values=ours),
-        "b": Series(description="theirs", unit=unit, values=theirs),
-    }
-    ratios = ratios_to(series, "b", ["a"])
-    record = small_record(series=series, yardstick="b", ratios=ratios)
-    path = tmp_path_factory.getbasetemp() / "record.json"
-    write_record(record, path)
-    assert read_record(path) == record
-    is_better = ours[0] < theirs[0] if unit == "s" else ours[0] > theirs[0]
-    assert (ratios["a"].values[0] > 1) == is_better
-
-
-@pytest.mark.parametrize(
-    ("where", "value", "message"),
-    [
-        (["schema_version"], 2, "schema version 1"),
-        (["series"], [], "'series' must be a dict"),
-        (["series", "fast", "values", 0], 10**400, "finite"),
-        (["series", "fast", "values", 0], "4000", "finite"),
-        (["series", "fast", "values", 0], True, "finite"),
-        (["series", "fast", "values", 0], -1.0, "finite"),
-        (["series", "fast", "values"], [], "finite"),
-        (["series", "fast", "median"], 4_600.0, "does not belong"),
-        (["ratios", "fast", "values", 0], 41.0, "does not belong|do not follow"),
-        (["ratios", "peak"], {"description": "", "unit": "x", "values": [1.0]}, "does not belong"),
-        (["yardstick"], "nobody", "none of the series"),
-        (["environment", "cores"], "four", "'cores'"),
-        (["workload", "train_rows"], float("inf"), "not finite"),
-        (["notes", 0], 3, "must be text"),
-    ],
-    ids=lambda given: str(given)[:30],
-)
-def test_damaged_records_are_refused(where: list[Any], value: Any, message: str, tmp_path: Path) -> None:
-    content = node = json.loads(json.dumps(small_record().to_dict()))
-    for key in where[:-1]:
-        node = node[key]
-    node[where[-1]] = value
-    path = tmp_path / "record.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=message) as raised:
-        read_record(path)
-    assert raised.value.file == str(path)
-
-
-def repository(folder: Path, *records: Record, front: str | None = None) -> Path:
-    (folder / "benchmarks").mkdir(parents=True)
-    for number, record in enumerate(records):
-        write_record(record, folder / "benchmarks" / "results" / f"{number}.json")
-    if front is not None:
-        (folder / "README.md").write_text(front)
-    return folder
-
-
-FRONT = f"# A title\n\nbefore\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
-
-
-def test_tables_are_written_and_then_up_to_date(tmp_path: Path) -> None:
-    root = repository(tmp_path / "r", small_record(), front=FRONT)
-    stale = [root / "benchmarks" / "README.md", root / "README.md"]
-    assert tables.update(root, is_check=True) == stale
-    assert (root / "README.md").read_text() == FRONT
-    assert tables.update(root, is_check=False) == stale
-    assert tables.update(root, is_check=True) == []
-    front = (root / "README.md").read_text()
-    assert front.startswith("# A title\n\nbefore\n")
-    assert front.endswith(f"{tables.END}\nafter\n")
-    page = (root / "benchmarks" / "README.md").read_text()
-    assert "| Training, cpu | 75.0 |" in front
-    assert "| fast | 4,500 samples/s (4,000 to 5,000) | 70.0x (40.0 to 100) | 2 | a \\| loop &lt;b> |" in page
-    assert "| peak | 612 MB |  | 1 | memory |" in page
-    assert "not timed: compiled: no compiler" in page
-    assert "A CPU, 4 cores; torch 2.13.0" in front
-
-    write_record(small_record(rates=(4_000.0, 6_000.0)), root / "benchmarks" / "results" / "0.json")
-    assert tables.update(root, is_check=True) == stale[:1]  # the top table does not show this arm
-
-
-def training(name: str, **rates: tuple[float, ...]) -> Record:
-    series = {
-        arm.replace("_", " "): Series(description="an arm", unit="samples/s", values=values)
-        for arm, values in {"textbook": (10.0, 20.0), **rates}.items()
-    }
-    return small_record(title=name, series=series, ratios=ratios_to(series, "textbook", list(series)))
-
-
-def test_the_top_table_has_a_row_a_training_and_a_column_an_arm(tmp_path: Path) -> None:
-    first = training("one", compiled=(100.0, 400.0), tuned_by_hand=(20.0, 20.0))
-    second = training("two", compiled=(50.0, 50.0), jax=(100.0, 50.0), obscure=(1.0, 1.0))
-    root = repository(tmp_path / "r", first, second, front=FRONT)
-    tables.update(root, is_check=False)
-    front = (root / "README.md").read_text()
-    assert "| samples/s (times the textbook) | textbook | tuned by hand | compiled | jax |" in front
-    assert "| one | 15.0 | 20.0 (1.50x) | 250 (15.0x) |  |" in front
-    assert "| two | 15.0 |  | 50.0 (3.75x) | 75.0 (6.25x) |" in front
-    assert "obscure" not in front
-    page = (root / "benchmarks" / "README.md").read_text()
-    assert "| times textbook (range) | n | times jax | what it is |" in page
-    assert "| compiled | 250 samples/s (100 to 400) | 15.0x (10.0 to 20.0) | 2 | 12.5x | an arm |" in page
-    assert "| compiled | 50.0 samples/s (50.0 to 50.0) | 3.75x (2.50 to 5.00) | 2 | 0.750x | an arm |" in page
-
-
-def test_records_of_other_things_keep_their_own_table(tmp_path: Path) -> None:
-    series = {"whole command": Series(description="all of it", unit="s", values=(2.0,))}
-    ratios = ratios_to(series, "whole command", ["whole command"])
-    record = small_record(benchmark="commands", series=series, yardstick="whole command", ratios=ratios)
-    root = repository(tmp_path / "r", record, front=FRONT)
-    tables.update(root, is_check=False)
-    assert "| whole command | 2.00 s | 1.00x | 1 |" in (root / "README.md").read_text()
-
-
-def test_tables_do_without_a_top_readme_and_without_records(tmp_path: Path) -> None:
-    root = repository(tmp_path / "r")
-    assert tables.update(root, is_check=False) == [root / "benchmarks" / "README.md"]
-    assert "No results are recorded yet." in (root / "benchmarks" / "README.md").read_text()
-    assert not (root / "README.md").exists()
-
-
-@pytest.mark.parametrize(
-    "front", ["", tables.BEGIN, tables.END, f"{tables.END}\n{tables.BEGIN}\n", FRONT + FRONT], ids=repr
-)
-def test_a_top_readme_without_its_block_is_an_error(front: str, tmp_path: Path) -> None:
-    root = repository(tmp_path / "r", small_record(), front=front)
-    with pytest.raises(DataError, match="once each"):
-        tables.update(root, is_check=False)
-    assert (root / "README.md").read_text() == front
-
-
-@given(value=st.floats(1e-6, 1e9))
-@settings(deadline=None)
-def test_figures_are_shown_to_three_digits(value: float) -> None:
-    shown = tables.number(value)
-    assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.006)
-    assert "e" not in shown
-
-
-@pytest.mark.skipif(not RESULTS, reason="no results are committed yet")
-def test_the_committed_tables_are_up_to_date() -> None:
-    assert tables.update(REPOSITORY, is_check=True) == [], "run python -m benchmarks.tables"
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_the_committed_records_are_whole(path: Path) -> None:
-    assert read_record(path).series

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,6 @@ SUMMARY = {
     *("samples_per_s", "compile_s", "total_s", "vocabulary_size", "data_sha256", "versions", "workload", "stopped"),
 }
 HISTORY = ["epoch", "split", "loss", "accuracy", "lr", "samples", "seconds", "samples_per_s"]
-
-
-@pytest.fixture(autouse=True)
-def threads_restored() -> Iterator[None]:
-    # A command owns its process, and sets the number of threads there.
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -5,25 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from fasttrain import cli
 from fasttrain.cli import main
 from fasttrain.workloads.generate import generate_reviews
 from tests.commands import FILES, command, small, strict_json
-
-
-@pytest.fixture(autouse=True)
-def threads_restored() -> Iterator[None]:
-    # A command owns its process, and sets the number of threads there.
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
