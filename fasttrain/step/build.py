@@ -71,7 +71,7 @@ class Build:
     Args:
         job: what to compile.
         inductor_folder: a private folder in which Inductor keeps what serves the next child too (what the compiler can
-            do: 38 s without, 24 s with it); None for one that goes with this child.
+            do); None for one that goes with this child.
 
     Raises:
         EngineError: the child cannot be started.
