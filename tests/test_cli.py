@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fasttrain import cli
 from fasttrain.cli import main
+from fasttrain.commands.info import Info
+from fasttrain.commands.predict import Predict
+from fasttrain.commands.train import Train
 from fasttrain.run.config import TrainConfig
 from fasttrain.workloads.generate import generate_reviews
 from tests.commands import FILES, command, small, strict_json
@@ -236,7 +238,7 @@ def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
 def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of([], capsys)
     assert all(name in text for name in ("train", "predict", "info", "reviews are generated"))
-    commands = {"train": (TrainConfig, cli.Train), "predict": (cli.Predict,), "info": (cli.Info,)}
+    commands = {"train": (TrainConfig, Train), "predict": (Predict,), "info": (Info,)}
     for name, options in commands.items():
         text = help_of([name], capsys)
         fields = {field.name for each in options for field in dataclasses.fields(each)} - {"config", "run", "text"}

@@ -21,9 +21,11 @@ FLOORS = {
     "info": 4,
     "run": 4,
     "workloads": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "measure": 6,
+    "commands": 7,
+    "cli": 8,
+    "__main__": 9,
+    "__init__": 9,
 }
 
 

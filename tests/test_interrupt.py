@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fasttrain import cli
 from fasttrain.cli import main
+from fasttrain.commands import train
 from fasttrain.workloads.generate import generate_reviews
 from tests.commands import FILES, command, small, strict_json
 
@@ -85,14 +85,14 @@ def test_ctrl_c_ends_after_the_current_step(data: Path, tmp_path: Path, monkeypa
 def test_ctrl_c_before_the_first_epoch_is_over_leaves_a_run_that_can_be_resumed(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def at_once(interrupt: cli._Interrupt) -> None:
+    def at_once(interrupt: train._Interrupt) -> None:
         interrupt.check = check  # type: ignore[method-assign]
 
     def check() -> None:
-        raise cli.Interrupted
+        raise train.Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli._Interrupt, "__init__", at_once)
+        patch.setattr(train._Interrupt, "__init__", at_once)
         assert main(small(data, tmp_path / "run", "--epochs", "2")) == 130
     summary = strict_json((tmp_path / "run" / "summary.json").read_text())
     assert (summary["epochs"], summary["best_epoch"], summary["samples_per_s"]) == (0, None, None)

@@ -1,0 +1,59 @@
+"""`predict`: ratings of new text with a trained run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from fasttrain.commands.shared import print_json, print_line
+from fasttrain.errors import DataError
+from fasttrain.workloads.predict import Prediction, predict
+
+__all__ = ["Predict"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Rate new text with a trained run: arguments, or lines on stdin."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+    text: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to rate; without any, each line of stdin."""
+
+    raw: bool = False
+    """The text is already in tokens, separated by single spaces: do not clean it."""
+
+    json: bool = False
+    """Print one JSON document on stdout."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def execute(self, _arguments: list[str]) -> int:
+        """Rates the texts; returns the exit code."""
+        texts = list(self.text) or _lines_of_stdin()
+        predictions = predict(self.run, texts, raw=self.raw)
+        if self.json:
+            print_json([asdict(each) for each in predictions])
+        else:
+            for each in predictions:
+                print_line(_prediction_line(each))
+        return 0
+
+
+def _lines_of_stdin() -> list[str]:
+    try:
+        return [line.rstrip("\r\n") for line in sys.stdin]
+    except UnicodeDecodeError as error:
+        found = error.object[error.start]
+        raise DataError(f"byte 0x{found:02x} is not UTF-8: give text in UTF-8", file="stdin") from error
+
+
+def _prediction_line(prediction: Prediction) -> str:
+    known = ", ".join(prediction.known_words) or "none: the rating is the model's bias alone"
+    return f"{prediction.rating}  {prediction.probability:.1%}  {prediction.text}\n    known words: {known}"

@@ -1,0 +1,126 @@
+"""`train`: the review classifier, from a table to a run folder."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+
+import tyro
+
+from fasttrain.commands.shared import EXIT_INTERRUPTED, print_json, print_line, set_up_process
+from fasttrain.errors import ConfigError
+from fasttrain.loop import Interrupted
+from fasttrain.run.config import TrainConfig
+from fasttrain.run.folder import RunFolder
+from fasttrain.workloads.reviews import ReviewsOutcome, train_reviews
+
+__all__ = ["Train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train the review classifier; leaves a run folder with model, history and report.
+
+    Reviews come from a table with the columns rating, review and split (train, val, test), or are generated.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+
+    resume: Path | None = None
+    """Go on with an earlier run, in its folder, from its last finished epoch. Options are the run's; --epochs may raise
+    its limit."""
+
+    json: bool = False
+    """Print one JSON document on stdout."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def execute(self, arguments: list[str]) -> int:
+        """Trains; returns the exit code."""
+        config = self.config if self.resume is None else _resumed(self.resume, arguments)
+        set_up_process(config)
+        with _first_interrupt_ends_cleanly() as interrupt:
+            outcome = train_reviews(
+                config,
+                resume=self.resume,
+                check_interrupt=interrupt.check,
+                command=shlex.join(["python", "-m", "fasttrain", *arguments]),
+            )
+        if self.json:
+            print_json({"run": str(outcome.path), "notes": outcome.notes, **outcome.summary})
+        else:
+            _print_outcome(outcome)
+        return EXIT_INTERRUPTED if outcome.summary["stopped"] == "interrupted" else 0
+
+
+def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
+    """The run's own options, with what may change: the limit of epochs.
+
+    The arguments are read again with the run's options as defaults: what differs then was given.
+
+    Raises:
+        ConfigError: another option was given that differs from the run's.
+        RunError: the folder is not a run's.
+    """
+    stored = TrainConfig.from_dict(RunFolder.open(run).read_json("config.json"))
+    options = arguments[1:] if arguments[0] == "train" else arguments
+    given = tyro.cli(Train, args=options, default=Train(config=stored)).config
+    for option in fields(TrainConfig):
+        value, kept = getattr(given, option.name), getattr(stored, option.name)
+        if option.name != "epochs" and value != kept:
+            raise ConfigError(
+                f"--{option.name.replace('_', '-')} {value}: {run} was trained with {kept}; "
+                "a resumed run keeps its options, only --epochs may change"
+            )
+    return given
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C during training into a clean end after the current step."""
+
+    def __init__(self) -> None:
+        self._is_training = False
+        self._is_wanted = False
+
+    def check(self) -> None:
+        """Called after every step."""
+        self._is_training = True
+        if self._is_wanted:
+            raise Interrupted
+
+    def handle(self, _signal: int, _frame: FrameType | None) -> None:
+        """The handler of SIGINT."""
+        if self._is_wanted or not self._is_training:
+            raise KeyboardInterrupt
+        self._is_wanted = True
+
+
+@contextmanager
+def _first_interrupt_ends_cleanly() -> Generator[_Interrupt]:
+    interrupt = _Interrupt()
+    before = signal.signal(signal.SIGINT, interrupt.handle)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _print_outcome(outcome: ReviewsOutcome) -> None:
+    summary = outcome.summary
+    if summary["test_loss"] is not None:
+        print_line(f"test loss {summary['test_loss']:.4f}, test accuracy {summary['test_accuracy']:.2f}%")
+    if summary["best_epoch"] is not None:
+        rate = f"{summary['samples_per_s']:,.0f} samples/s"
+        print_line(f"best epoch {summary['best_epoch']} of {summary['epochs']}, {rate}")
+    for rating, words in outcome.influential_words.items():
+        print_line(f"{rating}: {' '.join(word for word, _ in words)}")
+    for note in outcome.notes:
+        print_line(f"note: {note}")
+    print_line(f"engine {summary['engine']}: {summary['engine_reason']}")
+    print_line(f"run: {outcome.path} (open {outcome.path / 'report.html'})")
