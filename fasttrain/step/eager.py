@@ -11,6 +11,7 @@ from torch import Tensor
 from fasttrain.device import Choice, autocast_dtype
 from fasttrain.metrics import LossObserver
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
+from fasttrain.step.torch_private import step_optimizer
 
 __all__ = ["EagerEngine", "run_forward"]
 
@@ -80,7 +81,7 @@ class EagerEngine:
             self._clip()
         with self._fused_where_open:
             if spec.scaler is None:
-                spec.optimizer.step()
+                step_optimizer(spec.optimizer)
             else:
                 spec.scaler.step(spec.optimizer)
                 spec.scaler.update()

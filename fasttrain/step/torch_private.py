@@ -11,10 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from types import CodeType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled as _is_profiling
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fasttrain.errors import EngineError
 
@@ -26,6 +30,7 @@ __all__ = [
     "optimizer_hooks",
     "prepare_for_inductor",
     "reported_as_compiling",
+    "step_optimizer",
     "tensor_check",
     "trace_graph",
     "without_onednn",
@@ -179,8 +184,6 @@ def flat_runner(package: str, device: torch.device) -> Callable[[list[Tensor]], 
 
 def optimizer_hooks(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
     """The dicts that hold the hooks of this optimizer's step and those of all optimizers."""
-    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-
     own: Any = optimizer
     return [
         own._optimizer_step_pre_hooks,
@@ -188,6 +191,30 @@ def optimizer_hooks(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
         _global_optimizer_pre_hooks,
         _global_optimizer_post_hooks,
     ]
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()`, without the profiler's range around it where nobody profiles and nothing is hooked.
+
+    The range alone takes 26 of the 136 us of a linear model's fused Adam (Xeon with AMX, one thread).
+    """
+    whole: Any = type(optimizer).step
+    is_ranged = getattr(whole, "__code__", None) is _ranged_code()
+    scheduled = vars(optimizer).get("step")  # a scheduler's wrapper, which notes that there was a step
+    is_scheduler = hasattr(scheduled, "_wrapped_by_lr_sched") and cast("Any", scheduled).__wrapped__ is whole
+    is_plain = scheduled is None or is_scheduler
+    if not is_ranged or not is_plain or any(optimizer_hooks(optimizer)) or _is_profiling():
+        optimizer.step()
+        return
+    if scheduled is not None:
+        vars(optimizer)["_opt_called"] = True
+    whole.__wrapped__(optimizer)
+
+
+@cache
+def _ranged_code() -> CodeType:
+    """The code of the wrapper that torch puts around every optimizer's step."""
+    return cast("Any", torch.optim.Optimizer.profile_hook_step)(lambda: None).__code__
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,87 @@ def test_optimizer_hooks_see_every_kind() -> None:
         assert any(tables)
         handle.remove()
         assert not any(tables)
+
+
+def ranges_of(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The profiler's ranges that a step opens, whether or not anybody profiles."""
+    opened: list[str] = []
+    record_function = torch.autograd.profiler.record_function
+
+    def noted(name: str) -> Any:
+        opened.append(name)
+        return record_function(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.profiler, "record_function", noted)
+        private.step_optimizer(optimizer)
+    return opened
+
+
+def one_weight(kind: type[torch.optim.Optimizer] = torch.optim.SGD) -> torch.optim.Optimizer:
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    return kind([weight], lr=0.25)  # type: ignore[call-arg]
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0]["params"][0] == 0.75)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, type("Sub", (torch.optim.AdamW,), {})])
+def test_a_plain_step_opens_no_range(kind: type[torch.optim.Optimizer]) -> None:
+    optimizer = one_weight(kind)
+    before = optimizer.param_groups[0]["params"][0].item()
+    assert ranges_of(optimizer) == []
+    assert optimizer.param_groups[0]["params"][0].item() < before
+
+
+def test_a_profiled_step_opens_its_range() -> None:
+    optimizer = one_weight()
+    with torch.profiler.profile():
+        assert ranges_of(optimizer) == ["Optimizer.step#SGD.step"]
+    assert stepped(optimizer)
+
+
+def test_hooks_of_a_step_are_called() -> None:
+    optimizer = one_weight()
+    called: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    private.step_optimizer(optimizer)
+    assert called == ["before", "after"]
+    assert stepped(optimizer)
+
+
+def test_a_scheduler_knows_of_the_step() -> None:
+    optimizer = one_weight()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert ranges_of(optimizer) == []
+    scheduler.step()  # warns, which is an error here, if it believes that there was no step
+    assert stepped(optimizer)
+
+
+def test_a_step_that_the_user_replaced_is_called() -> None:
+    called: list[str] = []
+
+    def watched(step: Any) -> Any:
+        @functools.wraps(step)
+        def wrapper(*arguments: Any) -> Any:
+            called.append("wrapper")
+            return step(*arguments)
+
+        return wrapper
+
+    by_class = one_weight(type("Watched", (torch.optim.SGD,), {"step": watched(torch.optim.SGD.step)}))
+    on_instance = one_weight()
+    on_instance.step = watched(on_instance.step)  # type: ignore[method-assign]
+    unbound = one_weight()
+    unbound.step = functools.partial(watched(torch.optim.SGD.step), unbound)  # type: ignore[method-assign]
+    for optimizer in (by_class, on_instance, unbound):
+        called.clear()
+        private.step_optimizer(optimizer)
+        assert called == ["wrapper"]
+        assert stepped(optimizer)
 
 
 def test_gradient_hooks_are_seen() -> None:
