@@ -98,7 +98,7 @@ class ReviewJob:
         """The train rows as resident batches."""
         tokens = self.train.tokens
         ids = torch.from_numpy(tokens.ids.astype("int32"))
-        columns = {"x_data": Ragged(ids, torch.from_numpy(tokens.offsets).diff()), "y_target": self.targets()}
+        columns = {"x_data": Ragged(ids, torch.from_numpy(tokens.offsets)), "y_target": self.targets()}
         return resident(columns, batch_size=BATCH_SIZE, device=self.device, seed=SEED)
 
     def streamed_batches(self) -> DataLoader[Any]:
@@ -169,7 +169,7 @@ def collate(rows: list[tuple[np.ndarray, Any]]) -> dict[str, Any]:
     """A batch of `Ragged` ids and targets."""
     ids, targets = zip(*rows, strict=True)
     lengths = torch.tensor([len(row) for row in ids])
-    return {"x_data": Ragged(torch.from_numpy(np.concatenate(ids)), lengths), "y_target": torch.tensor(targets)}
+    return {"x_data": Ragged.of_lengths(torch.from_numpy(np.concatenate(ids)), lengths), "y_target": torch.tensor(targets)}
 
 
 class DenseArm:

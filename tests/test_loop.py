@@ -64,9 +64,7 @@ def resident_reviews(table: pd.DataFrame) -> tuple[Any, int]:
     split = data.splits["train"]
     labels = torch.from_numpy(split.labels)
     columns = {
-        "x_data": Ragged(
-            torch.from_numpy(split.tokens.ids.astype("int32")), torch.from_numpy(split.tokens.offsets).diff()
-        ),
+        "x_data": Ragged(torch.from_numpy(split.tokens.ids.astype("int32")), torch.from_numpy(split.tokens.offsets)),
         "y_target": labels.float() if len(data.vectorizer.rating_vocab.token_to_idx) == 2 else labels,
     }
     return resident(columns, batch_size=BATCH, device="cpu", seed=5), len(data.vectorizer.review_vocab.token_to_idx)

@@ -42,7 +42,7 @@ def reviews(num_outputs: int, rows: int = 512) -> dict[str, Any]:
     lengths = torch.randint(0, 30, (rows,), generator=generator)
     ids = torch.cat([torch.randperm(NUM_FEATURES, generator=generator)[:n] for n in lengths.tolist()]).int()
     labels = torch.randint(0, max(2, num_outputs), (rows,), generator=generator)
-    return {"x_data": Ragged(ids, lengths), "y_target": labels.float() if num_outputs == 1 else labels}
+    return {"x_data": Ragged.of_lengths(ids, lengths), "y_target": labels.float() if num_outputs == 1 else labels}
 
 
 @pytest.mark.parametrize("path", ["resident", "streamed"])

@@ -42,7 +42,7 @@ def num_samples(batch: Any) -> int:
     if first is None:
         raise DataError(f"a batch must hold at least one tensor; this one is a {type(batch).__name__} without any")
     if isinstance(first, Ragged):
-        return first.lengths.shape[0]
+        return first.num_rows
     return first.shape[0] if first.dim() else 1
 
 

@@ -7,23 +7,34 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Ragged", "RaggedTable"]
 
 
 class Ragged(NamedTuple):
-    """A batch of rows of unequal length, one after the other (CSR without column offsets).
+    """A batch of rows of unequal length, one after the other: row i is `values[offsets[i] : offsets[i + 1]]`.
 
     A named tuple, so that every tool that walks tuples of tensors (prefetch, pytree) walks this too.
 
     Attributes:
         values: [num_values], the rows' entries, row by row.
-        lengths: [num_rows], int64, how many entries each row has; they add up to num_values.
+        offsets: [num_rows + 1], int64, rising from 0 to num_values.
     """
 
     values: Tensor
-    lengths: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of_lengths(cls, values: Tensor, lengths: Tensor) -> Ragged:
+        """Rows of these lengths, [num_rows], int64, which add up to num_values."""
+        return cls(values, F.pad(lengths.cumsum(0), (1, 0)))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the batch."""
+        return self.offsets.shape[0] - 1
 
 
 class RaggedTable:
@@ -71,25 +82,47 @@ class RaggedTable:
         """
         if len(host_rows) == 0:
             return []
+        lengths = self._host_lengths[host_rows]
         if self.device.type == "cpu":
-            values, lengths = self._take_bytes(host_rows)
+            values = self._take_bytes(host_rows)
         else:
-            values, lengths = gather_by_index(self._ids, self._offsets, rows, int(self._host_lengths[host_rows].sum()))
-        begins = range(0, len(host_rows), batch_size)
-        sizes = np.add.reduceat(self._host_lengths[host_rows], begins).tolist()
-        pairs = zip(values.split_with_sizes(sizes), lengths.split(batch_size), strict=True)
-        return [Ragged(*pair) for pair in pairs]
+            values = gather_by_index(self._ids, self._offsets, rows, int(lengths.sum()))
+        sizes = np.add.reduceat(lengths, range(0, len(lengths), batch_size)).tolist()
+        offsets = batch_offsets(lengths, batch_size, self.device)
+        return [Ragged(*pair) for pair in zip(values.split_with_sizes(sizes), offsets, strict=True)]
 
-    def _take_bytes(self, host_rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        taken = self._rows_as_bytes.take(pa.array(host_rows))
-        _, _, data = taken.buffers()
-        lengths = torch.from_numpy(self._host_lengths[host_rows])
+    def _take_bytes(self, host_rows: np.ndarray) -> Tensor:
+        _, _, data = self._rows_as_bytes.take(pa.array(host_rows)).buffers()
         if data is None or data.size == 0:
-            return torch.empty(0, dtype=torch.int32), lengths
-        return torch.from_numpy(np.frombuffer(data, dtype=np.int32)), lengths
+            return torch.empty(0, dtype=torch.int32)
+        return torch.from_numpy(np.frombuffer(data, dtype=np.int32))
 
 
-def gather_by_index(ids: Tensor, offsets: Tensor, rows: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
+def batch_offsets(lengths: np.ndarray, batch_size: int, device: torch.device) -> list[Tensor]:
+    """For each batch, where its rows begin and end in it, without a host read.
+
+    Args:
+        lengths: [n], int64, the rows' lengths, batch after batch.
+        batch_size: rows in a batch; the last may be shorter.
+        device: where the offsets go.
+
+    Returns:
+        [rows + 1], int64, for each batch.
+    """
+    num_batches = -(-len(lengths) // batch_size)
+    padded = np.zeros(num_batches * batch_size, dtype=np.int64)
+    padded[: len(lengths)] = lengths
+    offsets = np.zeros((num_batches, batch_size + 1), dtype=np.int64)
+    np.cumsum(padded.reshape(num_batches, batch_size), axis=1, out=offsets[:, 1:])
+    placed = torch.from_numpy(offsets)
+    if device.type == "cuda":
+        placed = placed.pin_memory().to(device, non_blocking=True)
+    last = len(lengths) - (num_batches - 1) * batch_size
+    *whole, tail = placed.unbind()
+    return [*whole, tail[: last + 1]]
+
+
+def gather_by_index(ids: Tensor, offsets: Tensor, rows: Tensor, num_values: int) -> Tensor:
     """The entries of `rows`, row by row, by index arithmetic on the device alone.
 
     Args:
@@ -99,11 +132,11 @@ def gather_by_index(ids: Tensor, offsets: Tensor, rows: Tensor, num_values: int)
         num_values: how many entries these rows have together (known to the host, so that nothing waits).
 
     Returns:
-        The entries [num_values] and the rows' lengths [n].
+        [num_values].
     """
     begins = offsets.index_select(0, rows)
     lengths = offsets.index_select(0, rows + 1) - begins
     ends = lengths.cumsum(0)
     shift = torch.repeat_interleave(begins - ends + lengths, lengths, output_size=num_values)
     position = torch.arange(num_values, device=ids.device)
-    return ids.index_select(0, shift.add_(position)), lengths
+    return ids.index_select(0, shift.add_(position))

@@ -179,7 +179,7 @@ def _numbers(series: pd.Series, name: str) -> np.ndarray:
 
 
 def _common_length(columns: Sequence[Column]) -> int:
-    lengths = [len(column.lengths) if isinstance(column, Ragged) else len(column) for column in columns]
+    lengths = [column.num_rows if isinstance(column, Ragged) else len(column) for column in columns]
     if not lengths or lengths[0] == 0:
         raise DataError("resident data needs at least one column with at least one row")
     if len(set(lengths)) > 1:
@@ -189,8 +189,7 @@ def _common_length(columns: Sequence[Column]) -> int:
 
 def _place(column: Column, device: torch.device) -> Tensor | RaggedTable:
     if isinstance(column, Ragged):
-        offsets = np.concatenate([[0], column.lengths.cpu().numpy().cumsum()])
-        return RaggedTable(column.values.cpu().numpy(), offsets, device)
+        return RaggedTable(column.values.cpu().numpy(), column.offsets.cpu().numpy(), device)
     if isinstance(column, np.ndarray):
         column = torch.from_numpy(np.require(column, requirements=("C", "W")))
     return torch.as_tensor(column).to(device)

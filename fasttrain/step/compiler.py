@@ -143,7 +143,7 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
         {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         for group in spec.optimizer.param_groups
     ]
-    leaves = [leaf.lengths if isinstance(leaf, Ragged) else leaf for leaf in tensors(batch)]
+    leaves = [leaf.offsets if isinstance(leaf, Ragged) else leaf for leaf in tensors(batch)]
     return _hash(
         repr(spec.model),
         [(name, value.shape, value.dtype) for name, value in spec.model.state_dict().items()],

@@ -63,11 +63,13 @@ def one_hot_linear(rows: Ragged, weight: Tensor, bias: Tensor) -> Tensor:
         [batch] for one output, else [batch, outputs].
     """
     num_outputs, num_features = weight.shape
-    ids, lengths = rows
+    ids, offsets = rows
     if num_outputs > 1:
         # One output after the other in one flat run: gradients of a gather are ten times slower on two dimensions.
-        first = torch.arange(0, weight.numel(), num_features, device=ids.device, dtype=ids.dtype)
-        ids, lengths = (first.unsqueeze(1) + ids).view(-1), lengths.repeat(num_outputs)
+        first = torch.arange(num_outputs, device=ids.device, dtype=ids.dtype).unsqueeze(1)
+        begins = first.to(offsets.dtype) * ids.shape[0] + offsets[:-1]
+        ids = (first * num_features + ids).view(-1)
+        offsets = torch.cat([begins.view(-1), offsets[-1:] * num_outputs])
     columns = weight.reshape(-1).index_select(0, ids)
-    sums = torch.segment_reduce(columns, "sum", lengths=lengths, unsafe=True)
+    sums = torch.segment_reduce(columns, "sum", offsets=offsets, unsafe=True)
     return sums + bias if num_outputs == 1 else sums.view(num_outputs, -1).t() + bias

@@ -58,7 +58,7 @@ def predict(run: Path, texts: Sequence[str], *, raw: bool = False) -> list[Predi
     rows = vectorizer.encode(list(texts) if raw else [clean(text) for text in texts])
     ids, offsets = torch.from_numpy(rows.ids.astype("int32")), torch.from_numpy(rows.offsets)
     with torch.no_grad():
-        logits = model(Ragged(ids, offsets.diff()))
+        logits = model(Ragged(ids, offsets))
         scores = torch.stack([-logits, logits], dim=1) if logits.dim() == 1 else logits
         chances = (torch.sigmoid(scores) if logits.dim() == 1 else torch.softmax(scores, dim=1)).double()
     best = chances.max(dim=1)

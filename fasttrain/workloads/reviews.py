@@ -257,7 +257,7 @@ class _Job:
         targets = torch.from_numpy(split.labels)
         return resident(
             {
-                "x_data": Ragged(ids, torch.from_numpy(split.tokens.offsets).diff()),
+                "x_data": Ragged(ids, torch.from_numpy(split.tokens.offsets)),
                 "y_target": targets.float() if self.model.fc1.out_features == 1 else targets,
             },
             batch_size=batch_size,

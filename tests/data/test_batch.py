@@ -26,7 +26,7 @@ ROWS = torch.zeros(5, 2)
         {"x": ROWS},
         Pair("a", ROWS),
         {"id": "text", "nested": (None, {"x": ROWS})},
-        {"x": Ragged(torch.zeros(99), torch.ones(5, dtype=torch.int64))},
+        {"x": Ragged(torch.zeros(99), torch.arange(6))},
     ],
 )
 def test_samples_are_rows_of_the_first_tensor(batch: object) -> None:

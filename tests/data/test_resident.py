@@ -79,12 +79,12 @@ def test_leaves_the_global_generator_alone() -> None:
 
 def test_dicts_ragged_columns_and_dtypes() -> None:
     columns = {
-        "x": Ragged(torch.arange(6), torch.tensor([1, 2, 3])),
+        "x": Ragged.of_lengths(torch.arange(6), torch.tensor([1, 2, 3])),
         "y": np.array([0.0, 1.0, 2.0], dtype=np.float32),
     }
     batch = next(iter(resident(columns, batch_size=2, device="cpu", shuffle=False)))
     assert batch["x"].values.tolist() == [0, 1, 2]
-    assert batch["x"].lengths.tolist() == [1, 2]
+    assert batch["x"].offsets.tolist() == [0, 1, 3]
     assert batch["y"].tolist() == [0.0, 1.0]
     assert batch["y"].dtype == torch.float32
 
@@ -98,7 +98,7 @@ def test_a_frame_of_numbers() -> None:
 
 def test_unshuffled_ragged_batches_are_gathered_once() -> None:
     batches = resident(
-        {"x": Ragged(torch.arange(6), torch.tensor([1, 2, 3]))}, batch_size=3, device="cpu", shuffle=False
+        {"x": Ragged.of_lengths(torch.arange(6), torch.tensor([1, 2, 3]))}, batch_size=3, device="cpu", shuffle=False
     )
     (first,), (second,) = list(batches), list(batches)
     assert first["x"].values.data_ptr() == second["x"].values.data_ptr()

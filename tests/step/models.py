@@ -31,7 +31,7 @@ class Bags(nn.Module):
 
     def forward(self, rows: Ragged) -> Tensor:
         values = self.fc1.weight.view(-1).index_select(0, rows.values)
-        return torch.segment_reduce(values, "sum", lengths=rows.lengths, unsafe=True) + self.fc1.bias
+        return torch.segment_reduce(values, "sum", offsets=rows.offsets, unsafe=True) + self.fc1.bias
 
 
 class Recurrent(nn.Module):
@@ -111,7 +111,7 @@ def indices(high: int, *shape: int) -> Callable[[torch.Generator], Tensor]:
 
 def bags(generator: torch.Generator) -> Ragged:
     lengths = torch.randint(1, 6, (5,), generator=generator)
-    return Ragged(torch.randint(0, 9, (int(lengths.sum()),), generator=generator).int(), lengths)
+    return Ragged.of_lengths(torch.randint(0, 9, (int(lengths.sum()),), generator=generator).int(), lengths)
 
 
 @dataclass(frozen=True)

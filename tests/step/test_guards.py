@@ -293,7 +293,7 @@ def test_flattened_and_rebuilt_a_batch_is_the_same(tree: Any, other: Any) -> Non
 
 
 def test_only_the_number_of_values_of_ragged_rows_is_open() -> None:
-    rows = Ragged(torch.ones(5, dtype=torch.int32), torch.tensor([2, 3]))
+    rows = Ragged.of_lengths(torch.ones(5, dtype=torch.int32), torch.tensor([2, 3]))
     assert BatchLayout({"x": rows, "y": torch.ones(2)}).open_dims == [frozenset({0}), frozenset(), frozenset()]
 
 

@@ -43,7 +43,7 @@ class Bags(nn.Module):
 
     def forward(self, rows: Ragged) -> Tensor:
         values = self.fc1.weight.view(-1).index_select(0, rows.values)
-        return torch.segment_reduce(values, "sum", lengths=rows.lengths, unsafe=True) + self.fc1.bias
+        return torch.segment_reduce(values, "sum", offsets=rows.offsets, unsafe=True) + self.fc1.bias
 
 
 class Attention(nn.Module):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 def bags(generator: torch.Generator) -> Any:
     lengths = torch.randint(1, 9, (8,), generator=generator)
     values = torch.randint(0, 50, (int(lengths.sum()),), generator=generator).int()
-    return Ragged(values, lengths), torch.randint(0, 2, (8,), generator=generator).float()
+    return Ragged.of_lengths(values, lengths), torch.randint(0, 2, (8,), generator=generator).float()
 
 
 def vectors(generator: torch.Generator) -> Any:

@@ -16,7 +16,7 @@ batches = st.lists(st.sets(st.integers(0, NUM_FEATURES - 1)), min_size=1, max_si
 
 def ragged(rows: list[set[int]]) -> Ragged:
     values = torch.tensor([value for row in rows for value in sorted(row)], dtype=torch.int32)
-    return Ragged(values, torch.tensor([len(row) for row in rows]))
+    return Ragged.of_lengths(values, torch.tensor([len(row) for row in rows]))
 
 
 def one_hot(rows: list[set[int]]) -> Tensor:
