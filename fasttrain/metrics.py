@@ -50,9 +50,8 @@ class RunningMetrics:
         self.device = device
         self.user_metrics = dict(metrics or {})
         self.rule: AccuracyRule | None = None
-        # float64, so that sums over millions of batches keep what float32 batches bring; MPS has none.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.totals = torch.zeros(2 + len(self.user_metrics), dtype=dtype, device=device)
+        # float64, so that sums over millions of batches keep what float32 batches bring.
+        self.totals = torch.zeros(2 + len(self.user_metrics), dtype=torch.float64, device=device)
         self._cells = list(self.totals.unbind())
         self._weight = 0.0
         self._late = _LateCopy(self.totals)
@@ -89,7 +88,7 @@ class RunningMetrics:
 
         Reads no state but `rule` and `user_metrics`, so that a compiled step can hold it.
         """
-        cells[0].add_(loss.detach(), alpha=weight)
+        cells[0].add_(loss, alpha=weight)
         if self.rule is not None and predictions is not None and targets is not None:
             correct = count_correct(self.rule, predictions, targets)
             cells[1].add_(correct, alpha=100.0 * weight / max(1, targets.numel()))

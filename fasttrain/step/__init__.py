@@ -4,8 +4,10 @@ spec         what a step is made of; what an engine is
 train_step   TrainStep, the public door
 plan         which engine, and why
 eager, torch_compile, compiled, auto     the engines
-state, optimizer, trace, guards          from the user's objects to one graph, and what it takes for granted
-program, build, compiler, cache          from the graph to a loaded program: child process, cache on disk
+state, options, gradients                what a graph reads and changes: the user's own tensors and options
+function, optimizer, scaling             the step as a function of them, for a trace to record
+trace, guards                            the graphs of a step, and what they take for granted
+program, build, compiler, identity, cache  from graphs to a loaded program: child process, cache on disk
 replay, parity                           running programs, and judging that they give eager's numbers
 torch_private                            every private torch API that this needs
 """

@@ -23,7 +23,7 @@ from fasttrain.step.build import ChildEndedError
 from fasttrain.step.cache import Verdict
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.parity import compare_steps, fits_in_memory
+from fasttrain.step.parity import fits_in_memory
 from fasttrain.step.replay import Programs
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch
@@ -85,12 +85,12 @@ class AutoEngine:
         self.compile_s: float | None = None
         self._spec = spec
         self._eager = EagerEngine(spec, self.choice)
-        self._programs = Programs(self._eager.step, spec.metrics.count)
+        self._programs = Programs(spec, self._eager, self._refuse_numbers)
         self._compiler: Compiler | None = None
         self._pending: Pending | None = None
         self._verdict: Verdict | None = None
         self._taken_up = self.choice
-        self._steps = self._last_step = self._traces = self._mismatches = 0
+        self._steps = self._last_step = self._traces = self._mismatches = self._proofs = 0
         self._eager_times: list[float] = []
         self._trial = _Trial()
         self._run: Callable[[Batch], Tensor] = self._measure_eager
@@ -113,8 +113,8 @@ class AutoEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        if self._run == self._try_out:
-            self._programs.drop_first()  # it was not measured to the end
+        if self._pending is not None:
+            self._programs.drop(self._pending.traced)  # it was not measured to the end
         is_early = self._pending is not None
         self._give_up("training ended before the program was ready" if is_early else self.choice.reason)
         self._traces = MAX_TRACES
@@ -145,7 +145,7 @@ class AutoEngine:
         loss = self._eager.step(batch)
         if self._steps > WARM_STEPS:
             self._eager_times.append(time.perf_counter() - begin)
-        if len(self._eager_times) >= TIMED_STEPS:
+        if len(self._eager_times) >= TIMED_STEPS and self._eager.has_stepped:
             self._run = self._consider
         return loss
 
@@ -185,7 +185,7 @@ class AutoEngine:
             inputs = traced.inputs(batch)
         if isinstance(inputs, Mismatch):
             return self._missed(batch, inputs.reason)
-        if not fits_in_memory(traced.tensors, self._spec.device):
+        if not fits_in_memory([*traced.tensors, *traced.gradients], self._spec.device):
             self._give_up("two copies of the step's state, to check the program with, do not fit in memory")
             return self._programs.step(batch)
         try:
@@ -193,12 +193,18 @@ class AutoEngine:
         except EngineError as error:
             self._give_up(str(error))
             return self._programs.step(batch)
-        loss, difference = self._compare(batch)
-        if difference is not None:
-            self._programs.drop_first()
-            self._refuse(f"its numbers differ from eager's: {difference}")
-        else:
-            self._trial = _Trial(steps=max(1, round(TRIAL_S / self._eager_s)))
+        self._proofs = 0
+        self._run = self._prove
+        return self._prove(batch)
+
+    def _prove(self, batch: Batch) -> Tensor:
+        """Each part of the program is compared with eager in the first step that it is for."""
+        loss = self._programs.step(batch)
+        self._proofs += 1
+        if self._pending is not None and (self._programs.are_proven or self._proofs == LOOK_STEPS):
+            # Whole groups of accumulated batches, or one arm would have the steps with the optimizer in them.
+            group = self._spec.accumulate
+            self._trial = _Trial(steps=group * max(1, round(TRIAL_S / self._eager_s / group)))
             self._run = self._try_out
         return loss
 
@@ -213,12 +219,8 @@ class AutoEngine:
         return loss
 
     def _replay(self, batch: Batch) -> Tensor:
-        if self._steps % AUDIT_STEPS == 0 and self._programs.first_holds(batch):
-            loss, difference = self._compare(batch)
-            if difference is not None:
-                self._programs.clear()
-                self._refuse(f"an audit found numbers that differ from eager's: {difference}")
-            return loss
+        if self._steps % AUDIT_STEPS == 0:
+            self._programs.audit()
         if self._steps % LOOK_STEPS == 0:
             missed, self._programs.missed = self._programs.missed, 0
             self.choice = self._taken_up
@@ -252,12 +254,6 @@ class AutoEngine:
             self.choice = Choice("eager", "a child process is compiling the step")
         self._run = self._wait_for_program
 
-    def _compare(self, batch: Batch) -> tuple[Tensor, str | None]:
-        traced = self._programs.first
-        return compare_steps(
-            traced.tensors, traced.kinds, self._spec.device, self._eager.step, self._programs.run_first, batch
-        )
-
     def _missed(self, batch: Batch, reason: str) -> Tensor:
         """The program is ready, but not for this step: wait for one that it holds for, then leave it and look again."""
         self._mismatches += 1
@@ -273,14 +269,23 @@ class AutoEngine:
         is_faster = program_s < MARGIN * eager_s
         measured = f"measured {program_s * 1e6:.0f} us a step, eager {eager_s * 1e6:.0f} us"
         self._remember(program_us=program_s * 1e6, refused=None if is_faster else f"not faster: {measured}")
+        traced = self._pending.traced
         self._pending.close()
         self._pending = None
         if is_faster:
-            self.choice = self._taken_up = Choice("compiled", measured)
+            self.choice = self._taken_up = Choice("compiled", measured + traced.remark)
             self._run = self._replay
         else:
-            self._programs.drop_first()
+            self._programs.drop(traced)
             self._give_up(f"the compiled program is not faster: {measured}")
+
+    def _refuse_numbers(self, difference: str) -> None:
+        """A program gives other numbers than eager, when it is taken up or in an audit."""
+        if self._pending is not None:
+            self._refuse(f"its numbers differ from eager's: {difference}")
+        else:
+            self._programs.clear()
+            self._refuse(f"an audit found numbers that differ from eager's: {difference}")
 
     def _refuse(self, reason: str) -> None:
         """The program must not be used, now or in a later run."""

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fasttrain.device import total_bytes
 from fasttrain.errors import EngineError
+from fasttrain.step.kernels import define_operators
 from fasttrain.step.program import compile_graph
+from fasttrain.step.torch_private import unpickle_with_graph
+from fasttrain.step.trace import InputKind, TracedPart
 
 __all__ = ["Build", "ChildEndedError", "GraphJob"]
 
@@ -48,21 +50,20 @@ class GraphJob:
 
     Attributes:
         graph: the step.
-        inputs: (size, stride, dtype, device) of each input.
+        inputs: what each input is like.
         open_dims: for each input, the dimensions whose size is left open.
         num_threads: that the program is to run with.
     """
 
     graph: torch.fx.GraphModule
-    inputs: list[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]]
+    inputs: list[InputKind]
     open_dims: list[frozenset[int]]
     num_threads: int
 
     @classmethod
-    def of(cls, graph: torch.fx.GraphModule, inputs: list[Tensor], open_dims: list[frozenset[int]]) -> GraphJob:
-        """The job of compiling a graph for inputs like these, with as many threads as torch has now."""
-        kinds = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs]
-        return cls(graph=graph, inputs=kinds, open_dims=open_dims, num_threads=torch.get_num_threads())
+    def of(cls, part: TracedPart) -> GraphJob:
+        """The job of compiling a part of a step, for as many threads as torch has now."""
+        return cls(graph=part.graph, inputs=part.kinds, open_dims=part.open_dims, num_threads=torch.get_num_threads())
 
 
 class Build:
@@ -89,7 +90,7 @@ class Build:
         except Exception as error:  # a graph can hold what cannot be pickled, and pickle raises all kinds of errors
             shutil.rmtree(self._folder, ignore_errors=True)
             raise EngineError(f"the compiling child cannot be started: {error}") from error
-        self._end = weakref.finalize(self, _end_child, self._child, self._folder)
+        self._end = weakref.finalize(self, _end_child, self._child, self._folder, os.getpid())
 
     @property
     def seconds(self) -> float:
@@ -158,7 +159,9 @@ class Build:
         }
 
 
-def _end_child(child: subprocess.Popen[bytes], folder: Path) -> None:
+def _end_child(child: subprocess.Popen[bytes], folder: Path, parent: int) -> None:
+    if os.getpid() != parent:  # a fork of the training (a loader's worker) ends: the child is not its own
+        return
     if child.stdin is not None:
         child.stdin.close()
     if child.returncode is None:  # it was not waited for, so that its process group is still its own
@@ -181,15 +184,13 @@ def main(folder: Path) -> int:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     os.nice(19)
     _bound_memory()
+    define_operators()
     # From a folder that the parent has just made for itself alone (mode 0700).
-    job: GraphJob = pickle.loads((folder / "job").read_bytes())
+    job: GraphJob = unpickle_with_graph((folder / "job").read_bytes())
     torch.set_num_threads(job.num_threads)
-    examples = [
-        torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in job.inputs
-    ]
     partial = folder / "partial.pt2"
     try:
-        compile_graph(job.graph, examples, job.open_dims, partial)
+        compile_graph(job.graph, job.inputs, job.open_dims, partial)
     except EngineError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +12,6 @@ from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.compiler import Compiler
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.parity import compare_steps
 from fasttrain.step.replay import MAX_PROGRAMS, Programs
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_compile import require_compiler
@@ -27,14 +25,13 @@ ENOUGH_STEPS = 16
 
 
 class CompiledEngine:
-    """Runs the step eagerly once, then as one program for each shape that comes often enough.
+    """Runs steps eagerly until the optimizer has stepped once, then as one program for each shape that is frequent.
 
     Args:
         spec: the step.
         choice: why it is this engine.
 
     Attributes:
-        choice: what runs, and why.
         compile_s: seconds that steps have waited for traces and compilers; None where there was no wait yet.
 
     Raises:
@@ -43,23 +40,31 @@ class CompiledEngine:
 
     def __init__(self, spec: StepSpec, choice: Choice) -> None:
         require_compiler(spec)
-        self.choice = choice
         self.compile_s: float | None = None
-        self._spec = spec
+        self._choice = choice
         self._eager = EagerEngine(spec, choice)
-        self._programs = Programs(self._eager.step, spec.metrics.count)
+        self._programs = Programs(spec, self._eager, _refuse)
         self._compiler = Compiler(spec)
-        self._is_first = True
         self._compiled = 0
+        self._missed_before = 0
+
+    @property
+    def choice(self) -> Choice:
+        """What runs, and why; with the number of steps that ran eagerly because no program held for them."""
+        programs = self._programs
+        reason = self._choice.reason + (programs.first.remark if len(programs) else "")
+        if not programs.missed:
+            return Choice(self._choice.value, reason)
+        reason += f"; {programs.missed:,} steps ran eagerly, the last because this differed: {programs.why_missed}"
+        return Choice("eager" if programs.missed_in_a_row >= ENOUGH_STEPS else self._choice.value, reason)
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
-        if self._is_first:  # optimizers make their state in it
-            self._is_first = False
+        if not self._eager.has_stepped:  # optimizers make their state in their first step
             return self._eager.step(batch)
-        is_wanted = self._compiled == 0 or self._programs.missed >= ENOUGH_STEPS
+        is_wanted = self._compiled == 0 or self._programs.missed - self._missed_before >= ENOUGH_STEPS
         if is_wanted and self._compiled < MAX_PROGRAMS and not self._programs.hold(batch):
-            return self._compile(batch)
+            self._compile(batch)
         return self._programs.step(batch)
 
     def flush(self) -> None:
@@ -70,14 +75,16 @@ class CompiledEngine:
         """See `Engine.expect`: what was asked for is compiled, whether it pays or not."""
 
     def settle(self, batches: Iterable[Batch]) -> None:
-        """See `Engine.settle`: the program is made in the second step."""
-        for batch in itertools.islice(batches, 2):
+        """See `Engine.settle`: the program is made with the step after the optimizer's first."""
+        for batch in batches:
             self.step(batch)
+            if len(self._programs) and self._programs.are_proven:
+                return
 
     def close(self) -> None:
         """See `Engine.close`: nothing runs beside the training."""
 
-    def _compile(self, batch: Batch) -> Tensor:
+    def _compile(self, batch: Batch) -> None:
         begin = time.perf_counter()
         pending = self._compiler.begin(batch)
         try:
@@ -86,12 +93,9 @@ class CompiledEngine:
         finally:
             pending.close()
         self._compiled += 1
-        self._programs.missed = 0
+        self._missed_before = self._programs.missed
         self.compile_s = (self.compile_s or 0.0) + time.perf_counter() - begin
-        traced = self._programs.first
-        loss, difference = compare_steps(
-            traced.tensors, traced.kinds, self._spec.device, self._eager.step, self._programs.run_first, batch
-        )
-        if difference is not None:
-            raise EngineError(f"engine 'compiled' gives other numbers than eager on this step: {difference}")
-        return loss
+
+
+def _refuse(difference: str) -> None:
+    raise EngineError(f"engine 'compiled' gives other numbers than eager on this step: {difference}")

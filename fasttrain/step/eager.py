@@ -11,7 +11,7 @@ from torch import Tensor
 from fasttrain.device import Choice, autocast_dtype
 from fasttrain.metrics import LossObserver
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
-from fasttrain.step.torch_private import step_optimizer
+from fasttrain.step.torch_private import note_step, run_backward, step_optimizer, was_step_taken
 
 __all__ = ["EagerEngine", "run_forward"]
 
@@ -25,6 +25,11 @@ class EagerEngine:
         spec: the step.
         choice: why it is this engine.
         forward: what runs in place of the spec's forward (a compiled form of it), None for itself.
+
+    Attributes:
+        choice: what runs, and why.
+        compile_s: None: nothing is compiled.
+        has_stepped: whether the optimizer has stepped, and so made its state.
     """
 
     def __init__(self, spec: StepSpec, choice: Choice, forward: Forward | None = None) -> None:
@@ -33,25 +38,36 @@ class EagerEngine:
         self._forward = forward or spec.forward
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
-        self._gathered = 0
+        self.has_stepped = False
         self._is_observed = False
+        self._one: Tensor | None = None  # the gradient of the loss by itself, made once
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
+        loss = self.gather(batch)
+        self.apply_if_due()
+        return loss
+
+    def gather(self, batch: Batch) -> Tensor:
+        """The first half of a step: forward, backward, metrics. Returns the loss as `step` does."""
         spec = self._spec
         output = self._observed_forward(batch)
-        loss = output.loss if spec.accumulate == 1 else output.loss / spec.accumulate
-        (loss if spec.scaler is None else spec.scaler.scale(loss)).backward()
-        self._gathered += 1
-        if self._gathered == spec.accumulate:
+        scaled = output.loss if spec.accumulate == 1 else output.loss / spec.accumulate
+        self._backward(scaled if spec.scaler is None else spec.scaler.scale(scaled))
+        spec.gathered.count += 1
+        loss = output.loss.detach()
+        spec.metrics.update(loss, output.predictions, output.targets)
+        return loss
+
+    def apply_if_due(self) -> None:
+        """The second half: clipping and the optimizer's step, where the gradients hold all batches of a group."""
+        if self._spec.gathered.count == self._spec.accumulate:
             self._apply()
-        spec.metrics.update(*output)
-        return output.loss.detach()
 
     def flush(self) -> None:
         """See `Engine.flush`."""
-        if self._gathered:
-            rescale = self._spec.accumulate / self._gathered
+        if self._spec.gathered.count:
+            rescale = self._spec.accumulate / self._spec.gathered.count
             for parameter in self._spec.trained():
                 if parameter.grad is not None:
                     parameter.grad.mul_(rescale)
@@ -75,6 +91,14 @@ class EagerEngine:
         self._spec.metrics.rule = observer.rule(output.predictions, output.targets)
         return output
 
+    def _backward(self, loss: Tensor) -> None:
+        if type(loss) is not Tensor:
+            loss.backward()
+            return
+        if self._one is None or self._one.dtype != loss.dtype:
+            self._one = torch.ones_like(loss.detach())
+        run_backward(loss, self._one)
+
     def _apply(self) -> None:
         spec = self._spec
         if spec.clip_norm is not None or spec.clip_value is not None:
@@ -85,10 +109,13 @@ class EagerEngine:
             else:
                 spec.scaler.step(spec.optimizer)
                 spec.scaler.update()
+        if not self.has_stepped and (spec.scaler is None or was_step_taken(spec.scaler)):
+            self.has_stepped = True
+            note_step(spec.optimizer)
         # set_to_none by hand: Optimizer.zero_grad takes 13 us for two parameters, this takes 1.
         for parameter in spec.trained():
             parameter.grad = None
-        self._gathered = 0
+        spec.gathered.count = 0
 
     def _clip(self) -> None:
         spec = self._spec

@@ -12,12 +12,13 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, get_default_dtype, is_autocast_enabled, is_grad_enabled
+from torch import Tensor, get_default_dtype, is_grad_enabled
 
 from fasttrain.data.ragged import Ragged
 from fasttrain.errors import EngineError
+from fasttrain.step.options import GroupOptions
 from fasttrain.step.spec import StepSpec
-from fasttrain.step.torch_private import module_tables, optimizer_hooks
+from fasttrain.step.torch_private import NO_GRADIENT_HOOKS, module_tables, optimizer_hooks, scaler_tensors
 
 __all__ = ["BatchLayout", "Guards"]
 
@@ -26,8 +27,6 @@ Structure = tuple[Any, ...]
 
 _LEAF: Structure = ("tensor",)
 _CONSTANTS = (int, float, str, bytes, type(None), torch.dtype, torch.device)
-_FREE_OPTIONS = frozenset({"params", "param_names", "lr", "initial_lr"})
-"""What may change in a parameter group: rates are inputs of the graph, the rest is not read by a step."""
 
 
 class BatchLayout:
@@ -115,11 +114,20 @@ class Guards:
 
     Args:
         spec: the step.
+        options: of the optimizer's groups, None where the optimizer's step is not part of the trace.
+        is_gathering: whether the trace takes gradients that are there up; else there must be none.
     """
 
-    def __init__(self, spec: StepSpec) -> None:
+    def __init__(self, spec: StepSpec, options: GroupOptions | None, *, is_gathering: bool = False) -> None:
         self._facts = _Facts()
-        _optimizer_facts(spec, self._facts)
+        _groups_facts(spec, self._facts)
+        if options is not None:
+            _optimizer_facts(spec, options, self._facts)
+        for parameter in () if is_gathering else spec.trained():
+            # Eager would add to it, a graph does not.
+            self._facts.add("a gradient that was there before the step", "{}.grad is None", parameter)
+        for parameter in {id(each): each for each in (*spec.model.parameters(), *spec.trained())}.values():
+            self._facts.add("a hook of a gradient", NO_GRADIENT_HOOKS, parameter)
         _model_facts(spec, self._facts)
         _other_facts(spec, self._facts)
         self._hold = self._facts.all_hold()
@@ -186,38 +194,47 @@ class _Facts:
         return eval(f"lambda: {expression}", self._names)  # of made-up names and our own operators only
 
 
-def _optimizer_facts(spec: StepSpec, facts: _Facts) -> None:
+def _groups_facts(spec: StepSpec, facts: _Facts) -> None:
+    """The parameters that are trained, and whose gradients count."""
     optimizer = spec.optimizer
-    facts.add_tables("a hook of the optimizer", optimizer_hooks(optimizer))
     facts.add("the parameter groups", "{}.param_groups is {}", optimizer, optimizer.param_groups)
     facts.add("the parameter groups", "len({}) == {}", optimizer.param_groups, len(optimizer.param_groups))
     for number, group in enumerate(optimizer.param_groups):
         facts.add("the parameter groups", "{}[{}] is {}", optimizer.param_groups, number, group)
-        _group_facts(group, facts)
+        reason = "the parameters of a group"
+        facts.add(reason, "{}['params'] is {}", group, group["params"])
+        facts.add(reason, "len({}) == {}", group["params"], len(group["params"]))
+        for place, parameter in enumerate(group["params"]):
+            facts.add(reason, "{}[{}] is {}", group["params"], place, parameter)
+
+
+def _optimizer_facts(spec: StepSpec, options: GroupOptions, facts: _Facts) -> None:
+    optimizer = spec.optimizer
+    facts.add_tables("a hook of the optimizer", optimizer_hooks(optimizer))
+    for number, group in enumerate(optimizer.param_groups):
+        _options_facts(number, group, options, facts)
     facts.add("the optimizer's state", "{}.state is {}", optimizer, optimizer.state)
     facts.add("the optimizer's state", "len({}) == {}", optimizer.state, len(optimizer.state))
     # Not by key: Tensor.__hash__ is a Python function.
     entries = list(optimizer.state.values())
     facts.add("the optimizer's state", "{}(map({}, {}.values(), {}))", all, is_, optimizer.state, entries)
     facts.add_tables("the optimizer's state", optimizer.state.values())
-    for parameter in spec.trained():
-        # Eager would add to it, a graph does not.
-        facts.add("a gradient that was there before the step", "{}.grad is None", parameter)
 
 
-def _group_facts(group: dict[str, Any], facts: _Facts) -> None:
-    reason = "the parameters of a group"
-    facts.add(reason, "{}['params'] is {}", group, group["params"])
-    facts.add(reason, "len({}) == {}", group["params"], len(group["params"]))
-    for place, parameter in enumerate(group["params"]):
-        facts.add(reason, "{}[{}] is {}", group["params"], place, parameter)
+def _options_facts(number: int, group: dict[str, Any], options: GroupOptions, facts: _Facts) -> None:
+    """What the optimizer's code does not ask for, such as a scheduler's own notes, may come and go."""
     reason = "an option of a parameter group"
-    facts.add_value(reason, "len({}) == {}", group, len(group))
-    for name, value in group.items():
-        if isinstance(value, Tensor) and name not in _FREE_OPTIONS:
-            facts.add(reason, "{}[{}] is {}", group, name, value)
-        elif name not in _FREE_OPTIONS:
-            facts.add_value(reason, "{}[{}] == {}", group, name, value)
+    if options.read is None:
+        facts.add_value(reason, "len({}) == {}", group, len(group))
+    for name in sorted(group if options.read is None else options.read):
+        if name == "params" or (number, name) in options.inputs:
+            continue
+        if name not in group:
+            facts.add_value(reason, "{1} not in {0}", group, name)
+        elif isinstance(group[name], Tensor):
+            facts.add(reason, "{}[{}] is {}", group, name, group[name])
+        else:
+            facts.add_value(reason, "{}[{}] == {}", group, name, group[name])
 
 
 def _model_facts(spec: StepSpec, facts: _Facts) -> None:
@@ -228,12 +245,15 @@ def _model_facts(spec: StepSpec, facts: _Facts) -> None:
 
 
 def _other_facts(spec: StepSpec, facts: _Facts) -> None:
-    metrics, kind = spec.metrics, spec.device.type
+    metrics = spec.metrics
     facts.add("the running metrics", "{}.totals is {}", metrics, metrics.totals)
     facts.add_tables("the running metrics", [metrics.user_metrics])
     facts.add_value("the rule of accuracy", "{}.rule == {}", metrics, metrics.rule)
-    # Inference mode and the dtype of autocast show in the tensors' own guards.
-    modes = "grad mode, autocast or torch's default dtype"
-    facts.add_value(modes, "{}() is {}", is_grad_enabled, is_grad_enabled())
-    facts.add_value(modes, "{}({}) is {}", is_autocast_enabled, kind, is_autocast_enabled(kind))
-    facts.add_value(modes, "{}() is {}", get_default_dtype, get_default_dtype())
+    if spec.scaler is not None:
+        scaler, found = spec.scaler, scaler_tensors(spec.scaler)
+        facts.add("the gradient scaler", "{}(map({}, {}({}), {}))", all, is_, scaler_tensors, scaler, found)
+        for ask in (scaler.get_growth_factor, scaler.get_backoff_factor, scaler.get_growth_interval):
+            facts.add_value("the gradient scaler", "{}() == {}", ask, ask())
+    # Inference mode and autocast show in the tensors' own guards.
+    for ask in (is_grad_enabled, get_default_dtype):
+        facts.add_value("grad mode or torch's default dtype", "{}() is {}", ask, ask())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +12,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fasttrain.errors import EngineError
+from fasttrain.step.options import GroupOptions
 from fasttrain.step.state import StepState
-from fasttrain.step.torch_private import reported_as_compiling
+from fasttrain.step.torch_private import optimizer_hooks, reported_as_compiling
 
-__all__ = ["OptimizerStep"]
+__all__ = ["OptimizerNotTracedError", "OptimizerStep", "first_line"]
 
 _BRANCHES_ON_VALUES = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
 """Their default code branches on values of tensors; their `capturable` code computes the same without."""
 
 _SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
 """State that optimizers read as Python numbers, in double precision."""
+
+
+class OptimizerNotTracedError(EngineError):
+    """The optimizer's step cannot be recorded; forward and backward still can."""
 
 
 class OptimizerStep:
@@ -33,44 +39,70 @@ class OptimizerStep:
         optimizer: the user's.
         state: where everything is.
         tensors: the stand-ins, in the order of `state`; trained ones have their gradients.
-        rates: stand-ins for the learning rates, one a group.
+        options: of its groups; is told what the optimizer's code asks for.
+        inputs: stand-ins for those of the options.
+
+    Raises:
+        OptimizerNotTracedError: it has hooks.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, state: StepState, tensors: list[Tensor], rates: Sequence[Tensor]
+        self,
+        optimizer: torch.optim.Optimizer,
+        state: StepState,
+        tensors: list[Tensor],
+        options: GroupOptions,
+        inputs: Sequence[Tensor],
     ) -> None:
+        if any(optimizer_hooks(optimizer)):
+            raise OptimizerNotTracedError("it has hooks, which a compiled step would not call")
         self._optimizer = optimizer
         self._state = state
         self._tensors = tensors
+        self._options = options
         self._twin: Any = object.__new__(type(optimizer))
         self._twin.__dict__.update(optimizer.__dict__)
         self._twin.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the user's optimizer
-        self._twin.param_groups = [
-            self._group(group, places, rate)
-            for group, places, rate in zip(optimizer.param_groups, state.groups, rates, strict=True)
+        moved, self._numbers = options.stand_ins(inputs)
+        self._groups = [
+            self._group(group, places, values)
+            for group, places, values in zip(optimizer.param_groups, state.groups, moved, strict=True)
         ]
+        self._twin.param_groups = [_WatchedGroup(group, options.note_read) for group in self._groups]
         self._twin.state = defaultdict(dict, {tensors[place]: self._entries(place) for place in state.slots})
 
     def run(self) -> None:
-        """Steps the twin and brings what it changed to the stand-ins."""
-        groups = [dict(group) for group in self._twin.param_groups]
+        """Steps the twin and brings what it changed to the stand-ins.
+
+        Raises:
+            OptimizerNotTracedError: its code cannot be recorded, or changes what a graph does not see.
+        """
         before = {parameter: dict(entries) for parameter, entries in self._twin.state.items()}
-        with reported_as_compiling(), _TensorsForNumbers():
-            type(self._optimizer).step(self._twin)
-        if any(group != old for group, old in zip(self._twin.param_groups, groups, strict=True)):
-            raise EngineError(f"{self._name} changes its parameter groups in every step: a graph would not see that")
+        try:
+            with reported_as_compiling(), _TensorsForNumbers(self._numbers, self._options.fix_sign):
+                type(self._optimizer).step(self._twin)
+        except OptimizerNotTracedError:
+            raise
+        except Exception as error:
+            raise OptimizerNotTracedError(f"the step of {self._name} cannot be traced: {first_line(error)}") from error
+        if any(dict.__ne__(group, old) for group, old in zip(self._twin.param_groups, self._groups, strict=True)):
+            raise OptimizerNotTracedError(
+                f"{self._name} changes its parameter groups in every step: a graph would not see that"
+            )
         for parameter, entries in self._twin.state.items():
             for key, value in entries.items():
                 if key not in before.get(parameter, {}):
-                    raise EngineError(f"{self._name} has not made its state yet: run one step eagerly, then trace")
+                    raise OptimizerNotTracedError(
+                        f"{self._name} has not made its state yet: run one step eagerly, then trace"
+                    )
                 self._write_back(parameter, key, before[parameter][key], value)
 
     @property
     def _name(self) -> str:
         return type(self._optimizer).__name__
 
-    def _group(self, group: dict[str, Any], places: list[int], rate: Tensor) -> dict[str, Any]:
-        twin = {**group, "params": [self._tensors[place] for place in places], "lr": rate}
+    def _group(self, group: dict[str, Any], places: list[int], moved: dict[str, Any]) -> dict[str, Any]:
+        twin = {**group, "params": [self._tensors[place] for place in places], **moved}
         # One operator after the other: the compiler fuses them itself, and fused kernels cannot be recorded.
         twin.update({name: False for name in ("foreach", "fused") if name in group})
         if isinstance(self._optimizer, _BRANCHES_ON_VALUES):
@@ -87,7 +119,9 @@ class OptimizerStep:
     def _write_back(self, parameter: Tensor, key: str, old: Any, new: Any) -> None:
         if not isinstance(old, Tensor):
             if new is not old and new != old:
-                raise EngineError(f"{self._name} keeps {key!r} as a Python value: a graph would not change it")
+                raise OptimizerNotTracedError(
+                    f"{self._name} keeps {key!r} as a Python value: a graph would not change it"
+                )
             return
         slots = next(s for place, s in self._state.slots.items() if self._tensors[place] is parameter)
         home = self._tensors[slots[key]]
@@ -95,17 +129,127 @@ class OptimizerStep:
             home.copy_(new)
 
 
+class _WatchedGroup(dict[str, Any]):
+    """A parameter group that tells which of its options are asked for (None for whatever there is)."""
+
+    def __init__(self, options: dict[str, Any], tell: Callable[[str | None], None]) -> None:
+        super().__init__(options)
+        self.tell = tell
+
+    def __getitem__(self, name: str) -> Any:
+        self.tell(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.tell(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.tell(name)
+        return super().get(name, default)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        self.tell(name)
+        return super().setdefault(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.tell(None)
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self.tell(None)
+        return super().keys()
+
+    def values(self) -> Any:
+        self.tell(None)
+        return super().values()
+
+    def items(self) -> Any:
+        self.tell(None)
+        return super().items()
+
+
 class _TensorsForNumbers(TorchFunctionMode):
-    """Lets optimizers use scalar tensors where torch takes only numbers: `add(x, y, alpha=rate)` and its kin."""
+    """Lets optimizers use scalar tensors where torch takes only numbers: `add(x, y, alpha=rate)` and its kin.
+
+    Args:
+        numbers: by the id of a tensor that stands for a number, its place among the options.
+        fix_sign: gives the sign of the number at a place, and keeps it.
+    """
+
+    def __init__(self, numbers: dict[int, int], fix_sign: Callable[[int], int]) -> None:
+        super().__init__()
+        self._numbers = numbers
+        self._fix_sign = fix_sign
+        self._known = set(numbers)
+        self._derived: dict[tuple[Any, ...], Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Multiplies the second operand by a factor that is a tensor, which is what these operators do with numbers."""
+        """Does with tensors what these operators do with numbers, and passes every other call on."""
         kwargs = kwargs or {}
+        place = self._numbers.get(id(args[0])) if args else None
+        if place is not None and func in _QUESTIONS:
+            return self._answer(func, place, *args[1:])
+        if place is not None and func is Tensor.to:
+            return args[0]  # a number has no dtype: it stays a double until it meets a tensor
         for name in ("alpha", "value"):
             factor = kwargs.get(name)
             if isinstance(factor, Tensor) and len(args) > 1:
                 kwargs = {key: value for key, value in kwargs.items() if key != name}
                 args = (args[0], args[1] * factor, *args[2:])
+        if func in _DERIVING and all(isinstance(each, int | float) or self._knows(each) for each in args):
+            return self._derive(func, args)
+        if args and self._knows(args[0]) and _is_in_place(func):
+            raise OptimizerNotTracedError("the optimizer changes what it has derived from its options in place")
+        if func is Tensor.lerp_ and len(args) == 3 and isinstance(args[2], Tensor) and args[2].dim() == 0:
+            args = (*args[:2], args[2].to(args[0].dtype))
         return func(*args, **kwargs)
+
+    def _knows(self, value: Any) -> bool:
+        return id(value) in self._known
+
+    def _derive(self, func: Any, args: tuple[Any, ...]) -> Tensor:
+        """What follows from options alone (`1 - beta`) is computed once, not for each parameter."""
+        key = (func, *[id(each) if isinstance(each, Tensor) else (each,) for each in args])
+        if key not in self._derived:
+            self._derived[key] = func(*args)
+            self._known.add(id(self._derived[key]))
+        return self._derived[key]
+
+    def _answer(self, func: Any, place: int, other: Any = 0) -> bool:
+        """Whether a number is zero, positive or negative: what optimizers branch on."""
+        if isinstance(other, Tensor) or other != 0:
+            raise OptimizerNotTracedError(f"the optimizer compares an option with {other}, not with 0")
+        return _QUESTIONS[func](self._fix_sign(place), 0)
+
+
+_QUESTIONS: dict[Any, Callable[[int, int], bool]] = {
+    Tensor.__bool__: operator.ne,
+    Tensor.__eq__: operator.eq,
+    Tensor.eq: operator.eq,
+    Tensor.__ne__: operator.ne,
+    Tensor.ne: operator.ne,
+    Tensor.__lt__: operator.lt,
+    Tensor.lt: operator.lt,
+    Tensor.__le__: operator.le,
+    Tensor.le: operator.le,
+    Tensor.__gt__: operator.gt,
+    Tensor.gt: operator.gt,
+    Tensor.__ge__: operator.ge,
+    Tensor.ge: operator.ge,
+}
+
+
+_DERIVING = frozenset({Tensor.__rsub__, Tensor.neg, Tensor.__neg__, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
+
+
+def _is_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__isub__", "__imul__", "__idiv__")
+
+
+def first_line(error: Exception) -> str:
+    """An error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

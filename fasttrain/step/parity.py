@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.device import free_bytes
+from fasttrain.device import autocast_dtype, free_bytes
+from fasttrain.step.spec import StepSpec
 
 __all__ = ["METRICS", "PARAMETERS", "Snapshot", "compare_steps", "fits_in_memory"]
 
-METRICS, PARAMETERS = "metrics", "parameters"
+METRICS, PARAMETERS, GRADIENTS = "metrics", "parameters", "gradients"
 """Kinds of tensors that are judged in their own way; any other is state of the optimizer or a buffer."""
 
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -34,21 +35,33 @@ NOISE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copies of tensors, and of the random generator's state, at one moment."""
+    """Copies of tensors and gradients, and of the random generator's state, at one moment."""
 
     copies: list[Tensor]
+    gradients: list[Tensor | None]
+    num_gathered: int
     rng: Tensor
     cuda_rng: Tensor | None
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], device: torch.device) -> Snapshot:
-        """Copies the tensors; the generators are those of the CPU and of the device."""
+    def of(cls, tensors: Sequence[Tensor], device: torch.device, spec: StepSpec | None = None) -> Snapshot:
+        """Copies the tensors, and a step's gradients if one is given; the generators are the CPU's and the device's."""
         cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls([tensor.detach().clone() for tensor in tensors], torch.get_rng_state(), cuda_rng)
+        return cls(
+            [tensor.detach().clone() for tensor in tensors],
+            [] if spec is None else [None if each.grad is None else each.grad.clone() for each in spec.trained()],
+            0 if spec is None else spec.gathered.count,
+            torch.get_rng_state(),
+            cuda_rng,
+        )
 
     @torch.no_grad()
-    def restore(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        """Brings tensors and generators back, bit for bit."""
+    def restore(self, tensors: Sequence[Tensor], device: torch.device, spec: StepSpec | None = None) -> None:
+        """Brings tensors, gradients and generators back, bit for bit."""
+        if spec is not None:
+            spec.gathered.count = self.num_gathered
+            for parameter, gradient in zip(spec.trained(), self.gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
         for tensor, copy in zip(tensors, self.copies, strict=True):
             tensor.copy_(copy)
         torch.set_rng_state(self.rng)
@@ -69,6 +82,8 @@ def compare_steps(
     eager: Callable[[Any], Tensor],
     program: Callable[[Any], Tensor],
     batch: Any,
+    spec: StepSpec | None = None,
+    is_excused: Callable[[Snapshot, Tensor], bool] | None = None,
 ) -> tuple[Tensor, str | None]:
     """Runs one step both ways from the same state, and leaves the state as eager made it. Waits for the device.
 
@@ -79,20 +94,35 @@ def compare_steps(
         eager: one step, the reference.
         program: one step, the candidate.
         batch: what both are given.
+        spec: whose gradients and precision count too, None for a step that keeps no gradients.
+        is_excused: asked where something differs, with the state before the step and eager's loss.
 
     Returns:
         Eager's loss, and what differs beyond the tolerance (None if nothing does).
     """
-    before = Snapshot.of(tensors, device)
+    before = Snapshot.of(tensors, device, spec)
     try:
         program_loss = program(batch)
     except RuntimeError as error:  # some operators compile and then refuse to run (oneDNN's LSTM)
-        before.restore(tensors, device)
+        before.restore(tensors, device, spec)
         return eager(batch), f"it cannot run: {error}"
-    got = Snapshot.of(tensors, device)
-    before.restore(tensors, device)
+    got = Snapshot.of(tensors, device, spec)
+    before.restore(tensors, device, spec)
     loss = eager(batch)
-    return loss, _difference(before.copies, got.copies, tensors, kinds, program_loss, loss)
+    gradients = [] if spec is None else [parameter.grad for parameter in spec.trained()]
+    wanted = [*tensors, *_or_nothing(gradients)]
+    old, new = [[*each.copies, *_or_nothing(each.gradients)] for each in (before, got)]
+    kinds = [*kinds, *[GRADIENTS] * len(gradients)]
+    precision = None if spec is None else autocast_dtype(spec.precision)
+    difference = _difference(old, new, wanted, kinds, program_loss, loss, precision or loss.dtype)
+    if difference is not None and is_excused is not None and is_excused(before, loss):
+        return loss, None
+    return loss, difference
+
+
+def _or_nothing(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """No gradient counts as none of it: a tensor of zeros would take memory to say so."""
+    return [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
 
 
 def _difference(
@@ -102,9 +132,12 @@ def _difference(
     kinds: Sequence[str],
     got_loss: Tensor,
     wanted_loss: Tensor,
+    precision: torch.dtype,
 ) -> str | None:
     """HOST READ: all of it; it runs once when a program is taken up, and at each audit."""
-    tolerance = LOSS_TOLERANCE.get(wanted_loss.dtype, LOSS_TOLERANCE[torch.float32])
+    tolerance = max(
+        LOSS_TOLERANCE.get(dtype, LOSS_TOLERANCE[torch.float32]) for dtype in (precision, wanted_loss.dtype)
+    )
     if not torch.allclose(got_loss, wanted_loss, rtol=tolerance, atol=0.0, equal_nan=True):
         return f"the loss is {got_loss.item():.9g}, eager's is {wanted_loss.item():.9g}"
     for place, kind in enumerate(kinds):
@@ -114,17 +147,21 @@ def _difference(
     groups = [(kind, tensor.dtype) for kind, tensor in zip(kinds, wanted, strict=True)]
     for group in dict.fromkeys(groups):  # by dtype, too: a count of batches must not set the scale of running means
         members = [index for index, each in enumerate(groups) if each == group]
-        reason = _kind_differs(group[0], *[[side[index] for index in members] for side in (before, got, wanted)])
+        old, new, right = [[side[index] for index in members] for side in (before, got, wanted)]
+        allowed = max(STATE_TOLERANCE.get(dtype, 0.0) for dtype in (group[1], precision))
+        reason = _kind_differs(group[0], old, new, right, allowed)
         if reason:
             return f"{group[0]}: {reason}"
     return None
 
 
-def _kind_differs(kind: str, before: Sequence[Tensor], got: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
+def _kind_differs(
+    kind: str, before: Sequence[Tensor], got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float
+) -> str | None:
     largest = max(_largest(_distance(after, old)) for after, old in zip(wanted, before, strict=True))
     is_exact = not wanted[0].is_floating_point()
     rounding = 0.0 if is_exact else 1e-6 * max(_largest(right.double().abs()) for right in wanted)
-    tolerance = METRICS_TOLERANCE if kind == METRICS else STATE_TOLERANCE.get(wanted[0].dtype, 0.0)
+    tolerance = METRICS_TOLERANCE if kind == METRICS else 0.0 if is_exact else tolerance
     bound = tolerance * largest * (PARAMETER_SLACK if kind == PARAMETERS else 1.0) + rounding
     errors = [_distance(after, right) for after, right in zip(got, wanted, strict=True)]
     count, beyond = sum(error.numel() for error in errors), sum(int((~(error <= bound)).sum()) for error in errors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import EngineError
+from fasttrain.step.torch_lowering import register_lowerings
 from fasttrain.step.torch_private import compile_package, flat_runner
-from fasttrain.step.trace import Mismatch, TracedStep
+from fasttrain.step.trace import InputKind, TracedStep
 
 __all__ = ["StepProgram", "compile_graph"]
 
-Batch = Any
-
 
 def compile_graph(
-    graph: torch.fx.GraphModule, inputs: Sequence[Tensor], open_dims: Sequence[frozenset[int]], package: Path
+    graph: torch.fx.GraphModule, inputs: Sequence[InputKind], open_dims: Sequence[frozenset[int]], package: Path
 ) -> None:
     """Exports and compiles a traced step into `package` (a .pt2 file). Takes 10 to 30 s, for large models minutes.
 
@@ -28,16 +27,19 @@ def compile_graph(
     (`torch.get_num_threads()`).
 
     Args:
-        graph: of `TracedStep`.
-        inputs: examples; nothing but their metadata is looked at.
-        open_dims: of `TracedStep`.
+        graph: of a `TracedPart`.
+        inputs: what its inputs are like.
+        open_dims: of a `TracedPart`.
         package: where it goes.
 
     Raises:
         EngineError: torch cannot export or compile the graph.
     """
+    register_lowerings()
     dynamic: Any = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) or None for dims in open_dims)
-    examples = tuple(tensor.detach() for tensor in inputs)
+    examples = tuple(
+        torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in inputs
+    )
     try:
         program = torch.export.export(graph, examples, dynamic_shapes=dynamic, strict=False)
         compile_package(program, str(package))
@@ -49,36 +51,36 @@ class StepProgram:
     """A compiled step that is ready to run.
 
     Args:
-        package: the compiled package; read here and not needed afterwards.
-        device: where the program runs.
+        packages: the compiled package of each part; read here and not needed afterwards.
+        traced: what they were compiled from.
 
     Raises:
-        EngineError: it cannot be loaded.
+        EngineError: one cannot be loaded.
     """
 
-    def __init__(self, package: Path, device: torch.device) -> None:
+    def __init__(self, packages: Sequence[Path], traced: TracedStep) -> None:
+        device = traced.spec.device
         try:
-            self._run: Callable[[list[Tensor]], list[Tensor]] = flat_runner(str(package), device)
+            self._parts = [flat_runner(str(package), device) for package in packages]
         except RuntimeError as error:
             raise EngineError(f"the compiled program cannot be loaded: {error}") from error
+        self._traced = traced
 
     @classmethod
-    def compile(cls, traced: TracedStep, batch: Batch) -> StepProgram:
+    def compile(cls, traced: TracedStep) -> StepProgram:
         """Exports, compiles and loads a traced step, and waits for it.
 
         Raises:
             EngineError: it cannot be exported or compiled.
         """
-        inputs = traced.inputs(batch)
-        if isinstance(inputs, Mismatch):
-            raise EngineError(f"this step cannot be compiled: since it was traced, there is a change: {inputs.reason}")
         with tempfile.TemporaryDirectory(prefix="fasttrain-") as folder:
-            package = Path(folder) / "step.pt2"
-            compile_graph(traced.graph, inputs, traced.open_dims, package)
-            return cls(package, traced.spec.device)
+            packages = [Path(folder) / f"{number}.pt2" for number in range(len(traced.parts))]
+            for part, package in zip(traced.parts, packages, strict=True):
+                compile_graph(part.graph, part.kinds, part.open_dims, package)
+            return cls(packages, traced)
 
     def run(self, inputs: list[Tensor]) -> Tensor:
-        """One step. Makes no host read.
+        """The part of the step that is due. Makes no host read.
 
         Args:
             inputs: what `TracedStep.inputs` gives; a program trusts them, and empties the list.
@@ -86,4 +88,4 @@ class StepProgram:
         Returns:
             The batch's loss, detached, on the device.
         """
-        return self._run(inputs)[0]
+        return self._parts[self._traced.due](inputs)[0]

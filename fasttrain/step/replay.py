@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from fasttrain.step.apart import is_eagers_rounding
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.parity import compare_steps
 from fasttrain.step.program import StepProgram
+from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 
 __all__ = ["Programs"]
@@ -18,33 +24,57 @@ MAX_PROGRAMS = 4
 Batch = Any
 
 
+@dataclass
+class _Entry:
+    """A program and what it is of.
+
+    Attributes:
+        traced: the step.
+        program: compiled from it.
+        proven: the parts of the step that have given eager's numbers.
+    """
+
+    traced: TracedStep
+    program: StepProgram
+    proven: set[int] = field(default_factory=set[int])
+
+
 class Programs:
-    """The programs of a step, the last used first.
+    """The programs of a step, the last used first. Each part of one is compared with eager where it runs first.
 
     Args:
+        spec: the step.
         eager: runs a step that no program holds for.
-        count: tells the running metrics that a program has counted a batch.
+        refuse: is told what differs, where a program does not give eager's numbers; the step was eager's then.
 
     Attributes:
         missed: steps that no program held for; whoever looks at it may set it back.
+        missed_in_a_row: of these, since one last held.
         why_missed: the reason of the last of them.
     """
 
-    def __init__(self, eager: Callable[[Batch], Tensor], count: Callable[[float], None]) -> None:
+    def __init__(self, spec: StepSpec, eager: EagerEngine, refuse: Callable[[str], None]) -> None:
         self.missed = 0
+        self.missed_in_a_row = 0
         self.why_missed = ""
+        self._spec = spec
         self._eager = eager
-        self._count = count
-        self._programs: list[tuple[TracedStep, StepProgram]] = []
+        self._refuse = refuse
+        self._entries: list[_Entry] = []
 
     def __len__(self) -> int:
         """How many programs there are."""
-        return len(self._programs)
+        return len(self._entries)
 
     @property
     def first(self) -> TracedStep:
         """The step whose program was used last."""
-        return self._programs[0][0]
+        return self._entries[0].traced
+
+    @property
+    def are_proven(self) -> bool:
+        """True where every part of the program that was used last has been compared."""
+        return len(self._entries[0].proven) == len(self._entries[0].traced.parts)
 
     @property
     def _may_rebind(self) -> bool:
@@ -53,45 +83,79 @@ class Programs:
 
     def add(self, traced: TracedStep, program: StepProgram) -> None:
         """Takes a program up; it is tried first."""
-        self._programs.insert(0, (traced, program))
-        del self._programs[MAX_PROGRAMS:]
-
-    def first_holds(self, batch: Batch) -> bool:
-        """True where the first program holds for a batch, and the user's objects are as it knows them."""
-        return not isinstance(self.first.inputs(batch), Mismatch)
+        self._entries.insert(0, _Entry(traced, program))
+        del self._entries[MAX_PROGRAMS:]
 
     def hold(self, batch: Batch) -> bool:
         """True where any of the programs holds for a batch, and the user's objects are as it knows them."""
-        return any(not isinstance(traced.inputs(batch), Mismatch) for traced, _ in self._programs)
+        return any(not isinstance(entry.traced.inputs(batch), Mismatch) for entry in self._entries)
 
-    def run_first(self, batch: Batch) -> Tensor:
-        """One step by the first program, which must hold; the running metrics are not told."""
-        traced, program = self._programs[0]
-        inputs = traced.inputs(batch)
-        assert not isinstance(inputs, Mismatch)
-        return program.run(inputs)
+    def audit(self) -> None:
+        """Has the program that was used last compared with eager again."""
+        self._entries[0].proven.clear()
 
-    def drop_first(self) -> None:
-        """Drops the program that was used last."""
-        del self._programs[0]
+    def drop(self, traced: TracedStep) -> None:
+        """Drops the program of a step, if it is there."""
+        self._entries = [entry for entry in self._entries if entry.traced is not traced]
 
     def clear(self) -> None:
         """Drops all programs."""
-        self._programs.clear()
+        self._entries.clear()
 
     def step(self, batch: Batch) -> Tensor:
         """One step, by the first program that holds for the batch and the user's objects as they are, else eagerly."""
-        for index, (traced, program) in enumerate(self._programs):
-            inputs = traced.inputs(batch)
-            if isinstance(inputs, Mismatch) and self._may_rebind and traced.rebind():
-                inputs = traced.inputs(batch)
+        for index, entry in enumerate(self._entries):
+            inputs = entry.traced.inputs(batch)
+            if isinstance(inputs, Mismatch) and self._may_rebind and entry.traced.rebind():
+                inputs = entry.traced.inputs(batch)
             if isinstance(inputs, Mismatch):
                 self.why_missed = inputs.reason
                 continue
+            self.missed_in_a_row = 0
             if index:
-                self._programs.insert(0, self._programs.pop(index))
-            loss = program.run(inputs)
-            self._count(1.0)
+                self._entries.insert(0, self._entries.pop(index))
+            if entry.traced.due not in entry.proven:
+                return self._prove(entry, batch)
+            loss = self._run(entry, inputs)
+            self._spec.metrics.count(1.0)
+            if entry.traced.why_eager is not None:
+                self._eager.apply_if_due()
             return loss
-        self.missed += len(self._programs) > 0
-        return self._eager(batch)
+        if self._entries:
+            self.missed += 1
+            self.missed_in_a_row += 1
+        return self._eager.step(batch)
+
+    def _run(self, entry: _Entry, inputs: list[Tensor]) -> Tensor:
+        loss = entry.program.run(inputs)
+        entry.traced.finish()
+        return loss
+
+    def _prove(self, entry: _Entry, batch: Batch) -> Tensor:
+        """One step both ways; the state is eager's."""
+        traced = entry.traced
+        entry.proven.add(traced.due)
+
+        def by_program(batch: Batch) -> Tensor:
+            inputs = traced.inputs(batch)
+            assert not isinstance(inputs, Mismatch)
+            return self._run(entry, inputs)
+
+        # An optimizer that steps eagerly may keep Python state, which could not be brought back: it steps once.
+        eager = self._eager.step if traced.why_eager is None else self._eager.gather
+        loss, difference = compare_steps(
+            traced.tensors,
+            traced.kinds,
+            self._spec.device,
+            eager,
+            by_program,
+            batch,
+            self._spec,
+            partial(is_eagers_rounding, traced, by_program, batch),
+        )
+        if traced.why_eager is not None:
+            self._eager.apply_if_due()
+        if difference is not None:
+            self.drop(traced)
+            self._refuse(difference)
+        return loss

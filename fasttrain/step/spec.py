@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from fasttrain.device import Choice, Precision
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import RunningMetrics
 
-__all__ = ["Engine", "Forward", "StepOutput", "StepSpec", "normalise_forward"]
+__all__ = ["Engine", "Forward", "Gathered", "StepOutput", "StepSpec", "normalise_forward"]
 
 Batch = Any
 
@@ -27,6 +27,13 @@ class StepOutput(NamedTuple):
 
 
 Forward = Callable[[nn.Module, Batch], StepOutput]
+
+
+@dataclass
+class Gathered:
+    """How many batches `p.grad` holds that the optimizer has not stepped with yet; whoever runs a step counts on."""
+
+    count: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,6 +51,7 @@ class StepSpec:
         clip_value: bound on each entry of each gradient, None for none.
         metrics: the running metrics of training.
         scaler: of fp16's loss, None for other precisions.
+        gathered: the batches of an unfinished accumulation.
     """
 
     model: nn.Module
@@ -56,6 +64,7 @@ class StepSpec:
     clip_value: float | None
     metrics: RunningMetrics
     scaler: torch.amp.GradScaler | None
+    gathered: Gathered = field(default_factory=Gathered)
 
     def __post_init__(self) -> None:
         """Checks the options."""
@@ -75,12 +84,15 @@ class Engine(Protocol):
     """Runs training steps of one `StepSpec`. All engines give the same numbers at equal precision.
 
     Attributes:
-        choice: what runs the steps now ("eager" or "compiled"), and why.
         compile_s: seconds that steps have waited for a trace or a compiler so far; None where there was no wait.
     """
 
-    choice: Choice
     compile_s: float | None
+
+    @property
+    def choice(self) -> Choice:
+        """What runs the steps now ("eager" or "compiled"), and why."""
+        ...
 
     def step(self, batch: Batch) -> Tensor:
         """Forward, loss, backward; an optimizer step every `accumulate` batches; metrics. No host read.

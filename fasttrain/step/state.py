@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fasttrain.errors import EngineError
 from fasttrain.step.spec import StepSpec
+from fasttrain.step.torch_private import scaler_tensors
 
-__all__ = ["LearningRates", "StepState"]
+__all__ = ["StepState"]
 
 
 class StepState:
@@ -23,10 +24,13 @@ class StepState:
 
     Attributes:
         names: of each tensor.
-        kinds: of each tensor: "parameters", "buffers", "metrics", or an entry of the optimizer's state ("exp_avg").
-        tensors: model parameters, other trained parameters, buffers, optimizer state, totals of the metrics.
+        kinds: of each tensor: "parameters", "buffers", "metrics", "scaler", or an entry of the optimizer's state
+            ("exp_avg").
+        tensors: model parameters, other trained parameters, buffers, optimizer state, totals of the metrics, what
+            scales the loss.
         groups: for each group of the optimizer, where its parameters are in `tensors`.
         slots: for each trained parameter that has state (by its place in `tensors`), where each entry of it is.
+        scaler: where the scaler's factor and its count of good steps are, nothing where there is no scaler.
     """
 
     def __init__(self, spec: StepSpec) -> None:
@@ -42,12 +46,14 @@ class StepState:
         self.buffers = {name: self._add(name, "buffers", value) for name, value in spec.model.named_buffers()}
         self.slots = dict(self._add_slots(spec.optimizer))
         self.totals = self._add("metrics", "metrics", spec.metrics.totals)
+        of_scaler = () if spec.scaler is None else scaler_tensors(spec.scaler) or ()
+        self.scaler = [self._add(f"scaler {number}", "scaler", tensor) for number, tensor in enumerate(of_scaler)]
 
     @property
     def signature(self) -> Any:
         """Everything about the state but which objects hold it and their values."""
         metadata = [(t.shape, t.dtype, t.stride(), t.device, t.requires_grad) for t in self.tensors]
-        return self.names, metadata, self.parameters, self.groups, self.buffers, self.slots, self.totals
+        return self.names, metadata, self.parameters, self.groups, self.buffers, self.slots, self.totals, self.scaler
 
     def refuse_overlaps(self) -> None:
         """Checks that no two tensors share memory, which a graph could not know.
@@ -83,36 +89,6 @@ class StepState:
             }
             if found:
                 yield place, found
-
-
-class LearningRates:
-    """The groups' learning rates as scalar tensors, so that a graph can take them as inputs.
-
-    Args:
-        optimizer: whose `param_groups` are read; a rate that is a tensor already is passed on as it is.
-        device: where the rates live.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._optimizer = optimizer
-        # Python's floats are doubles, and so is what eager optimizers compute with them.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._own = [torch.zeros((), dtype=dtype, device=device) for _ in optimizer.param_groups]
-        self._filled: list[float | None] = [None] * len(self._own)
-
-    def current(self) -> list[Tensor]:
-        """The rates of this moment, one a group."""
-        rates: list[Tensor] = []
-        for index, group in enumerate(self._optimizer.param_groups):
-            rate = group["lr"]
-            if isinstance(rate, Tensor):
-                rates.append(rate)
-                continue
-            if rate != self._filled[index]:
-                self._own[index].fill_(rate)
-                self._filled[index] = rate
-            rates.append(self._own[index])
-        return rates
 
 
 def _extent(tensor: Tensor) -> int:

@@ -8,31 +8,44 @@ Each function has a canary in tests/step/test_torch_private.py.
 
 from __future__ import annotations
 
+import pickle
+import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from types import CodeType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled as _is_profiling
+from torch._C._autograd import _profiler_enabled as _is_profiling
+from torch.autograd.graph import _engine_run_backward
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fasttrain.errors import EngineError
 
 __all__ = [
+    "Compilation",
+    "compilations",
     "compile_package",
     "flat_runner",
     "has_gradient_hooks",
+    "has_onednn_lstm",
     "module_tables",
+    "note_step",
     "optimizer_hooks",
     "prepare_for_inductor",
     "reported_as_compiling",
+    "run_backward",
+    "scaler_tensors",
     "step_optimizer",
     "tensor_check",
     "trace_graph",
+    "unpickle_with_graph",
+    "was_step_taken",
     "without_onednn",
 ]
 
@@ -65,6 +78,13 @@ def trace_graph(
     # "symbolic" decomposes more than it must where all shapes are fixed.
     tracing_mode = "symbolic" if any(dynamic_dims) else "fake"
     return make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*fakes)
+
+
+def unpickle_with_graph(pickled: bytes) -> Any:
+    """Unpickles an object that holds a graph. The bytes must come from a folder that only this user can write to."""
+    # A graph that is unpickled is traced again, which looks at this module and does not import it.
+    import_module("torch._higher_order_ops.triton_kernel_wrap")
+    return pickle.loads(pickled)
 
 
 def prepare_for_inductor(graph: torch.fx.GraphModule) -> None:
@@ -122,7 +142,9 @@ def _settle_scalars(graph: torch.fx.GraphModule) -> None:
     never computes through `as_strided`, which changes nothing on a scalar.
     """
     for node in list(graph.graph.nodes):
-        if node.op != "call_function" or not _is_double_scalar(node):
+        # An entry of an input is in memory already (and Inductor would take `as_strided` of it for the first one).
+        is_entry = node.target is torch.ops.aten.select.int and node.args[0].op == "placeholder"
+        if node.op != "call_function" or is_entry or not _is_double_scalar(node):
             continue
         readers = [user for user in node.users if isinstance(user.meta.get("val"), Tensor) and user.meta["val"].dim()]
         if not readers:
@@ -193,6 +215,19 @@ def optimizer_hooks(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
     ]
 
 
+def run_backward(loss: Tensor, one: Tensor) -> None:
+    """`loss.backward()`, without the 10 of 40 us that its own checks of arguments take (a BCE of 128 rows).
+
+    Args:
+        loss: a plain scalar.
+        one: of its dtype and shape, on its device: the gradient of the loss by itself.
+
+    Raises:
+        RuntimeError: as `backward` does.
+    """
+    _engine_run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()`, without the profiler's range around it where nobody profiles and nothing is hooked.
 
@@ -211,16 +246,40 @@ def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     whole.__wrapped__(optimizer)
 
 
+def note_step(optimizer: torch.optim.Optimizer) -> None:
+    """Notes that the optimizer has stepped, for schedulers that are made later: they warn where they see no step.
+
+    They only see calls of `step`, and a compiled step makes none.
+    """
+    vars(optimizer)["_opt_called"] = True
+
+
 @cache
 def _ranged_code() -> CodeType:
     """The code of the wrapper that torch puts around every optimizer's step."""
     return cast("Any", torch.optim.Optimizer.profile_hook_step)(lambda: None).__code__
 
 
+def scaler_tensors(scaler: torch.amp.GradScaler) -> tuple[Tensor, Tensor] | None:
+    """A scaler's factor and its count of good steps, scalars; None before it has scaled a loss."""
+    if scaler._scale is None or scaler._growth_tracker is None:
+        return None
+    return scaler._scale, scaler._growth_tracker
+
+
+def was_step_taken(scaler: torch.amp.GradScaler) -> bool:
+    """False where the scaler has skipped the last step, or where the last step has made it grow."""
+    return bool(scaler._get_growth_tracker())  # HOST READ: eager scaling has read whether to skip already
+
+
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """True where Python code runs when this tensor's gradient is made or accumulated."""
     own: Any = parameter
     return bool(own._backward_hooks) or bool(own._post_accumulate_grad_hooks)
+
+
+NO_GRADIENT_HOOKS = "not {0}._backward_hooks and not {0}._post_accumulate_grad_hooks"
+"""`not has_gradient_hooks` as an expression."""
 
 
 def module_tables(module: torch.nn.Module) -> list[dict[str, Any]]:
@@ -284,6 +343,11 @@ def _tensor_guards(tensors: list[Tensor], open_dims: list[frozenset[int]]) -> Ca
     return check
 
 
+def has_onednn_lstm(graph: torch.fx.GraphModule) -> bool:
+    """True where an LSTM was recorded as the one operator of oneDNN."""
+    return any(node.target is _aten.mkldnn_rnn_layer.default for node in graph.graph.nodes)
+
+
 @contextmanager
 def without_onednn() -> Generator[None]:
     """Turns oneDNN off. The public context (`torch.backends.mkldnn.flags`) also sets TF32, which warns."""
@@ -293,3 +357,39 @@ def without_onednn() -> Generator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(was_enabled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """One compilation of a function by Dynamo.
+
+    Attributes:
+        file, line: where the function begins; after a graph break, where it goes on.
+        is_after_break: it is the rest of a function after a graph break.
+        breaks: why tracing began anew: graph breaks, among others.
+        recompile_reason: the guard that failed; None for a first compilation.
+    """
+
+    file: str
+    line: int
+    is_after_break: bool
+    breaks: tuple[str, ...]
+    recompile_reason: str | None
+
+
+def compilations(since_s: float) -> list[Compilation]:
+    """What Dynamo has compiled in this process since a time (of `time.time`); the last 64 compilations at most."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds; unused, it has compiled nothing
+    if dynamo is None:
+        return []
+    return [
+        Compilation(
+            file=each.co_filename,
+            line=each.co_firstlineno,
+            is_after_break=each.co_name.startswith("torch_dynamo_resume_in_"),
+            breaks=tuple(sorted(each.restart_reasons or ())),
+            recompile_reason=each.recompile_reason,
+        )
+        for each in dynamo.get_compilation_metrics()
+        if each.co_filename is not None and each.start_time_us >= since_s * 1e6
+    ]

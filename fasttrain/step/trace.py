@@ -1,35 +1,45 @@
-"""From the user's model, forward, optimizer and one batch: one graph of the whole training step.
+"""From the user's model, forward, optimizer and one batch: the graphs of the whole training step.
 
-Forward, loss, backward, clipping, the user's own optimizer and the running metrics are recorded together. The graph
-changes the very tensors of the user's objects in place, so that their `state_dict()`s are right at any moment.
+Forward, loss, backward, scaling, clipping, the user's own optimizer and the running metrics are recorded together. A
+graph changes the very tensors of the user's objects in place, so that their `state_dict()`s are right at any moment.
+
+One graph is a step. Where gradients are accumulated there are two: one gathers them, one ends each group of batches.
+Where the optimizer's step cannot be recorded there is the first of these alone, and the optimizer steps eagerly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fasttrain.errors import EngineError
-from fasttrain.step.eager import run_forward
+from fasttrain.step.function import Part, StepFunction
+from fasttrain.step.gradients import Gradients
 from fasttrain.step.guards import BatchLayout, Guards
-from fasttrain.step.optimizer import OptimizerStep
-from fasttrain.step.spec import StepOutput, StepSpec
-from fasttrain.step.state import LearningRates, StepState
+from fasttrain.step.kernels import use_kernels
+from fasttrain.step.optimizer import OptimizerNotTracedError, first_line
+from fasttrain.step.options import MOVED, GroupOptions
+from fasttrain.step.spec import StepSpec
+from fasttrain.step.state import StepState
 from fasttrain.step.torch_private import (
     has_gradient_hooks,
-    optimizer_hooks,
+    has_onednn_lstm,
     prepare_for_inductor,
     tensor_check,
     trace_graph,
     without_onednn,
 )
 
-__all__ = ["Mismatch", "TracedStep", "trace_step"]
+__all__ = ["InputKind", "Mismatch", "TracedPart", "TracedStep", "trace_step"]
 
 Batch = Any
+
+InputKind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+"""Size, stride, dtype and device of an input."""
 
 
 class Mismatch(NamedTuple):
@@ -38,50 +48,103 @@ class Mismatch(NamedTuple):
     reason: str
 
 
-class TracedStep:
-    """A whole training step as a graph, and what it holds for.
+class TracedPart:
+    """One graph of a step.
 
     Args:
-        spec: the step.
-        graph: takes state, rates, batch and closed-over tensors, in this order; changes the state in place and returns
-            the loss.
-        batch: the example that was traced.
-        state: the tensors that it changes.
-        rates: the learning rates.
+        function: what was traced.
+        part: which part of the step that is.
+        graph: takes state, options, gradients, batch and closed-over tensors, in this order (see `StepFunction`).
+        inputs: what it was traced with, without the closed-over tensors.
+        open_dims: for each of these, the dimensions whose size is left open.
         closed_over: tensors that forward reads without being given them.
 
     Attributes:
+        part, graph, closed_over: see above.
+        open_dims: for each input of the graph.
+        kinds: of each input.
+        reached: the places (in the state) of the parameters that get gradients.
+        differ: says what differs in inputs from those that were traced, None if nothing does.
+    """
+
+    def __init__(
+        self,
+        function: StepFunction,
+        part: Part,
+        graph: torch.fx.GraphModule,
+        inputs: Sequence[Tensor],
+        open_dims: Sequence[frozenset[int]],
+        closed_over: Sequence[Tensor],
+    ) -> None:
+        tensors = [*inputs, *closed_over]
+        self.part = part
+        self.graph = graph
+        self.closed_over = closed_over
+        self.reached = function.reached
+        self.open_dims = [*open_dims, *[frozenset[int]()] * len(closed_over)]
+        self.kinds: list[InputKind] = [(each.shape, each.stride(), each.dtype, each.device) for each in tensors]
+        self.differ = tensor_check(tensors, self.open_dims)
+
+
+class TracedStep:
+    """A training step as graphs, and what they hold for.
+
+    Args:
         spec: the step.
-        graph: see above.
-        open_dims: for each input of the graph, the dimensions whose size is left open.
-        tensors: the state that the graph changes, the user's own tensors.
+        parts: its graphs: one for the whole step; or one that gathers gradients and one that ends a group of batches;
+            or the first of these alone.
+        batch: the example that was traced.
+        state: the tensors that they change.
+        options: of the optimizer's groups.
+        why_eager: why the optimizer steps eagerly after the graph; None where its step is recorded.
+
+    Attributes:
+        spec, parts, why_eager: see above.
+        tensors: the state that the graphs change, the user's own tensors.
         kinds: what each of them is (see `StepState`).
     """
 
     def __init__(
         self,
         spec: StepSpec,
-        graph: torch.fx.GraphModule,
+        parts: Sequence[TracedPart],
         batch: Batch,
         state: StepState,
-        rates: LearningRates,
-        closed_over: list[Tensor],
+        options: GroupOptions,
+        why_eager: str | None = None,
     ) -> None:
         self.spec = spec
-        self.graph = graph
+        self.parts = parts
+        self.why_eager = why_eager
         self._layout = BatchLayout(batch)
-        self._rates = rates
-        self._closed_over = closed_over
-        self._bind(state, Guards(spec))
-        leaves = self._layout.flatten(batch)
-        assert leaves is not None
-        closed: frozenset[int] = frozenset()
-        num_before = len(state.tensors) + len(state.groups)
-        self.open_dims = [*[closed] * num_before, *self._layout.open_dims, *[closed] * len(closed_over)]
-        self._differ = tensor_check(self._all_inputs(leaves), self.open_dims)
+        self._options = options
+        self._bind(state, self._new_guards())
+
+    @property
+    def is_whole(self) -> bool:
+        """True where one graph holds all of the step."""
+        return self.parts[0].part == "whole"
+
+    @property
+    def remark(self) -> str:
+        """What the reason of a choice is to say of this step besides; mostly nothing."""
+        if self.why_eager is None:
+            return ""
+        optimizer = type(self.spec.optimizer).__name__
+        return f"; forward and backward are compiled, {optimizer} steps eagerly: {self.why_eager}"
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The parameters whose gradients are kept from step to step."""
+        return [] if self.parts[0].part == "whole" else [self.tensors[place] for place in self.parts[0].reached]
+
+    @property
+    def due(self) -> int:
+        """Which of the parts the next step runs."""
+        return int(len(self.parts) > 1 and self.spec.gathered.count == self.spec.accumulate - 1)
 
     def inputs(self, batch: Batch) -> list[Tensor] | Mismatch:
-        """The graph's inputs for a batch, or why the graph does not hold for it or for the user's objects as they are.
+        """The due graph's inputs for a batch, or why it does not hold for it or for the user's objects as they are.
 
         Makes no host read.
         """
@@ -91,18 +154,34 @@ class TracedStep:
         leaves = self._layout.flatten(batch)
         if leaves is None:
             return Mismatch("the structure of the batch")
-        inputs = self._all_inputs(leaves)
-        reason = self._differ(inputs)
-        return inputs if reason is None else Mismatch(reason)
+        due = self.due
+        part = self.parts[due]
+        options = [] if part.part == "gather" else self._options.current()
+        if options is None:
+            return Mismatch("an option of a parameter group")
+        gradients = [] if part.part == "whole" else self._gradients[due].current()
+        if gradients is None:
+            return Mismatch("gradients that other steps have left")
+        found = [*self.tensors, *options, *gradients, *leaves, *part.closed_over]
+        reason = part.differ(found)
+        return found if reason is None else Mismatch(reason)
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Tensor:
-        """One step, operator by operator as recorded: what a compiled program must agree with.
+        """The due part, operator by operator as recorded: what a compiled program must agree with.
 
         Returns:
             The batch's loss, detached.
         """
-        return self.graph(*inputs)
+        return self.parts[self.due].graph(*inputs)
+
+    def finish(self) -> None:
+        """What is left to do in Python once the due part has run, by graph or by program."""
+        due = self.due
+        if self.parts[due].part == "gather":
+            self._gradients[due].keep()
+        elif self.parts[due].part == "last":
+            self._gradients[due].drop()
 
     def rebind(self) -> bool:
         """Takes up tensors that were replaced by others of the same kind, as `load_state_dict` does.
@@ -112,125 +191,112 @@ class TracedStep:
         """
         if self._guards.mismatch() is None:
             return False
-        state, guards = StepState(self.spec), Guards(self.spec)
+        state, guards = StepState(self.spec), self._new_guards()
         if state.signature != self._signature or not guards.agree(self._guards):
             return False
         self._bind(state, guards)
         return True
 
-    def _all_inputs(self, leaves: list[Tensor]) -> list[Tensor]:
-        return [*self.tensors, *self._rates.current(), *leaves, *self._closed_over]
+    def _new_guards(self) -> Guards:
+        options = None if self.why_eager is not None else self._options
+        return Guards(self.spec, options, is_gathering=self.parts[0].part != "whole")
 
     def _bind(self, state: StepState, guards: Guards) -> None:
         self.tensors = state.tensors
         self.kinds = state.kinds
         self._signature = state.signature
         self._guards = guards
+        self._gradients = [
+            Gradients(self.spec, [state.tensors[place] for place in part.reached]) for part in self.parts
+        ]
 
 
 def trace_step(spec: StepSpec, batch: Batch) -> TracedStep:
-    """Records one whole step. Nothing is run and nothing of the user's objects is changed.
+    """Records one step. Nothing is run and nothing of the user's objects is changed.
 
     Args:
-        spec: the step; its optimizer must have made its state, so run the first step eagerly.
+        spec: the step; its optimizer must have made its state, so run steps eagerly until it has stepped once.
         batch: an example, on the device.
 
     Raises:
         EngineError: the step cannot be traced; the message says why.
     """
     _refuse_unsupported(spec)
-    layout = BatchLayout(batch)
+    StepState(spec).refuse_overlaps()
+    parts: list[Part] = ["whole"] if spec.accumulate == 1 else ["gather", "last"]
+    try:
+        return _trace_parts(spec, batch, parts, MOVED)
+    except OptimizerNotTracedError as error:
+        if any(name in group for group in spec.optimizer.param_groups for name in MOVED[1:]):
+            # Its code may ask more of an option than its sign.
+            with suppress(OptimizerNotTracedError):
+                return _trace_parts(spec, batch, parts, MOVED[:1])
+        return _trace_parts(spec, batch, ["gather"], (), str(error))
+
+
+def _trace_parts(
+    spec: StepSpec, batch: Batch, parts: Sequence[Part], moved: Sequence[str], why_eager: str | None = None
+) -> TracedStep:
+    layout, state = BatchLayout(batch), StepState(spec)
+    options = GroupOptions(spec.optimizer, spec.device, moved)
+    traced = [_trace_part(spec, part, batch, layout, state, options) for part in parts]
+    return TracedStep(spec, traced, batch, state, options, why_eager)
+
+
+def _trace_part(
+    spec: StepSpec, part: Part, batch: Batch, layout: BatchLayout, state: StepState, options: GroupOptions
+) -> TracedPart:
     leaves = layout.flatten(batch)
     assert leaves is not None
-    state = StepState(spec)
-    state.refuse_overlaps()
-    rates = LearningRates(spec.optimizer, spec.device)
-    inputs = [*state.tensors, *rates.current(), *leaves]
-    fixed: list[frozenset[int]] = [frozenset()] * (len(inputs) - len(leaves))
+    function = StepFunction(spec, part, state, options, layout)
+    before = list(state.tensors) if part == "gather" else [*state.tensors, *options.examples]
+    gradients = [] if part == "whole" else [torch.zeros_like(state.tensors[place]) for place in function.trained]
+    fixed: list[frozenset[int]] = [frozenset()] * (len(before) + len(gradients))
     try:
-        # The oneDNN LSTM has no backward that can be compiled; without it, torch records the cell's own operators.
-        with without_onednn():
-            graph = trace_graph(_WholeStep(spec, state, layout), inputs, [*fixed, *layout.open_dims])
+        graph = _record(function, [*before, *gradients, *leaves], [*fixed, *layout.open_dims])
     except EngineError:
         raise
     except Exception as error:
-        raise EngineError(f"this step cannot be traced: {_first_line(error)}") from error
+        raise EngineError(f"this step cannot be traced: {first_line(error)}") from error
     closed_over = _lift_closed_over(graph)
+    if part != "whole":
+        gradients = _drop_unreached(graph, function, len(before), gradients)
+    use_kernels(graph)
     prepare_for_inductor(graph)
-    return TracedStep(spec, graph, batch, state, rates, closed_over)
+    inputs = [*before, *gradients, *leaves]
+    fixed = [frozenset()] * (len(inputs) - len(leaves))
+    return TracedPart(function, part, graph, inputs, [*fixed, *layout.open_dims], closed_over)
 
 
-class _WholeStep:
-    """The step as a function of its tensors; see `TracedStep.graph` for their order."""
-
-    def __init__(self, spec: StepSpec, state: StepState, layout: BatchLayout) -> None:
-        self._spec = spec
-        self._state = state
-        self._layout = layout
-        self._places = [place for group in state.groups for place in group]
-        self._trained = [place for place in self._places if state.tensors[place].requires_grad]
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        num_state, num_rates = len(self._state.tensors), len(self._state.groups)
-        state = list(inputs[:num_state])
-        rates = inputs[num_state : num_state + num_rates]
-        batch = self._layout.rebuild(inputs[num_state + num_rates :])
-        with torch.enable_grad():
-            variables = {place: state[place].detach().requires_grad_() for place in self._trained}
-            output = self._forward({**dict(enumerate(state)), **variables}, batch)
-            found = torch.autograd.grad(output.loss, list(variables.values()), allow_unused=True)
-            gradients = cast("Sequence[Tensor | None]", found)
-        with torch.no_grad():
-            for place, gradient in zip(self._trained, gradients, strict=True):
-                # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
-                state[place].grad = None if gradient is None else gradient.clone()
-            self._clip([state[place] for place in self._trained])
-            OptimizerStep(self._spec.optimizer, self._state, state, rates).run()
-            cells = list(state[self._state.totals].unbind())
-            self._spec.metrics.accumulate(cells, *output, 1.0)
-        return output.loss.detach()
-
-    def _forward(self, tensors: dict[int, Tensor], batch: Batch) -> StepOutput:
-        places = {**self._state.parameters, **self._state.buffers}
-        members = {f"model.{name}": tensors[place] for name, place in places.items()}
-        given = dict(members)
-        output = torch.func.functional_call(_ForwardModule(self._spec), members, (batch,))
-        for name, place in self._state.buffers.items():
-            # A buffer that forward replaces instead of changing it: the user's own tensor takes the new value.
-            if members[f"model.{name}"] is not given[f"model.{name}"]:
-                tensors[place].copy_(members[f"model.{name}"].detach())
-        return output
-
-    def _clip(self, parameters: list[Tensor]) -> None:
-        spec = self._spec
-        if spec.clip_value is not None:
-            torch.nn.utils.clip_grad_value_(parameters, spec.clip_value, foreach=False)
-        if spec.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm, foreach=False)
+def _record(
+    function: StepFunction, inputs: Sequence[Tensor], open_dims: Sequence[frozenset[int]]
+) -> torch.fx.GraphModule:
+    graph = trace_graph(function, inputs, open_dims)
+    if not has_onednn_lstm(graph):
+        return graph
+    # Its backward cannot be compiled; without oneDNN, torch records the cell's own operators. Only where it must be:
+    # without oneDNN torch also takes the results of convolutions for contiguous that are channels_last when they run.
+    with without_onednn():
+        return trace_graph(function, inputs, open_dims)
 
 
-class _ForwardModule(nn.Module):
-    """Brings the user's function into a module, so that `functional_call` can swap the model's tensors for it."""
-
-    def __init__(self, spec: StepSpec) -> None:
-        super().__init__()
-        self.model = spec.model
-        self._spec = spec
-
-    def forward(self, batch: Batch) -> StepOutput:
-        return run_forward(self._spec, self._spec.forward, batch)
+def _drop_unreached(
+    graph: torch.fx.GraphModule, function: StepFunction, first: int, gradients: list[Tensor]
+) -> list[Tensor]:
+    """Takes the gradients that there are none of out of a graph's inputs; returns those that stay."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    kept: list[Tensor] = []
+    for node, place, gradient in zip(placeholders[first:], function.trained, gradients, strict=False):
+        if place in function.reached:
+            kept.append(gradient)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return kept
 
 
 def _refuse_unsupported(spec: StepSpec) -> None:
     """Raises EngineError for what a trace would silently get wrong."""
-    if spec.accumulate != 1:
-        raise EngineError(f"a compiled step cannot accumulate gradients yet (accumulate={spec.accumulate})")
-    if spec.scaler is not None:
-        raise EngineError("a compiled step cannot scale gradients yet (precision fp16)")
-    if any(optimizer_hooks(spec.optimizer)):
-        raise EngineError("the optimizer has hooks: a compiled step would not call them")
-    if any("lr" not in group for group in spec.optimizer.param_groups):
-        raise EngineError(f"{type(spec.optimizer).__name__} has a parameter group without 'lr'")
     for parameter in (*spec.model.parameters(), *spec.trained()):
         if type(parameter) not in (Tensor, nn.Parameter):
             raise EngineError(
@@ -266,7 +332,3 @@ def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
 
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh_copy.default
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fasttrain.step.cache import default_folder
 from tests.step.fakes import Graphs, hasten
+
+
+@pytest.fixture
+def in_double() -> Iterator[None]:
+    """Double precision, and one thread: the models of these tests are far too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

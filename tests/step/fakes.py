@@ -87,6 +87,13 @@ class TimedEager(EagerEngine):
 class FakeTrace:
     """Holds for batches of one shape, unless the test says that the step has changed."""
 
+    due = 0
+    parts = ("whole",)
+    is_whole = False
+    gradients = ()
+    why_eager = None
+    remark = ""
+
     def __init__(self, lab: Lab, spec: StepSpec, batch: Batch) -> None:
         state = StepState(spec)
         self.tensors, self.kinds = state.tensors, state.kinds
@@ -106,6 +113,9 @@ class FakeTrace:
         took_up = self.is_stale and self.can_rebind
         self.is_stale = self.is_stale and not took_up
         return took_up
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
     def run(self, inputs: list[Tensor]) -> Tensor:
         """As a program does: everything but the count of batches."""

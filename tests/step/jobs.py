@@ -55,6 +55,7 @@ def everything(step: TrainStep) -> dict[str, Any]:
         "totals": step.metrics.totals,
         "readout": (readout.loss, readout.accuracy),
         "rng": torch.get_rng_state(),
+        "scaler": {} if step.spec.scaler is None else step.spec.scaler.state_dict(),
     }
 
 
@@ -66,14 +67,20 @@ def run(step: TrainStep, data: Sequence[Batch], changes: dict[int, Change] | Non
         if changes and number in changes:
             changes[number](step)
         losses.append(step(batch).item())
+    step.flush()
     return losses
 
 
 def assert_as_eager(
-    step: TrainStep, data: Sequence[Batch], changes: dict[int, Change] | None = None, *, rtol: float = 0.0
+    step: TrainStep,
+    data: Sequence[Batch],
+    changes: dict[int, Change] | None = None,
+    *,
+    rtol: float = 0.0,
+    **options: Any,
 ) -> list[float]:
-    """Runs the job both ways and compares all that a step changes; returns the losses."""
-    eager = train_step("eager")
+    """Runs the job (with these options) both ways and compares all that a step changes; returns the losses."""
+    eager = train_step("eager", **options)
     wanted = run(eager, data, changes)
     expected = copy.deepcopy(everything(eager))
     losses = run(step, data, changes)

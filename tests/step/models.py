@@ -189,7 +189,12 @@ OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def make(case: Case, optimizer: tuple[type[optim.Optimizer], dict[str, Any]], **options: Any) -> StepSpec:
+def make(
+    case: Case,
+    optimizer: tuple[type[optim.Optimizer], dict[str, Any]],
+    make_scaler: Callable[[], torch.amp.GradScaler | None] = lambda: None,
+    **options: Any,
+) -> StepSpec:
     """A step over a fresh, equally initialised model; its optimizer has two groups, the second at half the rate."""
     torch.manual_seed(7)
     model = case.build()
@@ -201,7 +206,6 @@ def make(case: Case, optimizer: tuple[type[optim.Optimizer], dict[str, Any]], **
         "accumulate": 1,
         "clip_norm": None,
         "clip_value": None,
-        "scaler": None,
     }
     return StepSpec(
         model=model,
@@ -209,6 +213,7 @@ def make(case: Case, optimizer: tuple[type[optim.Optimizer], dict[str, Any]], **
         forward=normalise_forward(None, case.loss),
         device=CPU,
         metrics=RunningMetrics(CPU),
+        scaler=make_scaler(),
         **(defaults | options),
     )
 

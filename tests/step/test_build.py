@@ -30,7 +30,8 @@ pytestmark = pytest.mark.usefixtures("temporary")
 def job(graph: torch.fx.GraphModule | None = None) -> GraphJob:
     if graph is None:
         graph = torch.fx.symbolic_trace(torch.nn.Identity())
-    return GraphJob.of(graph, [torch.ones(2, 3).t()], [frozenset()])
+    kind = (torch.Size([3, 2]), (1, 3), torch.float32, torch.device("cpu"))
+    return GraphJob(graph=graph, inputs=[kind], open_dims=[frozenset()], num_threads=torch.get_num_threads())
 
 
 @pytest.fixture
@@ -145,6 +146,23 @@ class Unpicklable(torch.nn.Module):
         raise TypeError("cannot be pickled")
 
 
+def test_a_fork_that_drops_the_build_leaves_the_child_alone(
+    stand_in: StandIn, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the workers of a loader do when they end: the child is the training's."""
+    stand_in("exec sleep 1000")
+    build = Build(job())
+    child, [folder] = child_of(build), temporary.iterdir()
+    with monkeypatch.context() as fork:
+        fork.setattr(build_module.os, "getpid", lambda: -1)
+        del build
+        gc.collect()
+    assert child.poll() is None
+    assert folder.is_dir()
+    build_module._end_child(child, folder, os.getpid())  # pyright: ignore[reportPrivateUsage]
+    assert child.returncode == -signal.SIGKILL
+
+
 def test_a_job_that_cannot_be_pickled_is_an_engine_error(temporary: Path) -> None:
     graph: Any = Unpicklable()
     with pytest.raises(EngineError, match="cannot be started: cannot be pickled"):
@@ -193,7 +211,7 @@ def compile_graph(graph, inputs, open_dims, package):
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "memory": resource.getrlimit(resource.RLIMIT_DATA)[0],
         "threads": torch.get_num_threads(),
-        "inputs": [(list(x.shape), x.stride(), str(x.dtype)) for x in inputs],
+        "inputs": [(list(size), stride, str(dtype)) for size, stride, dtype, _ in inputs],
         "open_dims": [sorted(dims) for dims in open_dims],
     }
     package.write_text(json.dumps(found))

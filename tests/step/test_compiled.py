@@ -19,7 +19,7 @@ from fasttrain.step import compiled, compiler
 from fasttrain.step.compiled import CompiledEngine
 from fasttrain.step.train_step import TrainStep
 from tests.step.fakes import Graphs
-from tests.step.jobs import ROUNDING, Change, assert_as_eager, batches, run, started, train_step
+from tests.step.jobs import ROUNDING, Change, assert_as_eager, batches, run, started
 
 ENGINES = ["compiled", "auto"]
 
@@ -35,8 +35,8 @@ def layer(step: TrainStep, place: int) -> Any:
     return model[place]
 
 
-def scheduled(make: Callable[[torch.optim.Optimizer], Any]) -> Callable[[int], dict[int, Change]]:
-    """A scheduler of each run's own, made at the start and moved before each step from the given one on."""
+def scheduled(make: Callable[[torch.optim.Optimizer], Any], made: int = 0) -> Callable[[int], dict[int, Change]]:
+    """A scheduler of each run's own, made before a step and moved before each step from the given one on."""
 
     def changes(at: int) -> dict[int, Change]:
         schedulers: dict[int, Any] = {}
@@ -44,7 +44,7 @@ def scheduled(make: Callable[[torch.optim.Optimizer], Any]) -> Callable[[int], d
         def begin(step: TrainStep) -> None:
             schedulers[id(step)] = make(step.spec.optimizer)
 
-        return {0: begin, **{later: lambda step: schedulers[id(step)].step() for later in range(at, at + 24)}}
+        return {made: begin, **{later: lambda step: schedulers[id(step)].step() for later in range(at, at + 24)}}
 
     return changes
 
@@ -86,6 +86,7 @@ def halve_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 optim = torch.optim.lr_scheduler
 CHANGES: dict[str, Callable[[int], dict[int, Change]]] = {
     "nothing": lambda at: {},
+    "a scheduler made then": lambda at: scheduled(lambda optimizer: optim.ExponentialLR(optimizer, 0.9), at)(at + 1),
     "the rate": once(lambda step: group(step).update(lr=0.05)),
     "a scheduler": scheduled(lambda optimizer: optim.ExponentialLR(optimizer, 0.9)),
     "a scheduler that moves betas": scheduled(lambda optimizer: optim.OneCycleLR(optimizer, 0.05, total_steps=40)),
@@ -107,7 +108,18 @@ CHANGES: dict[str, Callable[[int], dict[int, Change]]] = {
     "a new epoch's metrics": once(lambda step: step.metrics.reset()),
 }
 
-STAYS = ("nothing", "the rate", "a scheduler", "the model's state", "the optimizer's state", "a new epoch's metrics")
+STAYS = (
+    "nothing",
+    "the rate",
+    "a scheduler",
+    "a scheduler made then",
+    "a scheduler that moves betas",
+    "betas",
+    "weight decay",
+    "the model's state",
+    "the optimizer's state",
+    "a new epoch's metrics",
+)
 """What the program that there is goes on with."""
 
 
@@ -129,14 +141,72 @@ def test_a_change_in_the_middle_has_eagers_effect(engine: str, name: str, graphs
 
 
 def test_a_change_that_no_program_can_follow_is_followed_eagerly_or_refused(graphs: Graphs) -> None:
-    changes = once(lambda step: step.spec.optimizer.register_step_pre_hook(halve_gradients))(16)
+    changes = once(lambda step: layer(step, 0).weight.register_hook(lambda gradient: gradient * 0.5))(16)
     step = started("auto")
     assert_as_eager(step, batches(60), changes, rtol=ROUNDING)
     assert step.engine.value == "eager"
-    assert step.engine.reason.endswith("since this changed: a hook of the optimizer")
+    assert step.engine.reason.endswith("since this changed: a hook of a gradient")
     step.close()
-    with pytest.raises(EngineError, match="the optimizer has hooks"):
+    with pytest.raises(EngineError, match="has gradient hooks"):
         run(started("compiled"), batches(60), changes)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_hook_of_the_optimizer_leaves_its_step_to_itself(engine: str, graphs: Graphs) -> None:
+    changes = once(lambda step: step.spec.optimizer.register_step_pre_hook(halve_gradients))(16)
+    step = started(engine)
+    assert_as_eager(step, batches(60), changes, rtol=ROUNDING)
+    assert graphs.builds == 2
+    assert step.engine.value == "compiled"
+    assert "AdamW steps eagerly: it has hooks" in step.engine.reason
+    step.close()
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"accumulate": 5, "clip_norm": 0.1}])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_accumulated_gradients(engine: str, options: dict[str, Any], graphs: Graphs) -> None:
+    """Both parts of the program run; what is loaded in the middle of a group is taken up; the last group is short."""
+    step = started(engine, **options)
+    changes = {**saved_and_loaded("optimizer")(33), **saved_and_loaded("model")(36)}
+    assert_as_eager(step, batches(63), changes, rtol=ROUNDING, **options)
+    assert graphs.builds == 2
+    assert graphs.replayed >= 63 - 33
+    assert step.engine.value == "compiled"
+    assert all(parameter.grad is None for parameter in step.spec.trained())
+    step.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "clip_norm": 0.1}])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_scaled_gradients(
+    engine: str, options: dict[str, Any], graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision, from a scale at which the first steps overflow: there is no program before one does not."""
+    monkeypatch.setattr("fasttrain.device._cpu_has", lambda *_: True)
+    changes = once(lambda step: step.spec.scaler._init_scale and setattr(step.spec.scaler, "_init_scale", 2.0**22))(0)
+    step = started(engine, precision="fp16", **options)
+    assert_as_eager(step, batches(40), changes, rtol=2e-3, precision="fp16", **options)
+    assert step.engine.value == "compiled"
+    assert step.spec.scaler is not None
+    assert step.spec.scaler.get_scale() < 2.0**22
+    assert "eagerly" not in step.engine.reason
+    step.close()
+
+
+def test_the_record_of_compiled_tells_how_many_steps_it_missed(graphs: Graphs) -> None:
+    changes = once(lambda step: step.spec.model.eval())(8)
+    step = started("compiled")
+    run(step, batches(8))
+    assert (step.engine.value, step.engine.reason) == ("compiled", "asked for")
+    run(step, batches(3), once(lambda step: step.spec.model.eval())(0))
+    assert step.engine.value == "compiled"
+    assert step.engine.reason.endswith(
+        "3 steps ran eagerly, the last because this differed: train or eval mode of a module"
+    )
+    changes = dict.fromkeys(range(40), leave_gradients)
+    run(step, batches(40), changes)
+    assert step.engine.value == "eager"
+    assert "because this differed: a gradient that was there" in step.engine.reason
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -168,13 +238,15 @@ def test_the_number_of_programs_is_bounded(engine: str, graphs: Graphs, monkeypa
 
 
 def test_what_cannot_be_traced_is_run_eagerly_by_auto_and_refused_by_compiled(graphs: Graphs) -> None:
-    step = started("auto", accumulate=2)
-    eager = train_step("eager", accumulate=2)
-    assert run(step, batches(30)) == run(eager, batches(30))
-    assert "accumulate=2" in step.engine.reason
+    def hook(step: TrainStep) -> None:
+        layer(step, 0).weight.register_hook(lambda gradient: gradient)
+
+    step = started("auto")
+    assert_as_eager(step, batches(30), {0: hook})
+    assert "gradient hooks" in step.engine.reason
     assert step.engine.value == "eager"
-    with pytest.raises(EngineError, match="accumulate=2"):
-        run(started("compiled", accumulate=2), batches(2))
+    with pytest.raises(EngineError, match="gradient hooks"):
+        run(started("compiled"), batches(2), {0: hook})
 
 
 def test_the_second_run_of_a_job_needs_no_child(graphs: Graphs) -> None:

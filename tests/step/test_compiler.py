@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import ProgramCache, Verdict
-from fasttrain.step.compiler import Compiler, job_signature, program_key
+from fasttrain.step.compiler import Compiler
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.identity import job_signature, program_key
 from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.torch_private import prepare_for_inductor, trace_graph
 from fasttrain.step.trace import trace_step
-from tests.step.jobs import batches, train_step
+from tests.step.jobs import batches, model, train_step
 from tests.step.models import ASKED
 
 
@@ -27,7 +29,8 @@ def job(factor: Tensor, example: Tensor, open_dims: frozenset[int] = frozenset()
     value, dtype = factor.tolist(), factor.dtype
     graph = trace_graph(lambda x: x * torch.tensor(value, dtype=dtype), [example], [open_dims])
     prepare_for_inductor(graph)
-    return GraphJob.of(graph, [example], [open_dims])
+    kind = (example.shape, example.stride(), example.dtype, example.device)
+    return GraphJob(graph=graph, inputs=[kind], open_dims=[open_dims], num_threads=torch.get_num_threads())
 
 
 TWO, X = torch.tensor(2.0), torch.ones(3, 4)
@@ -63,7 +66,7 @@ def test_open_sizes_are_not_part_of_the_key() -> None:
     [
         ("torch.get_num_threads", lambda: 7),
         ("torch.backends.cpu.get_cpu_capability", lambda: "ANOTHER"),
-        ("fasttrain.step.compiler.device_name", lambda _: "another processor"),
+        ("fasttrain.step.identity.device_name", lambda _: "another processor"),
         ("torch.__version__", "0.0"),
     ],
 )
@@ -83,6 +86,19 @@ def altered(**options: Any) -> Callable[[StepSpec], StepSpec]:
     return lambda spec: StepSpec(**{**vars(spec), **options})
 
 
+class Doubled(nn.Sequential):
+    """Looks like the job's own model, and computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__(*model())
+
+    def forward(self, input: Any) -> Any:
+        return super().forward(input) * 2
+
+
+Doubled.__name__ = "Sequential"
+
+
 def with_beta(spec: StepSpec) -> StepSpec:
     spec.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
     return spec
@@ -99,6 +115,13 @@ def with_optimizer(spec: StepSpec) -> StepSpec:
         altered(clip_value=1.0),
         altered(precision="bf16"),
         altered(model=nn.Linear(6, 3)),
+        altered(accumulate=2),
+        altered(forward=normalise_forward(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) * 2.0, None)),
+        altered(forward=normalise_forward(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) * 3.0, None)),
+        altered(forward=normalise_forward(None, F.nll_loss)),
+        altered(forward=normalise_forward(None, nn.CrossEntropyLoss(label_smoothing=0.1))),
+        altered(forward=normalise_forward(None, partial(F.cross_entropy, label_smoothing=0.1))),
+        altered(model=Doubled()),
         with_beta,
         with_optimizer,
     ],
@@ -109,6 +132,31 @@ def test_another_job_has_another_signature(change: Callable[[StepSpec], StepSpec
     before = job_signature(spec, batch)
     assert job_signature(train_step("eager").spec, batch) == before
     assert job_signature(change(spec), batch) != before
+
+
+def closing_over(factor: float, smoothing: float) -> Any:
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return factor * loss(model(batch[0]), batch[1])
+
+    return forward
+
+
+def test_what_forward_closes_over_is_part_of_the_signature() -> None:
+    [batch] = batches(1)
+    found = {
+        job_signature(altered(forward=normalise_forward(closing_over(*values), None))(train_step("eager").spec), batch)
+        for values in ((1.0, 0.0), (2.0, 0.0), (1.0, 0.1), (1.0, 0.0))
+    }
+    assert len(found) == 3
+
+
+def test_the_version_is_part_of_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    [batch] = batches(1)
+    before = job_signature(train_step("eager").spec, batch)
+    monkeypatch.setattr("fasttrain.step.identity.versions", lambda: {"fasttrain": "another"})
+    assert job_signature(train_step("eager").spec, batch) != before
 
 
 def test_the_batch_is_part_of_the_signature_and_the_rate_is_not() -> None:
@@ -157,8 +205,6 @@ def test_two_constants_of_forward_make_two_programs() -> None:
 
         spec = altered(forward=normalise_forward(forward, None))(train_step("eager").spec)
         EagerEngine(spec, ASKED).step(batch)
-        traced = trace_step(spec, batch)
-        inputs = traced.inputs(batch)
-        assert isinstance(inputs, list)
-        keys.add(program_key(GraphJob.of(traced.graph, inputs, traced.open_dims)))
+        [part] = trace_step(spec, batch).parts
+        keys.add(program_key(GraphJob.of(part)))
     assert len(keys) == 2

@@ -1,8 +1,9 @@
-"""Which program runs a step, which goes, and what is counted."""
+"""Which program runs a step, which goes, what is counted, and when a program is compared with eager."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,21 +13,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fasttrain.step.replay import MAX_PROGRAMS, Programs
+from fasttrain.step.spec import Gathered
 from fasttrain.step.trace import Mismatch
+from tests.step.models import CPU
 
 
 class Stub:
     """A traced step and its program in one: it holds for one batch, and its loss is that batch."""
 
-    def __init__(self, batch: int) -> None:
+    tensors = kinds = gradients = ()
+
+    def __init__(self, batch: int, num_parts: int = 1) -> None:
         self.batch = batch
+        self.parts = range(num_parts)
+        self.due = 0
+        self.why_eager: str | None = None
+        self.is_whole = False
         self.is_stale = self.can_rebind = False
         self.rebinds = 0
 
     def inputs(self, batch: int) -> list[Tensor] | Mismatch:
         if self.is_stale:
             return Mismatch("an object")
-        return [torch.tensor(batch)] if batch == self.batch else Mismatch("a size")
+        return [torch.tensor(float(batch))] if batch == self.batch else Mismatch("a size")
 
     def rebind(self) -> bool:
         self.rebinds += 1
@@ -37,13 +46,41 @@ class Stub:
     def run(self, inputs: list[Tensor]) -> Tensor:
         return inputs.pop()
 
+    def finish(self) -> None:
+        self.due = (self.due + 1) % len(self.parts)
+
+
+class Eager:
+    """Its loss is the negative batch, unless a program is compared with it: then it is right."""
+
+    def __init__(self) -> None:
+        self.is_reference = False
+        self.calls: list[str] = []
+
+    def step(self, batch: int) -> Tensor:
+        self.calls.append("step")
+        return torch.tensor(float(batch if self.is_reference else -batch))
+
+    def gather(self, batch: int) -> Tensor:
+        self.calls.append("gather")
+        return torch.tensor(float(batch))
+
+    def apply_if_due(self) -> None:
+        self.calls.append("apply")
+
 
 class Bench:
-    """Programs over stubs; eager's loss is the negative batch."""
+    """Programs over stubs, proven unless the test wants to see that."""
 
     def __init__(self, *batches: int) -> None:
         self.weight = 0.0
-        self.programs = Programs(lambda batch: torch.tensor(-batch), self._count)
+        self.differences: list[str] = []
+        self.eager: Any = Eager()
+        metrics = SimpleNamespace(count=self._count)
+        spec: Any = SimpleNamespace(
+            metrics=metrics, device=CPU, precision="fp32", gathered=Gathered(), trained=lambda: iter(())
+        )
+        self.programs = Programs(spec, self.eager, self.differences.append)
         self.stubs: dict[Any, Any] = {batch: self.add(batch) for batch in batches}
 
     def _count(self, weight: float) -> None:
@@ -52,7 +89,17 @@ class Bench:
     def add(self, batch: int) -> Stub:
         stub: Any = Stub(batch)
         self.programs.add(stub, stub)
+        self.prove(stub)
         return stub
+
+    def prove(self, stub: Any) -> None:
+        """Runs a stub's parts for the first time."""
+        self.eager.is_reference = True
+        for _ in stub.parts:
+            self.programs.step(stub.batch)
+            stub.finish()
+        self.eager.is_reference = False
+        self.eager.calls.clear()
 
     def run(self, batches: Sequence[int]) -> list[int]:
         return [int(self.programs.step(batch)) for batch in batches]
@@ -77,15 +124,57 @@ def test_the_last_used_is_first() -> None:
     assert bench.programs.first is bench.stubs[2]
     bench.run([1])
     assert bench.programs.first is bench.stubs[1]
-    assert bench.programs.first_holds(1)
-    assert not bench.programs.first_holds(2)
     assert [bench.programs.hold(batch) for batch in (1, 2, 3)] == [True, True, False]
 
 
-def test_running_the_first_does_not_count() -> None:
+def test_steps_that_are_missed_in_a_row_are_counted() -> None:
     bench = Bench(1)
-    assert int(bench.programs.run_first(1)) == 1
-    assert bench.weight == 0.0
+    for batches, (missed, in_a_row) in (([3, 3], (2, 2)), ([1], (2, 0)), ([3], (3, 1))):
+        bench.run(batches)
+        assert (bench.programs.missed, bench.programs.missed_in_a_row) == (missed, in_a_row)
+
+
+def test_each_part_is_compared_where_it_runs_first() -> None:
+    bench = Bench()
+    stub: Any = Stub(1, num_parts=2)
+    bench.programs.add(stub, stub)
+    bench.eager.is_reference = True
+    for due, is_compared in ((0, True), (0, False), (1, True), (1, False), (0, False)):
+        stub.due = due
+        before = list(bench.eager.calls)
+        assert bench.run([1]) == [1]
+        assert (bench.eager.calls != before) == is_compared
+        assert bench.programs.are_proven == (1 in bench.programs._entries[0].proven)  # pyright: ignore
+    assert not bench.differences
+    assert bench.weight == 3.0, "eager counts the two that it ran for the comparison"
+
+
+def test_a_program_with_other_numbers_is_dropped_and_the_step_is_eagers() -> None:
+    bench = Bench(2)
+    stub: Any = Stub(1)
+    bench.programs.add(stub, stub)
+    assert bench.run([1]) == [-1]
+    [difference] = bench.differences
+    assert "the loss is 1" in difference
+    assert bench.run([1, 2]) == [-1, 2], "only that one is dropped"
+
+
+def test_an_audit_compares_again() -> None:
+    bench = Bench(1)
+    bench.run([1])
+    assert not bench.eager.calls
+    bench.programs.audit()
+    assert bench.run([1]) == [-1]
+    assert len(bench.differences) == 1
+
+
+def test_an_optimizer_that_steps_eagerly_steps_once_also_where_a_program_is_compared() -> None:
+    bench = Bench()
+    stub: Any = Stub(1)
+    stub.why_eager = "hooks"
+    bench.programs.add(stub, stub)
+    assert bench.run([1, 1]) == [1, 1]
+    assert bench.eager.calls == ["gather", "apply", "apply"]
 
 
 @given(st.lists(st.integers(min_value=1, max_value=MAX_PROGRAMS + 3), max_size=30))
@@ -107,7 +196,7 @@ def test_the_one_unused_for_longest_goes(batches: list[int]) -> None:
 
 def test_dropping() -> None:
     bench = Bench(1, 2, 3)
-    bench.programs.drop_first()
+    bench.programs.drop(bench.stubs[3])
     assert bench.run([3, 2, 1]) == [-3, 2, 1]
     bench.programs.clear()
     assert bench.run([1, 2]) == [-1, -2]

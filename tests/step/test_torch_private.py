@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
+import pickle
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -65,12 +70,36 @@ def test_scalars_are_settled_before_tensors_use_them() -> None:
     torch.testing.assert_close(graph(x, count), step(x, count))
 
 
+def test_entries_of_an_input_are_left_where_they_are() -> None:
+    x, numbers = torch.randn(3), torch.tensor([2.0, 3.0], dtype=torch.float64)
+    graph = private.trace_graph(lambda x, numbers: x * numbers[1], [x, numbers], [frozenset(), frozenset()])
+    private.prepare_for_inductor(graph)
+    assert not any(node.target is torch.ops.aten.as_strided.default for node in graph.graph.nodes)
+
+
 def test_reported_as_compiling_ends_with_its_context() -> None:
     with private.reported_as_compiling():
         assert torch.compiler.is_compiling()
     with pytest.raises(ZeroDivisionError), private.reported_as_compiling():
         _ = 1 / 0
     assert not torch.compiler.is_compiling()
+
+
+def test_has_onednn_lstm_sees_the_lstm_alone() -> None:
+    def graph(cell: nn.RNNBase) -> torch.fx.GraphModule:
+        weights = [weight.detach() for weight in cell.parameters()]
+        names = [name for name, _ in cell.named_parameters()]
+
+        def run(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(cell, dict(zip(names, tensors, strict=True)), (x,))[0]
+
+        inputs = [torch.randn(2, 5, 3), *weights]
+        return private.trace_graph(run, inputs, [frozenset()] * len(inputs))
+
+    assert private.has_onednn_lstm(graph(nn.LSTM(3, 4)))
+    assert not private.has_onednn_lstm(graph(nn.GRU(3, 4)))
+    with private.without_onednn():
+        assert not private.has_onednn_lstm(graph(nn.LSTM(3, 4)))
 
 
 def test_without_onednn_ends_with_its_context() -> None:
@@ -96,6 +125,19 @@ def test_optimizer_hooks_see_every_kind() -> None:
         assert any(tables)
         handle.remove()
         assert not any(tables)
+
+
+def test_run_backward_is_backward() -> None:
+    weight, frozen = torch.ones(3, requires_grad=True), torch.ones(3)
+    for times in (1, 2):
+        loss = (weight * frozen).square().sum()
+        private.run_backward(loss, torch.ones(()))
+        assert torch.equal(weight.grad, torch.full((3,), 2.0 * times))  # accumulates
+        assert frozen.grad is None
+    with pytest.raises(RuntimeError, match="second time"):
+        private.run_backward(loss, torch.ones(()))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        private.run_backward(frozen.sum(), torch.ones(()))
 
 
 def ranges_of(optimizer: torch.optim.Optimizer) -> list[str]:
@@ -183,8 +225,55 @@ def test_gradient_hooks_are_seen() -> None:
     for name in ("register_hook", "register_post_accumulate_grad_hook"):
         parameter = nn.Parameter(torch.ones(1))
         assert not private.has_gradient_hooks(parameter)
-        getattr(parameter, name)(lambda _: None)
+        assert eval(private.NO_GRADIENT_HOOKS.format("parameter"))
+        handle = getattr(parameter, name)(lambda _: None)
         assert private.has_gradient_hooks(parameter)
+        assert not eval(private.NO_GRADIENT_HOOKS.format("parameter"))
+        handle.remove()
+        assert not private.has_gradient_hooks(parameter)
+        assert eval(private.NO_GRADIENT_HOOKS.format("parameter"))
+
+
+def test_the_tensors_of_a_scaler_and_whether_it_has_skipped() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    assert private.scaler_tensors(scaler) is None
+    for factor, is_taken in ((1.0, True), (math.inf, False), (1.0, True)):
+        scaler.scale(parameter.sum() * factor).backward()
+        before = parameter.item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert private.was_step_taken(scaler) == is_taken == (parameter.item() != before)
+    found = private.scaler_tensors(scaler)
+    assert found is not None
+    assert [tensor.item() for tensor in found] == [4.0, 1]
+    scaler.update(32.0)
+    scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": 5})
+    assert [tensor.item() for tensor in found] == [32.0, 5], "they stay the same tensors"
+
+
+def test_a_scheduler_that_is_made_after_a_step_does_not_miss_it() -> None:
+    """Warnings are errors here."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    private.note_step(optimizer)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_a_graph_is_unpickled_where_nothing_else_of_the_compiler_is_imported() -> None:
+    graph = private.trace_graph(lambda x: x * 2, [torch.ones(2)], [frozenset()])
+    private.prepare_for_inductor(graph)
+    code = """
+import sys
+from fasttrain.step.torch_private import unpickle_with_graph
+assert "torch._dynamo" not in sys.modules
+print(unpickle_with_graph(sys.stdin.buffer.read())(21))
+"""
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(graph), capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"tensor(42)\n"), done.stderr.decode()
 
 
 def test_module_tables_see_members_and_hooks() -> None:
@@ -242,3 +331,22 @@ def test_a_package_is_compiled_and_run_and_changes_its_inputs(tmp_path: Path) ->
         [doubled] = run([total, x])
         assert torch.equal(doubled, x * 2)
     assert torch.equal(total, x * 2)
+
+
+def test_compilations_tell_of_breaks_and_of_what_is_compiled_again() -> None:
+    begin = time.time()
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        torch._dynamo.graph_break()
+        return x + 1
+
+    compiled = torch.compile(doubled, backend="eager", dynamic=False)
+    for size in (2, 3):
+        compiled(torch.ones(size))
+    found = [each for each in private.compilations(begin) if each.file == __file__]
+    line = doubled.__code__.co_firstlineno
+    assert {each.line for each in found if not each.is_after_break} == {line}
+    assert {each.line for each in found if each.is_after_break} == {line + 2}
+    assert any(each.recompile_reason is not None and "size mismatch" in each.recompile_reason for each in found)
+    assert private.compilations(time.time()) == []

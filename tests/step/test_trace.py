@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,8 @@ from fasttrain.errors import EngineError
 from fasttrain.metrics import RunningMetrics
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.spec import StepSpec, normalise_forward
-from fasttrain.step.trace import Mismatch, TracedStep, trace_step
+from fasttrain.step.trace import Mismatch, trace_step
+from tests.step.agreement import run_graph, steps_agree
 from tests.step.models import (
     ASKED,
     CASES,
@@ -31,49 +32,7 @@ from tests.step.models import (
     started,
 )
 
-
-@pytest.fixture(autouse=True)
-def _small_and_double() -> Iterator[None]:
-    """Double precision, and one thread: these models are far too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(threads)
-
-
-def run_graph(traced: TracedStep, batch: Any) -> Tensor:
-    inputs = traced.inputs(batch)
-    assert not isinstance(inputs, Mismatch), inputs.reason
-    return traced.run(inputs)
-
-
-def steps_agree(case: Case, optimizer: tuple[type[optim.Optimizer], dict[str, Any]], **options: Any) -> None:
-    """The first step eagerly in both, then the graph in one and the eager engine in the other."""
-    data = batches(case)
-    traced_spec, eager_spec = make(case, optimizer, **options), make(case, optimizer, **options)
-    eager, starter = EagerEngine(eager_spec, ASKED), EagerEngine(traced_spec, ASKED)
-    torch.manual_seed(11)
-    eager.step(data[0])
-    torch.manual_seed(11)
-    starter.step(data[0])
-    random_state = torch.get_rng_state()
-    traced = trace_step(traced_spec, data[0])
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert_same(traced_spec, eager_spec)
-    for batch in data[1:]:
-        torch.set_rng_state(random_state)
-        wanted = eager.step(batch)
-        after = torch.get_rng_state()
-        torch.set_rng_state(random_state)
-        found = run_graph(traced, batch)
-        assert torch.equal(torch.get_rng_state(), after), "the graph draws other random numbers"
-        random_state = after
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-    assert_same(traced_spec, eager_spec)
-    assert all(parameter.grad is None for parameter in traced_spec.model.parameters())
-
+pytestmark = pytest.mark.usefixtures("in_double")
 
 EVERY_OPTIMIZER_MEETS = ("sparse", "mlp", "dropout", "cnn", "gru", "transformer")
 PAIRS = [
@@ -107,7 +66,7 @@ def test_autocast_is_part_of_the_graph() -> None:
     EagerEngine(spec, ASKED).step(data[0])
     eager.step(data[0])
     traced = trace_step(spec, data[0])
-    assert any("bfloat16" in str(node.args) + str(node.kwargs) for node in traced.graph.graph.nodes)
+    assert any("bfloat16" in str(node.args) + str(node.kwargs) for node in traced.parts[0].graph.graph.nodes)
     for batch in data[1:]:
         torch.testing.assert_close(run_graph(traced, batch), eager.step(batch), rtol=1e-3, atol=0)
 
@@ -157,7 +116,7 @@ def test_what_changed_in_kind_is_not_taken_up() -> None:
     spec, batch = started(MLP, ADAM)
     traced = trace_step(spec, batch)
     saved = spec.optimizer.state_dict()
-    saved["param_groups"][0]["betas"] = (0.5, 0.9)
+    saved["param_groups"][0]["eps"] = 1e-3
     spec.optimizer.load_state_dict(saved)
     assert not traced.rebind()
     assert isinstance(traced.inputs(batch), Mismatch)
@@ -197,7 +156,7 @@ def test_one_tensor_may_be_there_twice() -> None:
 def test_a_graph_survives_pickling(model: str) -> None:
     spec, batch = started(CASES[model], ADAM)
     traced = trace_step(spec, batch)
-    graph = pickle.loads(pickle.dumps(traced.graph))
+    graph = pickle.loads(pickle.dumps(traced.parts[0].graph))
     inputs = traced.inputs(batch)
     assert not isinstance(inputs, Mismatch)
     copies = [tensor.detach().clone() for tensor in inputs]
@@ -218,25 +177,6 @@ def test_user_metrics_are_part_of_the_graph() -> None:
     torch.testing.assert_close(metrics.totals[2], wanted)
 
 
-class Counting(optim.SGD):
-    """Keeps a count of its steps as a Python number."""
-
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        for state in self.state.values():
-            state["count"] = state.get("count", 0) + 1
-
-
-class CountingInGroup(optim.SGD):
-    """Keeps a count of its steps in its parameter groups, as some optimizers from elsewhere do."""
-
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        for group in self.param_groups:
-            group["count"] = group.get("count", 0) + 1
-
-
-SGD_OPTIONS = SGD[1]
 OUTSIDE = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
 
@@ -247,11 +187,6 @@ def branching(model: nn.Module, batch: Any) -> Tensor:
 
 def outside(model: nn.Module, batch: Any) -> Tensor:
     return (model(batch[0]) * OUTSIDE).sum()
-
-
-def hooked_optimizer(spec: StepSpec) -> StepSpec:
-    spec.optimizer.register_step_post_hook(lambda *_: None)
-    return spec
 
 
 def hooked_parameter(spec: StepSpec) -> StepSpec:
@@ -273,13 +208,8 @@ REFUSED: dict[str, tuple[Callable[[], tuple[StepSpec, Any]], str]] = {
     "a branch on a value": (lambda: with_started(lambda spec: with_forward(spec, branching)), "cannot be traced"),
     "a product with a factor": (lambda: with_started(lambda spec: with_forward(spec, scaled_product)), "167313"),
     "a parameter from outside": (lambda: with_started(lambda spec: with_forward(spec, outside)), "requires a gradient"),
-    "an optimizer hook": (lambda: with_started(hooked_optimizer), "hooks"),
     "a gradient hook": (lambda: with_started(hooked_parameter), "gradient hooks"),
     "shared memory": (lambda: with_started(shared_memory), "share memory"),
-    "no state yet": (lambda: (make(MLP, ADAM), batches(MLP, 1)[0]), "run one step eagerly"),
-    "a count in the state": (lambda: started(MLP, (Counting, SGD_OPTIONS)), "Python value"),
-    "a count in the groups": (lambda: started(MLP, (CountingInGroup, SGD_OPTIONS)), "parameter groups"),
-    "accumulation": (lambda: with_started(lambda spec: StepSpec(**{**vars(spec), "accumulate": 2})), "accumulate=2"),
     "an object in the batch": (lambda: (started(MLP, SGD)[0], (object(), torch.zeros(1))), "object"),
 }
 
@@ -287,6 +217,12 @@ REFUSED: dict[str, tuple[Callable[[], tuple[StepSpec, Any]], str]] = {
 def with_started(change: Callable[[StepSpec], StepSpec]) -> tuple[StepSpec, Any]:
     spec, batch = started(MLP, SGD)
     return change(spec), batch
+
+
+def test_where_the_optimizer_has_no_state_yet_its_step_is_not_recorded() -> None:
+    why = trace_step(make(MLP, ADAM), batches(MLP, 1)[0]).why_eager
+    assert why is not None
+    assert "run one step eagerly" in why
 
 
 @pytest.mark.parametrize("name", REFUSED)

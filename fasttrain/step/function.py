@@ -1,0 +1,136 @@
+"""The training step as a function of its tensors, for a trace to record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.step.eager import run_forward
+from fasttrain.step.guards import BatchLayout
+from fasttrain.step.optimizer import OptimizerStep
+from fasttrain.step.options import GroupOptions
+from fasttrain.step.scaling import LossScaling
+from fasttrain.step.spec import StepOutput, StepSpec
+from fasttrain.step.state import StepState
+
+__all__ = ["Part", "StepFunction"]
+
+Batch = Any
+
+Part = Literal["whole", "gather", "last"]
+"""whole: forward, backward, optimizer; gather: forward, backward, gradients added to those that are there; last: gather
+and optimizer."""
+
+
+class StepFunction:
+    """A part of the step as a function of its tensors.
+
+    Its inputs are, in this order: state, options (unless it gathers), gradients (unless it is whole; one for each
+    trained parameter), batch. It changes state and gathered gradients in place and returns the loss.
+
+    Args:
+        spec: the step.
+        part: what it computes.
+        state: where everything is.
+        options: of the optimizer's groups; is told what the optimizer's code asks for.
+        layout: of the batch.
+
+    Attributes:
+        trained: the places (in the state) of the parameters that are trained.
+        reached: those of them that have gradients; known once the function has run.
+    """
+
+    def __init__(
+        self, spec: StepSpec, part: Part, state: StepState, options: GroupOptions, layout: BatchLayout
+    ) -> None:
+        self._spec = spec
+        self._part = part
+        self._state = state
+        self._options = options
+        self._layout = layout
+        places = [place for group in state.groups for place in group]
+        self.trained = [place for place in places if state.tensors[place].requires_grad]
+        self.reached: list[int] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Runs the part: see the class for its inputs and what it does with them."""
+        spec, part = self._spec, self._part
+        rest = iter(inputs)
+        state = [next(rest) for _ in self._state.tensors]
+        options = [] if part == "gather" else [next(rest) for _ in self._options.examples]
+        gathered = [] if part == "whole" else [next(rest) for _ in self.trained]
+        batch = self._layout.rebuild(list(rest))
+        scaling = None if spec.scaler is None else LossScaling(spec.scaler, *[state[at] for at in self._state.scaler])
+        output, gradients = self._backward(state, batch, scaling)
+        self.reached = list(gradients)
+        with torch.no_grad():
+            for place, held in zip(self.trained, gathered, strict=False):
+                if place in gradients:
+                    gradients[place] = (held.add_ if part == "gather" else held.add)(gradients[place])
+            if part != "gather":
+                self._apply(state, gradients, options, scaling)
+            spec.metrics.accumulate(list(state[self._state.totals].unbind()), *output, 1.0)
+        return output.loss.detach()
+
+    def _backward(
+        self, state: list[Tensor], batch: Batch, scaling: LossScaling | None
+    ) -> tuple[StepOutput, dict[int, Tensor]]:
+        """Forward and backward: the output and, by place of its parameter, each gradient that there is."""
+        with torch.enable_grad():
+            variables = {place: state[place].detach().requires_grad_() for place in self.trained}
+            output = self._forward({**dict(enumerate(state)), **variables}, batch)
+            loss = output.loss if self._spec.accumulate == 1 else output.loss / self._spec.accumulate
+            loss = loss if scaling is None else scaling.scaled(loss)
+            found = torch.autograd.grad(loss, list(variables.values()), allow_unused=True)
+        gradients = zip(self.trained, cast("Sequence[Tensor | None]", found), strict=True)
+        # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
+        return output, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
+
+    def _apply(
+        self, state: list[Tensor], gradients: dict[int, Tensor], options: list[Tensor], scaling: LossScaling | None
+    ) -> None:
+        """Clipping and the optimizer's step, undone where the scaled gradients have overflowed."""
+        for place, gradient in gradients.items():
+            state[place].grad = gradient
+        changed = [state[at] for place in self.trained for at in (place, *self._state.slots.get(place, {}).values())]
+        is_skipped = None if scaling is None else scaling.unscale(list(gradients.values()))
+        before = [] if is_skipped is None else [tensor.clone() for tensor in changed]
+        self._clip([state[place] for place in self.trained])
+        OptimizerStep(self._spec.optimizer, self._state, state, self._options, options).run()
+        if scaling is not None and is_skipped is not None:
+            for tensor, old in zip(changed, before, strict=True):
+                tensor.copy_(torch.where(is_skipped, old, tensor))
+            scaling.update(is_skipped)
+
+    def _clip(self, parameters: list[Tensor]) -> None:
+        spec = self._spec
+        if spec.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, spec.clip_value, foreach=False)
+        if spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm, foreach=False)
+
+    def _forward(self, tensors: dict[int, Tensor], batch: Batch) -> StepOutput:
+        places = {**self._state.parameters, **self._state.buffers}
+        members = {f"model.{name}": tensors[place] for name, place in places.items()}
+        given = dict(members)
+        output = torch.func.functional_call(_ForwardModule(self._spec), members, (batch,))
+        for name, place in self._state.buffers.items():
+            # A buffer that forward replaces instead of changing it: the user's own tensor takes the new value.
+            if members[f"model.{name}"] is not given[f"model.{name}"]:
+                tensors[place].copy_(members[f"model.{name}"].detach())
+        return output
+
+
+class _ForwardModule(nn.Module):
+    """Brings the user's function into a module, so that `functional_call` can swap the model's tensors for it."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        super().__init__()
+        self.model = spec.model
+        self._spec = spec
+
+    def forward(self, batch: Batch) -> StepOutput:
+        return run_forward(self._spec, self._spec.forward, batch)

@@ -1,0 +1,94 @@
+"""What programs and verdicts are known by: all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from types import CodeType, FunctionType, MethodType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fasttrain.data.batch import tensors
+from fasttrain.data.ragged import Ragged
+from fasttrain.device import device_name, versions
+from fasttrain.step.build import GraphJob
+from fasttrain.step.spec import StepSpec
+from fasttrain.step.torch_lowering import KERNEL_SOURCE
+
+__all__ = ["job_signature", "program_key"]
+
+Batch = Any
+
+
+def program_key(job: GraphJob) -> str:
+    """Of everything that a program depends on: graph, constants, shapes, versions, hardware, threads."""
+    constants = [
+        (name, value.shape, value.dtype, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in sorted(job.graph.named_buffers())  # a graph keeps its constants there
+    ]
+    inputs = [
+        ([None if dim in dims else length for dim, length in enumerate(size)], stride, dtype, device)
+        for (size, stride, dtype, device), dims in zip(job.inputs, job.open_dims, strict=True)
+    ]
+    return _hash(job.graph.code, KERNEL_SOURCE, constants, inputs, job.num_threads, *_machine(job.inputs[0][3]))
+
+
+def job_signature(spec: StepSpec, batch: Batch) -> str:
+    """Of what a job looks like from outside: enough to remember what was measured, not to trust a program."""
+    options = [
+        {name: value for name, value in group.items() if name not in ("params", "param_names", "lr", "initial_lr")}
+        for group in spec.optimizer.param_groups
+    ]
+    leaves = [leaf.offsets if isinstance(leaf, Ragged) else leaf for leaf in tensors(batch)]
+    return _hash(
+        repr(spec.model),
+        [(name, value.shape, value.dtype) for name, value in spec.model.state_dict().items()],
+        type(spec.optimizer).__qualname__,
+        options,
+        [(leaf.shape, leaf.dtype) for leaf in leaves],
+        (spec.precision, spec.accumulate, spec.clip_norm, spec.clip_value),
+        _code_of(spec.forward),
+        sorted({repr(_code_of(type(module).forward)) for module in spec.model.modules()}),
+        versions()["fasttrain"],
+        torch.get_num_threads(),
+        *_machine(spec.device),
+    )
+
+
+def _code_of(value: Any) -> object:
+    """What a function, or an object that can be called, computes as far as its code and plain values tell."""
+    if isinstance(value, CodeType):
+        constants = [_code_of(each) if isinstance(each, CodeType) else repr(each) for each in value.co_consts]
+        return value.co_code, value.co_names, constants
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        known = [each.__code__ if isinstance(each, FunctionType) else each for each in cells]  # it may hold itself
+        return _code_of(value.__code__), [_code_of(each) for each in (*(value.__defaults__ or ()), *known)]
+    if isinstance(value, MethodType):
+        return _code_of(value.__func__)
+    if isinstance(value, nn.Module):
+        return repr(value), _code_of(type(value).forward), _plain(vars(value))
+    if isinstance(value, partial):
+        return _code_of(cast("Any", value).func), _plain(cast("Any", value).keywords)
+    kind: Any = type(value)
+    if kind.__module__.startswith(_OWN):
+        return kind.__qualname__, [_code_of(each) for each in vars(value).values()]
+    return repr(value) if isinstance(value, _PLAIN) else getattr(value, "__qualname__", kind.__qualname__)
+
+
+def _plain(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return sorted((name, repr(value)) for name, value in values.items() if isinstance(value, _PLAIN))
+
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+_OWN = __name__.partition(".")[0]
+
+
+def _machine(device: torch.device) -> tuple[str, ...]:
+    return str(torch.__version__), device.type, device_name(device), torch.backends.cpu.get_cpu_capability()
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]

@@ -1,0 +1,127 @@
+"""Kernels of our own for what the compiler has no good code for: sums of gathered values by rows, and their gradients.
+
+`torch.segment_reduce(values.index_select(0, ids), "sum", offsets=offsets)` is a gather into memory and an operator of
+ATen; its gradient is another one and a scatter. In a compiled step on the CPU each direction is one loop instead.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+__all__ = ["define_operators", "use_kernels"]
+
+_DTYPES = (torch.float32, torch.float64)
+_INDICES = (torch.int32, torch.int64)
+
+_aten = torch.ops.aten
+
+
+@cache
+def define_operators() -> Any:
+    """Makes the operators known to torch, once in a process; the library that it returns keeps them there."""
+    library = torch.library.Library("fasttrain", "DEF")
+    library.define("sum_rows(Tensor values, Tensor ids, Tensor offsets) -> Tensor")
+    library.define("spread_rows(Tensor gradient, Tensor ids, Tensor offsets, SymInt num_values) -> Tensor")
+    library.impl("sum_rows", _sum_rows, "CompositeExplicitAutograd")
+    library.impl("spread_rows", _spread_rows, "CompositeExplicitAutograd")
+    return library
+
+
+def use_kernels(graph: torch.fx.GraphModule) -> None:
+    """Puts `sum_rows` and `spread_rows` where a traced graph for the CPU says the same in more operators, in place.
+
+    Args:
+        graph: as it was traced, its nodes' `val` being there.
+    """
+    define_operators()
+    summed: set[tuple[Node, Node]] = set()
+    for node in list(graph.graph.nodes):
+        if node.target is _aten.segment_reduce.default:
+            summed |= _use_sum_rows(node)
+        elif node.target is _aten.index_add.default:
+            _use_spread_rows(node, summed)
+    graph.recompile()
+
+
+def _sum_rows(values: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+    """For each row the sum of `values.view(-1)[ids[offsets[row] : offsets[row + 1]]]`, [rows]."""
+    return torch.segment_reduce(values.reshape(-1).index_select(0, ids), "sum", offsets=offsets, unsafe=True)
+
+
+def _spread_rows(gradient: Tensor, ids: Tensor, offsets: Tensor, num_values: int) -> Tensor:
+    """The gradient of the values, [num_values], from that of the sums, [rows]."""
+    gathered = gradient.new_empty(ids.shape)  # of what was summed, torch looks at the shape alone
+    by_entry = _aten._segment_reduce_backward(gradient, gradient, gathered, "sum", offsets=offsets)
+    return gradient.new_zeros(num_values).index_add(0, ids, by_entry)
+
+
+def _use_sum_rows(node: Node) -> set[tuple[Node, Node]]:
+    """Replaces `segment_reduce(index_select(values, 0, ids), "sum", offsets=offsets)`; returns what was summed."""
+    gathered, reduce = node.args[0], node.args[1]
+    offsets = _only_option(node, "offsets")
+    if reduce != "sum" or not isinstance(gathered, Node) or gathered.target is not _aten.index_select.default:
+        return set()
+    values, dim, ids = cast("Any", gathered.args)
+    if dim != 0 or not _is_flat(values, *_DTYPES) or not _is_flat(ids, *_INDICES) or not _is_flat(offsets, torch.int64):
+        return set()
+    _replace(node, torch.ops.fasttrain.sum_rows.default, (_base(values), ids, offsets), [gathered])
+    return {(ids, offsets)}
+
+
+def _use_spread_rows(node: Node, summed: set[tuple[Node, Node]]) -> None:
+    """Replaces `index_add(zeros, 0, ids, _segment_reduce_backward(gradient, ..., "sum", offsets=offsets))`.
+
+    Only where the same rows are summed: that is where ids and offsets are checked.
+    """
+    zeros, dim, ids, spread = node.args[:4]
+    if not isinstance(zeros, Node) or zeros.target is not _aten.new_zeros.default or not _is_flat(zeros, *_DTYPES):
+        return
+    if dim != 0 or not isinstance(spread, Node) or spread.target is not _aten._segment_reduce_backward.default:
+        return
+    gradient, _sums, gathered, reduce = cast("Any", spread.args)
+    offsets = _only_option(spread, "offsets")
+    if reduce != "sum" or node.kwargs.get("alpha", 1) != 1 or (ids, offsets) not in summed:
+        return
+    [num_values] = cast("Any", zeros.args[1])
+    arguments = (gradient, ids, offsets, num_values)
+    _replace(node, torch.ops.fasttrain.spread_rows.default, arguments, [zeros, spread, gathered])
+
+
+def _only_option(node: Node, name: str) -> Any:
+    """A keyword argument, None where it is not there or another one (but `unsafe`) says more."""
+    given = {each for each, value in node.kwargs.items() if value is not None and each != "unsafe"}
+    return node.kwargs[name] if given == {name} else None
+
+
+def _is_flat(node: Any, *dtypes: torch.dtype) -> bool:
+    """Whether a node is a tensor of one dimension, without gaps, on the CPU, of one of these dtypes."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_contiguous():
+        return False
+    return value.device.type == "cpu" and value.dtype in dtypes
+
+
+def _base(node: Node) -> Node:
+    """What a flat view is of, so that the kernel reads that very memory."""
+    while node.target in (_aten.view.default, _aten.detach.default):
+        above = node.args[0]
+        if not isinstance(above, Node) or not above.meta["val"].is_contiguous():
+            break
+        node = above
+    return node
+
+
+def _replace(node: Node, target: Any, arguments: tuple[Any, ...], gone: list[Node]) -> None:
+    """Puts a call in a node's place; of `gone`, what nothing else reads goes with it."""
+    with node.graph.inserting_before(node):
+        call = node.graph.call_function(target, arguments)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    for dead in (node, *gone):
+        if not dead.users:
+            dead.graph.erase_node(dead)

@@ -1,0 +1,103 @@
+"""Optimizers whose step no graph can hold: forward and backward are traced, the optimizer's own code runs as it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import optim
+
+from fasttrain.step.trace import Mismatch, trace_step
+from tests.step.agreement import run_graph, steps_agree
+from tests.step.models import CASES, OPTIMIZERS, everything, started
+
+pytestmark = pytest.mark.usefixtures("in_double")
+
+MLP, SGD_OPTIONS = CASES["mlp"], OPTIMIZERS["sgd-momentum"][1]
+
+
+class Counting(optim.SGD):
+    """Keeps a count of its steps as a Python number."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for state in self.state.values():
+            state["count"] = state.get("count", 0) + 1
+
+
+class CountingInGroup(optim.SGD):
+    """Keeps a count of its steps in its parameter groups, as some optimizers from elsewhere do."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+
+
+class Cautious(optim.SGD):
+    """Steps only where the gradient is small: it looks at values."""
+
+    def step(self, closure: Any = None) -> None:
+        norms = [each.grad.norm() for group in self.param_groups for each in group["params"] if each.grad is not None]
+        if sum(norms) < 0.5:
+            super().step(closure)
+
+
+class Hooked(optim.SGD):
+    """Halves each gradient in a hook."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_step_pre_hook(lambda *_: self.halve())
+
+    def halve(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad *= 0.5
+
+
+OPTIMIZERS_OF_THEIR_OWN: dict[str, tuple[type[optim.Optimizer], str]] = {
+    "a count in the state": (Counting, "keeps 'count' as a Python value"),
+    "a count in the groups": (CountingInGroup, "changes its parameter groups"),
+    "a look at values": (Cautious, "step of Cautious cannot be traced"),
+    "a hook": (Hooked, "it has hooks"),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS_OF_THEIR_OWN)
+def test_the_numbers_are_eagers(name: str, accumulate: int) -> None:
+    kind, reason = OPTIMIZERS_OF_THEIR_OWN[name]
+    traced = steps_agree(MLP, (kind, SGD_OPTIONS), accumulate=accumulate, clip_norm=0.3)
+    assert traced.why_eager is not None
+    assert reason in traced.why_eager
+    assert [part.part for part in traced.parts] == ["gather"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS_OF_THEIR_OWN)
+def test_finding_out_leaves_no_trace(name: str) -> None:
+    spec, batch = started(MLP, (OPTIMIZERS_OF_THEIR_OWN[name][0], SGD_OPTIONS))
+    before = copy.deepcopy(everything(spec))
+    groups = [dict(group) for group in spec.optimizer.param_groups]
+    trace_step(spec, batch)
+    torch.testing.assert_close(everything(spec), before, rtol=0, atol=0)
+    assert groups == spec.optimizer.param_groups
+    assert not torch.compiler.is_compiling()
+
+
+def test_parameters_that_get_no_gradient_keep_none() -> None:
+    steps_agree(CASES["unused"], (Cautious, SGD_OPTIONS))
+
+
+def test_options_and_state_are_the_optimizers_own_business() -> None:
+    spec, batch = started(MLP, (Counting, SGD_OPTIONS))
+    traced = trace_step(spec, batch)
+    spec.optimizer.param_groups[0]["dampening"] = 0.5
+    spec.optimizer.load_state_dict(spec.optimizer.state_dict())
+    assert traced.rebind(), "the groups are new ones"
+    run_graph(traced, batch)
+    for parameter in spec.trained():
+        parameter.grad = torch.ones_like(parameter)
+    assert isinstance(traced.inputs(batch), Mismatch)
