@@ -13,6 +13,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,21 +25,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import (
-    REPOSITORY,
-    RESULTS,
-    command_line,
-    data_dir,
-    environment,
-    interleaved,
-    load_average,
-    log,
-    now,
-)
+from benchmarks.places import REPOSITORY, RESULTS, log
 from benchmarks.records import Record, Series, ratios_to, write_record
 from fasttrain.data.table import read_reviews
 from fasttrain.data.text import encode_reviews
 from fasttrain.errors import DataError, FasttrainError
+from fasttrain.measure.bench.plan import orders
+from fasttrain.measure.environment import environment, load_average, now
+from fasttrain.workloads.common import data_dir
 
 ENOUGH_PATIENCE = "100"
 """Of both commands: every epoch that was asked for is run."""
@@ -99,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     record = Record(
         benchmark="commands",
         title="Whole commands, cpu",
-        command=command_line("benchmarks.commands", arguments),
+        command=shlex.join(["python", "-m", "benchmarks.commands", *arguments]),
         created=now(),
         environment={**started_at, "load_average_after": load_average()},
         workload={"data": options.data.name, "epochs": options.epochs, "batch_size": 128},
@@ -179,7 +173,7 @@ def against_textbook(place: Place, options: argparse.Namespace) -> tuple[dict[st
     """The whole command and the textbook's whole script, cold, for the same epochs; and what they reached."""
     epochs, threads = options.epochs, options.textbook_threads
     ran: dict[str, list[Ran]] = {WHOLE: [], TEXTBOOK: []}
-    for repeat, names in enumerate(interleaved(list(ran), options.repeats, ORDER_SEED), start=1):
+    for repeat, names in zip(range(1, options.repeats + 1), orders(list(ran), ORDER_SEED), strict=False):
         for name in names:
             log(f"repeat {repeat}/{options.repeats}: {name}, epochs {epochs}")
             if name == WHOLE:

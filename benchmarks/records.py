@@ -1,4 +1,4 @@
-"""A stored measurement: raw values, what they were measured under, and how to read and write that as JSON."""
+"""A stored measurement of commands: raw values, their conditions, and how to read and write that as JSON."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Record:
     """One measurement, whole.
 
     Attributes:
-        benchmark: which one: "reviews", "mlp" or "commands".
+        benchmark: which one: "commands".
         title: the heading of its table.
         command: what measures it again.
         created: when, ISO 8601 in UTC.
@@ -85,7 +85,7 @@ class Record:
         series: measured quantities by name.
         yardstick: the name of the series that the ratios are to.
         ratios: by name of a series, how many times better than the yardstick it was, repeat by repeat.
-        refused: arms that were not timed, with the reason.
+        refused: what was not measured, with the reason.
         notes: what a reader of the figures has to know.
     """
 

@@ -7,18 +7,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import REPOSITORY, log
-from benchmarks.records import Record, Series, read_record, times_better
+from benchmarks.places import REPOSITORY, log
+from benchmarks.records import Record, Series, read_record
 from fasttrain.errors import DataError, FasttrainError
+from fasttrain.measure.bench import record as bench
+from fasttrain.measure.bench.record import BenchRecord
+from fasttrain.measure.bench.summary import (
+    command,
+    conditions,
+    conditions_of,
+    fastest,
+    markdown,
+    number,
+    ranged,
+    summarise,
+    table,
+    text,
+)
+from fasttrain.measure.strict import read_json
 
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
 
-MAIN_ARMS = ("tuned by hand", "eager", "compiled", "auto", "jax", "native")
-"""Arms that the top README shows, beside the yardstick."""
+MAIN_ARMS = ("textbook", "tuned", "eager", "compiled", "auto", "graphed", "jax", "native")
+"""Kinds of arms that the top README shows, each the fastest of its kind."""
 
-ALSO_COMPARED = ("tuned by hand", "jax")
-"""Arms that the others are compared with too, in benchmarks/README.md, where a record has them."""
+WORKLOADS = ("reviews", "mlp", "cnn", "chars")
+"""In the order of the tables; others follow."""
 
 INTRODUCTION = """\
 # Benchmarks
@@ -28,20 +43,33 @@ date. Measure on a machine that does nothing else.
 
 - `pytest benchmarks/`: the quick suite: loops and parts, a few rounds each, ratios at the end. It writes nothing unless
   asked (`--benchmark-json FILE`).
-- `python -m benchmarks.reviews`: training on reviews, samples/s of every arm, interleaved; writes
-  `results/reviews-<device>.json`.
-- `python -m benchmarks.mlp`: the same for a small network; writes `results/mlp-<device>.json`.
+- `python -m fasttrain bench --workload reviews --peers --out benchmarks/results/reviews-cpu.json`: arms of a workload
+  (`reviews`, `mlp`, `cnn`, `chars`) against each other, and peers (`peers/`), where they are installed:
+  `pip install '.[peers]'`.
 - `python -m benchmarks.commands`: whole commands in fresh processes, their time and memory, and the speed of text;
   writes `results/commands-cpu.json`.
+- `python -m benchmarks.gpu`: all of it on a machine with a CUDA GPU, in under nine minutes.
 - `python -m benchmarks.tables`: writes this file and the table in the top README; with `--check` it writes nothing and
   exits with 1 if they are not up to date.
 
-Figures are medians over the repeats, with the range from smallest to largest. A ratio is formed within each repeat, and
-the median and the range of those are shown; above 1 is better than the yardstick, whose own ratio is 1. An arm whose
-losses leave the textbook's is not timed. Peers (`peers/`) take part where they are installed: `pip install '.[peers]'`.
+`bench` measures in blocks: in each, every arm runs once, in random order, in a fresh process that imports, checks the
+losses of its first 20 steps against the textbook's loop, warms up and gives the median of its steps. Order of rows,
+gathering, steps and the readout of loss and accuracy are inside; evaluation is not. A process is flagged, and its turn
+repeated up to two times, where more work than cores was there before it began (load), where it had to wait for a core
+while it was timed (waited), or where CPU or GPU were slowed down (throttled).
+
+All processes of a benchmark share one cache of compiled programs, empty at first: "compile" is what an arm's first
+process waited (another engine may have filled the cache by then), and the median of the later ones. Peak memory is the
+process's on the CPU, with the job's data, and that of torch's allocator on CUDA.
+
+Figures are medians over the blocks, with the range from smallest to largest. A ratio is formed within each block, and
+the median and the range of those are shown; above 1 is faster. "Times textbook" is the textbook at the number of
+threads, one or torch's own, at which it is faster, "times jax" the faster of JAX's arms.
 """
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
+
+Found = tuple[list[BenchRecord], list[Record]]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,84 +103,106 @@ def update(root: Path, *, is_check: bool) -> list[Path]:
         DataError: a record is damaged, or the top README has no block for the table.
     """
     folder = root / "benchmarks"
-    found = [read_record(path) for path in (folder / "results").glob("*.json")]
-    records = sorted(found, key=lambda record: (not is_training(record), record.benchmark != "reviews", record.title))
-    wanted = {folder / "README.md": benchmarks_page(records)}
+    found = read_results(folder / "results")
+    wanted = {folder / "README.md": benchmarks_page(found)}
     front = root / "README.md"
     if front.is_file():
-        wanted[front] = with_block(front.read_text(encoding="utf-8"), headline(records), str(front))
-    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+        wanted[front] = with_block(front.read_text(encoding="utf-8"), headline(found), str(front))
+    stale = [path for path, page in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != page]
     if not is_check:
         for path in stale:
             path.write_text(wanted[path], encoding="utf-8")
     return stale
 
 
-def benchmarks_page(records: Sequence[Record]) -> str:
+def read_results(folder: Path) -> Found:
+    """Records of `bench` in the order of their workloads, and those of other measurements.
+
+    Raises:
+        DataError: a file is neither.
+    """
+    trainings: list[BenchRecord] = []
+    others: list[Record] = []
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path)
+        if isinstance(content, dict) and content.get("kind") == "bench":
+            trainings.append(bench.read_record(path))
+        else:
+            others.append(read_record(path))
+    return sorted(trainings, key=place), others
+
+
+def place(record: BenchRecord) -> tuple[int, str, str]:
+    """Where a training comes in the tables."""
+    name = record.workload["name"]
+    return WORKLOADS.index(name) if name in WORKLOADS else len(WORKLOADS), name, record.environment["device"]
+
+
+def title(record: BenchRecord) -> str:
+    """The heading of a training's table."""
+    found = record.environment
+    return f"Training: {record.workload['name']}, {'cpu' if found['device'] == found['cpu'] else 'cuda'}"
+
+
+def benchmarks_page(found: Found) -> str:
     """The whole of benchmarks/README.md."""
-    return INTRODUCTION + ("".join(section(record) for record in records) or NO_RECORDS)
+    trainings, others = found
+    sections = [*(f"\n{markdown(each, title(each))}" for each in trainings), *(section(each) for each in others)]
+    return INTRODUCTION + ("".join(sections) or NO_RECORDS)
+
+
+def headline(found: Found) -> str:
+    """The tables of the top README: one of all trainings, and one of each other record."""
+    trainings, others = found
+    parts = [summary(trainings)] if trainings else []
+    for record in others:
+        rows = [figures(record, name) for name in record.series]
+        parts.append(f"**{text(record.title)}**\n\n{table(header(record), rows)}\n{origin(record)}")
+    return "\n".join(parts) or NO_RECORDS.lstrip()
+
+
+def summary(records: Sequence[BenchRecord]) -> str:
+    """A row an arm of each training: its samples/s, and how many times faster than textbook, tuned and JAX."""
+    columns = ["", "arm", "samples/s", "times textbook", "times tuned", "times JAX"]
+    rows = [row for record in records for row in main_rows(record)]
+    sources = "".join(
+        f"- {text(title(record))}: {text(conditions(record))} Measured by {command(record.command)}.\n"
+        for record in records
+    )
+    return f"{table(columns, rows, num_left=2)}\n{sources}"
+
+
+def main_rows(record: BenchRecord) -> list[list[str]]:
+    """The main arms of a training; a ratio's range stands behind it."""
+    arms = {arm.label: arm for arm in summarise(record)}
+    shown = [label for kind in MAIN_ARMS if (label := fastest(record, kind)) is not None]
+    rows: list[list[str]] = []
+    for label in shown:
+        others = [fastest(record, kind) for kind in ("textbook", "tuned", "jax")]
+        ratios = [None if other is None else arms[label].ratios.get(other) for other in others]
+        cells = ["" if ratio is None else ranged(ratio, "x") for ratio in ratios]
+        rows.append([text(title(record)), text(label), number(arms[label].rate.median), *cells])
+    return rows
+
+
+# Of other records, such as that of whole commands.
 
 
 def section(record: Record) -> str:
     """A record with all that was noted."""
     workload = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in record.workload.items())
-    refused = [f"not timed: {name}: {reason}" for name, reason in record.refused.items()]
-    notes = "".join(f"- {text(note)}\n" for note in [*record.notes, *refused])
-    others = [name for name in ALSO_COMPARED if name in record.ratios]
-    columns = [*header(record), *[f"times {text(name)}" for name in others], "what it is"]
-    rows = [
-        [*figures(record, name), *[against(record, name, other) for other in others], text(series.description)]
-        for name, series in record.series.items()
-    ]
+    notes = "".join(f"- {text(note)}\n" for note in record.notes)
+    columns = [*header(record), "what it is"]
+    rows = [[*figures(record, name), text(series.description)] for name, series in record.series.items()]
     return (
-        f"\n## {text(record.title)}\n\n{table(columns, rows)}\n{conditions(record)}\n\n"
-        f"- workload: {text(workload)}\n{notes}\nMeasured by {command(record)}\n"
+        f"\n## {text(record.title)}\n\n{table(columns, rows)}\n{described(record)}\n\n"
+        f"- workload: {text(workload)}\n{notes}\nMeasured by {command(record.command)}.\n"
     )
-
-
-def headline(records: Sequence[Record]) -> str:
-    """The tables of the top README: one of all trainings, and one of each other record."""
-    trainings = [record for record in records if is_training(record)]
-    parts = [summary(trainings)] if trainings else []
-    for record in records:
-        if not is_training(record):
-            rows = [figures(record, name) for name in record.series]
-            parts.append(f"**{text(record.title)}**\n\n{table(header(record), rows)}\n{origin(record)}")
-    return "\n".join(parts) or NO_RECORDS.lstrip()
-
-
-def is_training(record: Record) -> bool:
-    """True for a record of arms that train, whose yardstick is the textbook's loop."""
-    return record.series[record.yardstick].unit == "samples/s"
-
-
-def summary(records: Sequence[Record]) -> str:
-    """A row a training: samples/s of the main arms, and how many times the yardstick's that is."""
-    arms = [arm for arm in MAIN_ARMS if any(arm in record.series for record in records)]
-    rows = [
-        [text(record.title), number(record.series[record.yardstick].median), *[rate(record, arm) for arm in arms]]
-        for record in records
-    ]
-    sources = "\n".join(f"- {text(record.title)}: {origin(record)}" for record in records)
-    return f"{table(['samples/s (times the textbook)', 'textbook', *map(text, arms)], rows)}\n{sources}"
-
-
-def rate(record: Record, name: str) -> str:
-    """Samples/s of an arm and its ratio to the yardstick; empty where it was not timed."""
-    series, ratio = record.series.get(name), record.ratios.get(name)
-    return "" if series is None or ratio is None else f"{number(series.median)} ({number(ratio.median)}x)"
 
 
 def origin(record: Record) -> str:
     """One line: under what a record was measured, and by which command."""
-    return f"{conditions(record)} Measured by {command(record)}\n"
-
-
-def against(record: Record, name: str, other: str) -> str:
-    """The median ratio of a series to another one; empty where it has none to the yardstick."""
-    if name not in record.ratios:
-        return ""
-    return f"{number(times_better(record.series[name], record.series[other]).median)}x"
+    return f"{described(record)} Measured by {command(record.command)}.\n"
 
 
 def with_block(page: str, block: str, name: str) -> str:
@@ -186,43 +236,9 @@ def figure(series: Series) -> str:
     return f"{number(series.median)}{'x' if series.unit == 'x' else ' ' + text(series.unit)}{spread}"
 
 
-def number(value: float) -> str:
-    """Three significant digits, thousands set apart, no exponent."""
-    digits = 0
-    while abs(value) * 10**digits < 99.95 and digits < 9:
-        digits += 1
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.{digits}f}"
-
-
-def conditions(record: Record) -> str:
+def described(record: Record) -> str:
     """One line: where and when the figures of a record come from."""
-    found = record.environment
-    commit = found.get("commit")
-    built = "no commit" if commit is None else f"commit {commit[:10]}"
-    changed = " with uncommitted changes" if found.get("has_uncommitted_changes") else ""
-    machine = found["device"] if found["device"] == found["cpu"] else f"{found['device']}, {found['cpu']}"
-    return text(
-        f"{machine}, {found['cores']} cores; torch {found['torch']}, Python {found['python']}, fasttrain "
-        f"{found['fasttrain']}, {built}{changed}; {record.created[:10]}; load average "
-        f"{found['load_average']} before, {found['load_average_after']} after."
-    )
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all but words, in the first column and under "what it is", to the right."""
-    rule = ["---" if number == 0 or column == "what it is" else "---:" for number, column in enumerate(columns)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [columns, rule, *rows])
-
-
-def command(record: Record) -> str:
-    """What measures a record again, as code."""
-    return f"`{' '.join(record.command.replace('`', ' ').split())}`."
-
-
-def text(given: str) -> str:
-    """Text that cannot break out of a cell or a paragraph."""
-    return " ".join(given.split()).replace("|", "\\|").replace("<", "&lt;")
+    return f"{text(conditions_of(record.environment, record.created))}."
 
 
 if __name__ == "__main__":

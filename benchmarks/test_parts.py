@@ -1,26 +1,30 @@
-"""The parts of a training, each by itself: step, gather, metrics, text."""
+"""The parts of a training, each by itself: step, gather, prefetch, metrics, text."""
 
 from __future__ import annotations
 
+import gzip
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.conftest import median_s
-from benchmarks.review_arms import BATCH_SIZE, ReviewJob
-from fasttrain import RunningMetrics, TrainStep
+from fasttrain import RunningMetrics, TrainStep, prefetch
 from fasttrain.data.table import read_reviews
 from fasttrain.data.text import encode_reviews
-from fasttrain.workloads.onehot import review_forward
+from fasttrain.workloads.job import Job
+from fasttrain.workloads.review_job import ReviewJob
+
+BATCH_SIZE = 128
 
 
 @pytest.mark.benchmark(group="step")
 def test_step(job: ReviewJob, benchmark: BenchmarkFixture) -> None:
-    model, optimizer = job.classifier()
-    step = TrainStep(model, optimizer, review_forward, engine="eager")
-    batch = next(iter(job.resident_batches()))
+    model = job.model()
+    step = TrainStep(model, job.optimizer(model), job.forward, engine="eager")
+    batch = next(iter(job.batches()))
     step(batch)  # the first one is observed, to learn the rule of accuracy
     benchmark(step, batch)
 
@@ -34,13 +38,13 @@ def test_metrics_update(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="an epoch's batches")
 def test_gather(job: ReviewJob, benchmark: BenchmarkFixture) -> None:
-    batches = job.resident_batches()
+    batches = job.batches()
     benchmark.pedantic(lambda: deque(batches, maxlen=0), rounds=20, warmup_rounds=1)
 
 
 @pytest.mark.benchmark(group="an epoch's batches")
-def test_stream(job: ReviewJob, benchmark: BenchmarkFixture) -> None:
-    batches = job.streamed_batches()
+def test_prefetch(small_job: Job, benchmark: BenchmarkFixture) -> None:
+    batches = prefetch(small_job.textbook_batches(small_job.order(0).tolist()), small_job.device)
     benchmark.pedantic(lambda: deque(batches, maxlen=0), rounds=5, warmup_rounds=1)
 
 
@@ -49,4 +53,12 @@ def test_text_to_csr(job: ReviewJob, benchmark: BenchmarkFixture) -> None:
     benchmark.pedantic(lambda: encode_reviews(read_reviews(job.source)), rounds=3, warmup_rounds=1)
     seconds = median_s(benchmark)
     if seconds is not None:
-        benchmark.extra_info["mb_per_s"] = job.text_bytes() / 1e6 / seconds
+        benchmark.extra_info["mb_per_s"] = text_bytes(job) / 1e6 / seconds
+
+
+def text_bytes(job: ReviewJob) -> int:
+    """Uncompressed size of the table: its file's, or its reviews' where it has none."""
+    if isinstance(job.source, Path):
+        raw = job.source.read_bytes()
+        return len(gzip.decompress(raw)) if job.source.suffix == ".gz" else len(raw)
+    return int(job.source["review"].str.encode("utf-8").str.len().sum())

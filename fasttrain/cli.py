@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import operator
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from fasttrain.commands.cache import Cache
-from fasttrain.commands.info import Info
-from fasttrain.commands.predict import Predict
 from fasttrain.commands.shared import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Runnable
-from fasttrain.commands.train import Train
 from fasttrain.errors import FasttrainError
 
 __all__ = ["main"]
@@ -24,16 +23,13 @@ DESCRIPTION = (
     "reviews.csv`, and without --data the reviews are generated."
 )
 
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Cache, tyro.conf.subcommand("cache")]
-)
+COMMANDS = ("train", "predict", "info", "bench", "profile", "compare", "cache")
+"""Each is the module of its name in `fasttrain.commands`, and the class of its name there. Only the one that was asked
+for is imported: `compare` needs no torch, which takes seconds to import."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 2 bad input or usage, 130 interrupted."""
+    """Runs a command and returns its exit code: 0 done, 2 bad input or usage, 130 interrupted; `compare` has more."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
@@ -55,9 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> Runnable:
     is_bare = not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"))
-    return tyro.cli(
-        Command,  # pyright: ignore[reportArgumentType]  # a union of dataclasses is what tyro takes for subcommands
-        prog="fasttrain",
-        description=DESCRIPTION,
-        args=["train", *arguments] if is_bare else arguments,
+    name, *options = ["train", *arguments] if is_bare else arguments
+    if name in COMMANDS:
+        return tyro.cli(_options(name), prog=f"fasttrain {name}", args=options)
+    every: Any = functools.reduce(
+        operator.or_, (Annotated[_options(each), tyro.conf.subcommand(each)] for each in COMMANDS)
     )
+    return tyro.cli(every, prog="fasttrain", description=DESCRIPTION, args=arguments)
+
+
+def _options(name: str) -> Any:
+    """The dataclass of a command's options."""
+    return getattr(importlib.import_module(f"fasttrain.commands.{name}"), name.capitalize())

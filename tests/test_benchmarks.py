@@ -1,116 +1,44 @@
-"""The measurements measure what they say, their records hold together, and the committed tables follow from them."""
+"""Peers train the same numbers, whole commands are measured as said, and the GPU check keeps its bounds."""
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from benchmarks import arms, commands, first_step, harness, interleave, mlp, reviews
-from benchmarks.arms import BATCH_SIZE, TextbookArm, textbook_arms
-from benchmarks.mlp_arms import MlpJob, SliceArm, mlp_arms
-from benchmarks.peers import native
-from benchmarks.records import read_record, times_better
-from benchmarks.review_arms import DenseArm, ReviewJob, review_arms
+from benchmarks import commands, first_step, gpu
+from benchmarks.peers import NAMES, native
+from benchmarks.records import times_better
 from fasttrain import DataError, EngineError, FasttrainError
+from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
+from fasttrain.measure.bench.arms import TextbookArm
+from fasttrain.measure.bench.block import check_losses, running_means
+from fasttrain.measure.bench.runner import BlockRunner
+from fasttrain.measure.bench.sources import find_factory, peers
+from fasttrain.measure.bench.task import BlockTask
 from fasttrain.workloads.generate import generate_reviews
+from fasttrain.workloads.job import Job, load_job
+from fasttrain.workloads.mlp import mlp_job
+from fasttrain.workloads.review_job import ReviewJob, review_job
 
 REPOSITORY = Path(__file__).parent.parent
-RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
-
-figures = st.floats(1e-6, 1e12)
-
-
-class FakeArm:
-    """Takes exact seconds on a fake clock."""
-
-    compile_s = None
-    description = "fake"
-    threads = 1
-
-    def __init__(self, name: str, seconds: float, log: list[str], clock: list[float]) -> None:
-        self.name, self.seconds, self.log, self.clock = name, seconds, log, clock
-
-    def losses(self, num_batches: int) -> list[float]:
-        return [1.0] * num_batches
-
-    def run(self) -> int:
-        self.log.append(self.name)
-        self.clock[0] += self.seconds
-        return 10
-
-
-def test_every_arm_is_timed_once_a_repeat_over_whole_passes() -> None:
-    log: list[str] = []
-    clock = [0.0]
-    arms = [FakeArm("short", 0.25, log, clock), FakeArm("long", 4.0, log, clock)]
-    rates = harness.measure(arms, repeats=3, min_seconds=1.0, seed=0, clock=lambda: clock[0])
-    assert rates == {"short": [40.0] * 3, "long": [2.5] * 3}
-    assert log.count("short") == 3 * 4
-    assert log.count("long") == 3
-
-
-@given(repeats=st.integers(1, 20), seed=st.integers(0, 10**6))
-@settings(deadline=None)
-def test_interleaving_is_a_permutation_in_each_repeat(repeats: int, seed: int) -> None:
-    names = ["a", "b", "c", "d"]
-    orders = list(harness.interleaved(names, repeats, seed))
-    assert len(orders) == repeats
-    assert all(sorted(order) == names for order in orders)
-    assert orders == list(harness.interleaved(names, repeats, seed))
-
-
-def test_interleaving_varies_the_order() -> None:
-    assert len({tuple(order) for order in harness.interleaved(["a", "b", "c"], 50, 0)}) == 6
-
-
-def test_losses_that_leave_the_textbook_are_refused() -> None:
-    wanted = [0.7, 0.6]
-    assert harness.check_losses([0.7, 0.6 * (1 + 5e-6)], wanted, 1e-5) == pytest.approx(5e-6)
-    with pytest.raises(DataError, match="batch 2"):
-        harness.check_losses([0.7, 0.6 * (1 + 5e-5)], wanted, 1e-5)
-    with pytest.raises(DataError, match="leave"):
-        harness.check_losses([float("nan"), 0.6], wanted, 1e-5)
-    with pytest.raises(DataError, match="1 losses"):
-        harness.check_losses([0.7], wanted, 1e-5)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def job() -> ReviewJob:
-    return ReviewJob.load(generate_reviews(4_000).table, torch.device("cpu"))
-
-
-def test_arms_train_the_same_numbers(job: ReviewJob) -> None:
-    wanted = TextbookArm(job, name="textbook", threads=1, num_batches=2).losses(5)
-    assert len(wanted) == 5
-    makers = review_arms(job, 1)
-    for arm in (DenseArm(job, threads=1), makers["eager"](), makers["eager, streamed"]()):
-        assert_trains_alike(arm, wanted, 2_800)
-
-
-def assert_trains_alike(arm: harness.Arm, wanted: list[float], num_rows: int) -> None:
-    losses = arm.losses(len(wanted))
-    assert losses is not None
-    assert harness.check_losses(losses, wanted, interleave.TOLERANCE) < interleave.TOLERANCE, arm.name
-    assert arm.run() == num_rows // BATCH_SIZE * BATCH_SIZE, arm.name
-
-
-def build_peer(build: Any) -> harness.Arm:
-    """The peer's arm; the test is skipped where the peer is missing."""
-    try:
-        return build()
-    except EngineError as error:
-        pytest.skip(str(error))
+    return review_job(CPU, generate_reviews(4_000).table)
 
 
 @pytest.fixture(scope="module")
@@ -124,132 +52,146 @@ def imported_peers() -> None:
         del os.environ[name]
 
 
+def peer(name: str, job: Job) -> Arm:
+    """The peer's arm; the test is skipped where the peer is missing."""
+    try:
+        return find_factory(name)(job)
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
+def run(arm: Arm, num_steps: int) -> list[float]:
+    steps = 0
+    while steps < num_steps:
+        steps += arm.step() or 1
+    arm.sync()
+    losses = arm.losses()
+    assert losses is not None
+    return losses
+
+
+def assert_trains_alike(arm: Arm, job: Job) -> None:
+    wanted = running_means(run(TextbookArm(job), CHECKED_STEPS))
+    assert check_losses(running_means(run(arm, CHECKED_STEPS)), wanted, job.tolerance) < job.tolerance
+
+
+def test_every_peer_has_a_module() -> None:
+    assert peers() == NAMES
+    for name in NAMES:
+        assert importlib.util.find_spec(f"benchmarks.peers.{name.replace('-', '_')}") is not None
+
+
 @pytest.mark.usefixtures("imported_peers")
-def test_jax_trains_the_same_reviews(job: ReviewJob) -> None:
-    arm = build_peer(reviews.peers(job, 1)["jax"])
-    wanted = TextbookArm(job, name="textbook", threads=1, num_batches=2).losses(20)
-    assert_trains_alike(arm, wanted, 2_800)
+@pytest.mark.parametrize("name", ["jax-scan", "jax-step"])
+def test_jax_trains_the_same_numbers(name: str, job: ReviewJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("NPROC", "XLA_FLAGS"):  # which the peer sets for the life of its process
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))
+    assert_trains_alike(peer(name, job), job)
+    small = mlp_job(CPU, 1_000)  # 20 steps are three epochs of it
+    assert_trains_alike(peer(name, small), small)
+
+
+@pytest.mark.usefixtures("imported_peers", "data_dir")
+@pytest.mark.parametrize("workload", ["cnn", "chars"])
+def test_networks_in_jax_are_the_same_networks(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("NPROC", "XLA_FLAGS"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))
+    jax = pytest.importorskip("jax")
+    jax_jobs = importlib.import_module("benchmarks.peers.jax_jobs")
+    job = load_job(workload, CPU)
+    of_jax = jax_jobs.problem(job)
+    rows = job.order(0)[: job.batch_size]
+    state, (loss, _) = jax.jit(of_jax.step)(of_jax.state, of_jax.data, rows)
+    model = job.model()
+    optimizer = job.optimizer(model)
+    wanted, _, _ = job.forward(model, next(iter(job.batches())))
+    wanted.backward()
+    optimizer.step()
+    assert float(loss) == pytest.approx(wanted.item(), rel=job.tolerance)
+    found = {**state.parameters, **state.buffers}
+    for name, value in model.state_dict().items():
+        if "num_batches" not in name:  # a gradient of nearly 0 makes Adam's first step one of either sign
+            differs = np.abs(np.asarray(found[name]) - value.numpy()) > 1e-4
+            assert differs.mean() < 0.01, name
+
+
+@pytest.mark.usefixtures("imported_peers")
+def test_jax_refuses_what_it_is_bad_at() -> None:
+    pytest.importorskip("jax")
+    with pytest.raises(EngineError, match="slower in a loop"):
+        find_factory("jax-scan")(SimpleNamespace(name="cnn", device=CPU))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.usefixtures("imported_peers")
 def test_scikit_learn_is_not_compared(job: ReviewJob) -> None:
-    arm = build_peer(reviews.peers(job, 1)["scikit-learn"])
-    assert arm.losses(3) is None
-    assert arm.run() == 2_800
+    arm = peer("scikit-learn", job)
+    assert arm.losses() is None
+    assert arm.step() == 2_800 // 128
 
 
 def test_native_code_goes_on_where_it_stopped(job: ReviewJob) -> None:
-    textbook = TextbookArm(job, name="textbook", threads=1, num_batches=None)
-    arm = build_peer(reviews.peers(job, 1)["native"])
-    assert isinstance(arm, native.NativeArm)
+    textbook, arm = TextbookArm(job), peer("native", job)
     assert torch.tensor([1e-40]) * 1 != 0  # loading it must not make the process flush denormal numbers
-    for _ in range(2):
-        wanted, found = textbook.losses(21), arm.losses(21)
-        assert harness.check_losses(found, wanted, interleave.TOLERANCE) < interleave.TOLERANCE
+    assert check_losses(run(arm, CHECKED_STEPS), run(textbook, CHECKED_STEPS), job.tolerance) < job.tolerance
+    assert isinstance(arm, native.NativeArm)
+    assert arm.step() == 2_800 // 128
+    losses, _ = arm._pass(None)
+    model, optimizer, loss = job.textbook_model()
+    wanted: list[float] = []
+    for epoch, steps in enumerate([CHECKED_STEPS, 21, 21]):
+        order = job.order(epoch)[: steps * job.batch_size].tolist()
+        for batch in job.textbook_batches(order):
+            optimizer.zero_grad()
+            found = loss(model(batch["x_data"].float()), batch["y_target"].float())
+            found.backward()
+            optimizer.step()
+            wanted.append(found.item())
+    assert losses.tolist() == pytest.approx(wanted[-21:], rel=job.tolerance)
 
 
 def test_native_code_without_a_compiler_is_refused(job: ReviewJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(EngineError, match="no C compiler"):
-        native.build(job, 1)
-    with pytest.raises(EngineError, match="one thread"):
-        native.build(job, 2)
+        native.make_arm(job)
+    with pytest.raises(EngineError, match="two ratings"):
+        native.make_arm(mlp_job(CPU, 1_000))
 
 
-def test_a_peer_that_is_not_installed_is_refused(job: ReviewJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("jax_adam", "jax_reviews"):
-        monkeypatch.delitem(sys.modules, f"benchmarks.peers.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "jax", None)
-    with pytest.raises(EngineError, match=r"jax is not installed: pip install '\.\[peers\]'"):
-        interleave.peer("jax_reviews", job, 1)()
-    with pytest.raises(ModuleNotFoundError, match=r"benchmarks\.peers\.misspelt"):
-        interleave.peer("misspelt", job, 1)()
+@pytest.mark.parametrize("name", ["lightning", "lightning-barebones", "accelerate"])
+def test_frameworks_train_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own: they start threads and set variables that stay."""
+    if importlib.util.find_spec(name.split("-")[0]) is None:
+        pytest.skip(f"{name} is not installed")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    wanted = tuple(running_means(run(TextbookArm(load_job("mlp", CPU)), CHECKED_STEPS)))
+    task = BlockTask(source=name, workload="mlp", device="cpu", threads=1, reference=wanted, timed_s=0.05)
+    result = BlockRunner({}, folder=REPOSITORY)(task)
+    assert result.refused is None, result.refused
+    assert result.died is None, result.last_words
+    assert result.agreement is not None
+    assert result.agreement < 1e-5
 
 
-def test_mlp_arms_train_the_same_numbers() -> None:
-    job = MlpJob.draw(torch.device("cpu"), 1_000)
-    wanted = TextbookArm(job, name="textbook", threads=1, num_batches=None).losses(7)
-    makers = mlp_arms(job, 1)
-    for arm in (makers[SliceArm.name](), makers["eager"]()):
-        assert_trains_alike(arm, wanted, 1_000)
+def part(code: str, limit_s: float = 60.0) -> gpu.Part:
+    return gpu.Part("part", limit_s, [sys.executable, "-c", code])
 
 
-@pytest.mark.usefixtures("imported_peers")
-@pytest.mark.parametrize("build", ["build", "build_stepwise"])
-def test_jax_trains_the_same_mlp(build: str) -> None:
-    job = MlpJob.draw(torch.device("cpu"), 1_000)
-    arm = build_peer(interleave.peer("jax_mlp", job, 1, build))
-    textbook = TextbookArm(job, name="textbook", threads=1, num_batches=None)
-    wanted = textbook.losses(7)
-    assert_trains_alike(arm, wanted, 1_000)
-    textbook.run()
-    assert arm.losses(7) == pytest.approx(textbook.losses(7), rel=interleave.TOLERANCE)
+def test_each_part_of_the_gpu_check_keeps_its_bound(tmp_path: Path) -> None:
+    begin = time.perf_counter()
+    slow = "import time, sys\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    assert gpu.run_part(part(slow), tmp_path, 2.0) == "interrupted after 2 s"
+    assert (tmp_path / "part.txt").read_text() == "kept\n"
+    assert time.perf_counter() - begin < 10
+    ended = gpu.run_parts([part("raise SystemExit(3)"), part("", 0.5)], tmp_path, 1e-9)
+    assert ended == {"part": "no time was left"}
+    assert gpu.run_part(part("raise SystemExit(3)"), tmp_path, 60.0).startswith("exit code 3, ")
 
 
-def test_auto_is_given_time_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms, "SETTLE_S", 0.0)
-    arm = mlp_arms(MlpJob.draw(torch.device("cpu"), 1_000), 1)["auto"]()
-    assert isinstance(arm, arms.AutoArm)
-    assert [arm.run(), arm.run()] == [896, 896]
-    assert arm.batches.epoch == 3  # pyright: ignore[reportAttributeAccessIssue]  # one more, cut short by the clock
-    assert interleave.engines([arm])[0].startswith("auto: ended on eager: ")
-
-
-def test_mlp_writes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_arm(job: MlpJob, threads: int) -> dict[str, Any]:
-        return {SliceArm.name: lambda: SliceArm(job, threads=threads)}
-
-    monkeypatch.setattr(mlp, "mlp_arms", one_arm)
-    monkeypatch.setattr(
-        mlp, "peer", lambda *_, **__: one_arm(MlpJob.draw(torch.device("cpu"), 10_000), 1)[SliceArm.name]
-    )
-    out = tmp_path / "record.json"
-    assert mlp.main(["--repeats", "1", "--seconds", "0.01", "--rows", "3000", "--out", str(out)]) == 0
-    record = read_record(out)
-    assert list(record.series) == ["textbook", "tuned by hand"]
-    assert "leave the textbook's" in record.refused["jax"]
-    assert record.workload["train_rows"] == 3_000
-
-
-def test_text_size_is_that_of_the_uncompressed_file(tmp_path: Path) -> None:
-    table = generate_reviews(300).table
-    plain, packed = tmp_path / "table.csv", tmp_path / "table.csv.gz"
-    table.to_csv(plain, index=False)
-    table.to_csv(packed, index=False)
-    sizes = [ReviewJob.load(path, torch.device("cpu")).text_bytes() for path in (plain, packed)]
-    assert sizes == [plain.stat().st_size] * 2
-
-
-def test_reviews_writes_a_record_and_times_no_arm_that_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = tmp_path / "table.csv"
-    generate_reviews(4_000).table.to_csv(table, index=False)
-
-    def no_compiler() -> harness.Arm:
-        raise EngineError("no compiler")
-
-    def arms(job: ReviewJob, threads: int) -> dict[str, Any]:
-        wrong = FakeArm("wrong", 0.0, [], [0.0])
-        return {"eager": review_arms(job, threads)["eager"], "wrong": lambda: wrong, "compiled": no_compiler}
-
-    monkeypatch.setattr(reviews, "review_arms", arms)
-    monkeypatch.setattr(reviews, "peers", lambda *_: {})
-    out = tmp_path / "results" / "record.json"
-    options = ["--repeats", "2", "--seconds", "0.01", "--textbook-batches", "2"]
-    assert reviews.main(["--data", str(table), "--out", str(out), *options]) == 0
-    record = read_record(out)
-    assert list(record.series) == list(record.ratios) == ["textbook", "tuned by hand", "eager"]
-    assert all(len(series.values) == 2 for series in record.series.values())
-    assert record.ratios["textbook"].values == (1.0, 1.0)
-    assert record.refused["compiled"] == "no compiler"
-    assert "leave the textbook's" in record.refused["wrong"]
-    assert record.workload["train_rows"] == 2_800
-
-
-def test_the_textbook_is_measured_at_both_numbers_of_threads(job: ReviewJob) -> None:
-    assert [arm.threads for arm in textbook_arms(job, 1, 4, 2)] == [1, 4]
-    assert [arm.threads for arm in textbook_arms(job, 4, 4, 2)] == [4]
+def test_the_gpu_check_fits_in_nine_minutes(tmp_path: Path) -> None:
+    wanted = gpu.parts(tmp_path)
+    assert gpu.TOTAL_S + gpu.GRACE_S < 540
+    assert [each.name for each in wanted[:5]] == ["tests", *gpu.WORKLOADS]
+    assert sum(each.limit_s for each in wanted[:5]) < gpu.TOTAL_S
 
 
 class FakePlace(commands.Place):

@@ -12,75 +12,81 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.arms import BATCH_SIZE, LEARNING_RATE, running_means
-from benchmarks.harness import Arm
-from benchmarks.review_arms import ReviewJob
 from fasttrain.errors import EngineError
+from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
+from fasttrain.workloads.job import Job
+from fasttrain.workloads.review_job import ReviewJob
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-ffast-math")
+LEARNING_RATE = 1e-3
 
 
-def build(job: ReviewJob, threads: int) -> Arm:
+def make_arm(job: Job) -> Arm:
     """The arm.
 
     Raises:
-        EngineError: there is no C compiler, or the job is not one of two ratings on the CPU in one thread.
+        EngineError: there is no C compiler, or the job is not the review job with two ratings on the CPU in one thread.
     """
-    if job.textbook.num_outputs != 1 or job.device.type != "cpu" or threads != 1:
-        raise EngineError("the native yardstick is for two ratings, on the CPU, in one thread")
+    is_possible = isinstance(job, ReviewJob) and job.num_outputs == 1
+    if not is_possible or job.device.type != "cpu" or torch.get_num_threads() != 1:
+        raise EngineError("the native yardstick is for the review job with two ratings, on the CPU, in one thread")
     return NativeArm(job)
 
 
 class NativeArm:
-    """Whole epochs in one call of the compiled loop.
+    """Whole epochs in one call of the compiled loop; the first call runs only the steps that are checked.
 
     Args:
         job: of two ratings.
     """
 
-    name = "native"
-    threads = 1
-
     def __init__(self, job: ReviewJob) -> None:
         self.description = f"one thread of C over the same token ids, cc {' '.join(FLAGS)}"
         begin = time.perf_counter()
         self._train = compiled_train()
-        self.compile_s: float | None = time.perf_counter() - begin
+        self.compile_s = time.perf_counter() - begin
         self._job = job
-        self._epoch = self._step = 0
+        self._epoch = self._steps = 0
         tokens = job.train.tokens
         self._ids = np.ascontiguousarray(tokens.ids, dtype=np.int32)
         self._offsets = np.ascontiguousarray(tokens.offsets, dtype=np.int64)
         self._targets = job.targets().numpy()
-        weight = [job.weights["fc1.weight"].numpy().ravel(), job.weights["fc1.bias"].numpy()]
-        self._weight = np.concatenate(weight)
+        self._weight = np.concatenate([job.weights[name].numpy().ravel() for name in ("fc1.weight", "fc1.bias")])
         self._first, self._second, self._gradient = (np.zeros_like(self._weight) for _ in range(3))
-        self._logits = np.zeros(BATCH_SIZE, dtype=np.float32)
+        self._logits = np.zeros(job.batch_size, dtype=np.float32)
+        self._losses: list[float] = []
 
-    def losses(self, num_batches: int) -> list[float]:
+    def step(self) -> int:
+        """See `Arm.step`."""
+        is_checked = len(self._losses) >= CHECKED_STEPS
+        losses, correct = self._pass(None if is_checked else CHECKED_STEPS)
+        _loss, _accuracy = losses.mean(), 100.0 * correct / (len(losses) * self._job.batch_size)
+        if not is_checked:
+            self._losses += losses.tolist()
+        return len(losses)
+
+    def sync(self) -> None:
+        """See `Arm.sync`: nothing runs beside the call."""
+
+    def losses(self) -> list[float]:
         """See `Arm.losses`."""
-        return running_means(self._pass(num_batches)[0].tolist())
-
-    def run(self) -> int:
-        """See `Arm.run`."""
-        losses, correct = self._pass(None)
-        _loss, _accuracy = losses.mean(), 100.0 * correct / (len(losses) * BATCH_SIZE)
-        return len(losses) * BATCH_SIZE
+        return self._losses
 
     def _pass(self, num_batches: int | None) -> tuple[np.ndarray, int]:
-        order = self._job.order(self._epoch)
+        order, batch_size = self._job.order(self._epoch), self._job.batch_size
         self._epoch += 1
-        losses = np.zeros(len(order) // BATCH_SIZE)[:num_batches]
+        losses = np.zeros(len(order) // batch_size)[:num_batches]
         parameters = (self._weight, self._first, self._second, self._gradient, self._logits)
         correct = self._train(
             *(self._ids, self._offsets, self._targets, order),
-            *(len(losses), BATCH_SIZE, len(self._weight) - 1),
+            *(len(losses), batch_size, len(self._weight) - 1),
             *parameters,
-            *(self._step, LEARNING_RATE, losses),
+            *(self._steps, LEARNING_RATE, losses),
         )
-        self._step += len(losses)
+        self._steps += len(losses)
         return losses, correct
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 import tyro
 
-from fasttrain.commands.shared import print_line, set_up_process
+from fasttrain.commands.process import set_up_process
+from fasttrain.commands.shared import print_line
 from fasttrain.run.config import TrainConfig
 from fasttrain.step.cache import ProgramCache, default_folder
 from fasttrain.workloads.reviews import warm_reviews

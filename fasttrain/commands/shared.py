@@ -1,16 +1,12 @@
-"""What every command shares: its exit codes and how it prints."""
+"""What every command shares: its exit codes and how it prints. It needs no torch, so that a command may start light."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
+from fasttrain.json_text import json_text
 
-from fasttrain.device import resolve_device
-from fasttrain.run.config import TrainConfig
-from fasttrain.run.folder import json_text
-
-__all__ = ["EXIT_BAD_INPUT", "EXIT_INTERRUPTED", "Runnable", "print_json", "print_line", "set_up_process"]
+__all__ = ["EXIT_BAD_INPUT", "EXIT_INTERRUPTED", "Runnable", "print_json", "print_line"]
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -29,15 +25,6 @@ class Runnable(Protocol):
             The exit code.
         """
         ...
-
-
-def set_up_process(config: TrainConfig) -> None:
-    """Threads and TF32: settings of a whole process, which a command may change and a library may not."""
-    if config.threads is not None or resolve_device(config.device).type == "cpu":
-        torch.set_num_threads(config.threads or 1)
-    if config.tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
 
 
 def print_json(document: Any) -> None:

@@ -6,15 +6,19 @@ import shlex
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
 import tyro
 
-from fasttrain.commands.shared import EXIT_INTERRUPTED, print_json, print_line, set_up_process
+from fasttrain.commands.process import set_up_process
+from fasttrain.commands.shared import EXIT_INTERRUPTED, print_json, print_line
 from fasttrain.errors import ConfigError
 from fasttrain.loop import Interrupted
+from fasttrain.measure.verdict.receipt import receipt_of
+from fasttrain.pages.report import render_report
+from fasttrain.receipt import TEXTBOOK, TUNED, Receipt
 from fasttrain.run.config import TrainConfig
 from fasttrain.run.folder import RunFolder
 from fasttrain.workloads.reviews import ReviewsOutcome, train_reviews
@@ -35,6 +39,10 @@ class Train:
     """Go on with an earlier run, in its folder, from its last finished epoch. Options are the run's; --epochs may raise
     its limit."""
 
+    receipt: bool = False
+    """Measure afterwards, for some seconds each, the textbook's loop, a tuned one and this run's own on the same data,
+    and tell how many times faster it was."""
+
     json: bool = False
     """Print one JSON document on stdout."""
 
@@ -52,10 +60,16 @@ class Train:
                 check_interrupt=interrupt.check,
                 command=shlex.join(["python", "-m", "fasttrain", *arguments]),
             )
+        receipt = None
+        if self.receipt and outcome.summary["stopped"] != "interrupted":
+            receipt = _receipt(config, outcome)
         if self.json:
-            print_json({"run": str(outcome.path), "notes": outcome.notes, **outcome.summary})
+            told = {} if receipt is None else {"receipt": receipt.to_dict()}
+            print_json({"run": str(outcome.path), "notes": outcome.notes, **outcome.summary, **told})
         else:
             _print_outcome(outcome)
+            for line in [] if receipt is None else _receipt_lines(receipt):
+                print_line(line)
         return EXIT_INTERRUPTED if outcome.summary["stopped"] == "interrupted" else 0
 
 
@@ -109,6 +123,34 @@ def _first_interrupt_ends_cleanly() -> Generator[_Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _receipt(config: TrainConfig, outcome: ReviewsOutcome) -> Receipt:
+    """Measures, and adds the receipt to summary.json and to the report. The run is complete without it.
+
+    Raises:
+        FasttrainError: the data is gone, or the folder cannot be written.
+    """
+    receipt = receipt_of(config, engine=outcome.summary["engine"], precision=outcome.summary["precision"])
+    folder = RunFolder.open(outcome.path)
+    folder.write_json("summary.json", {**outcome.summary, "receipt": receipt.to_dict()})
+    folder.write_text("report.html", render_report(replace(outcome.report, receipt=receipt)))
+    return receipt
+
+
+def _receipt_lines(receipt: Receipt) -> list[str]:
+    lines = [f"receipt: {receipt.rounds} alternating rounds in this process, {receipt.threads} thread(s)"]
+    for name, arm in receipt.arms.items():
+        parts = [f"{arm.samples_per_s:,.0f} samples/s"]
+        for to in (TEXTBOOK, TUNED):
+            ratio = receipt.ratio(name, to)
+            if ratio is not None:
+                interval = "" if ratio.low is None else f" ({ratio.low:.3g} to {ratio.high:.3g})"
+                parts.append(f"{ratio.speedup:.3g} times {to}{interval}")
+        if name != TEXTBOOK:
+            parts.append(f"losses within {arm.loss_difference:.1g} of the textbook's")
+        lines.append(f"  {name}: {', '.join(parts)}")
+    return lines + [f"  {name}: not timed: {reason}" for name, reason in receipt.refused.items()]
 
 
 def _print_outcome(outcome: ReviewsOutcome) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fasttrain.errors import RunError
 from fasttrain.history import History
+from fasttrain.json_text import json_text
 from fasttrain.run.checkpoint import load_tree, save_tree, write_atomically
 
-__all__ = ["RunFolder", "json_text"]
+__all__ = ["RunFolder"]
 
 
 class RunFolder:
@@ -151,18 +152,3 @@ def _free_name(path: Path) -> Path:
     while free.exists():
         free, number = path.with_name(f"{path.name}-{number}"), number + 1
     return free
-
-
-def json_text(content: Any) -> str:
-    """Readable, diffable JSON. Non-finite numbers become null: JSON has none."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(node: Any) -> Any:
-    if isinstance(node, float):
-        return node if node - node == 0 else None
-    if isinstance(node, Mapping):
-        return {key: _finite(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_finite(value) for value in node]
-    return node

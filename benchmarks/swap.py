@@ -1,0 +1,219 @@
+"""What `auto` costs beside `eager`: first step, trace, swap, a short job and a long one, all in fresh processes.
+
+Each repeat runs every process once, in random order: the long job with eager, with auto and an empty cache, and with
+auto once more over what that has left; the short one with eager and with auto over an empty cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from benchmarks.commands import run_child
+from benchmarks.places import RESULTS, log
+from benchmarks.records import Record, Series, ratios_to, times_better, write_record
+from fasttrain import FastLoop
+from fasttrain.errors import DataError
+from fasttrain.measure.bench.plan import orders
+from fasttrain.measure.environment import environment, load_average, now
+from fasttrain.workloads.job import JOBS, load_job
+
+ORDER_SEED = 0
+
+EAGER, COLD, WARM = "eager", "auto, empty cache", "auto, once more"
+SHORT_EAGER, SHORT_AUTO = "short job, eager", "short job, auto"
+FRESH = (EAGER, COLD, SHORT_EAGER, SHORT_AUTO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """A training in a process of its own.
+
+    Attributes:
+        process_s: from the process's start to its end.
+        fit_s: the training.
+        first_step_s: from the call of `fit` to the end of its first step.
+        steps_s: of each step.
+        swapped_at: the first step that a program ran; None if none did.
+        trace_s: how long steps waited for a trace or a compiler.
+        engine: what ran at the end, and why.
+    """
+
+    process_s: float
+    fit_s: float
+    first_step_s: float
+    steps_s: tuple[float, ...]
+    swapped_at: int | None
+    trace_s: float
+    engine: str
+
+    @property
+    def step_s(self) -> float:
+        """The median step."""
+        return statistics.median(self.steps_s)
+
+    @property
+    def traced_at(self) -> int:
+        """The longest step but the first: it holds the trace."""
+        return max(range(1, len(self.steps_s)), key=self.steps_s.__getitem__)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures and writes the record; returns the exit code."""
+    if arguments and arguments[0] == "--child":
+        return child(*arguments[1:])
+    options = parse(arguments)
+    started_at = environment(torch.device("cpu"))
+    ran: dict[str, list[Watched]] = {}
+    for repeat, names in zip(range(1, options.repeats + 1), orders(FRESH, ORDER_SEED), strict=False):
+        with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
+            for name in names:
+                for each in (COLD, WARM) if name == COLD else (name,):
+                    got = run(each, options, Path(scratch))
+                    log(f"repeat {repeat}/{options.repeats}: {each}: {got.process_s:.1f} s, {got.engine}")
+                    ran.setdefault(each, []).append(got)
+    record = Record(
+        benchmark="swap",
+        title=f"What auto costs, {options.workload}, cpu",
+        command=shlex.join(["python", "-m", "benchmarks.swap", *arguments]),
+        created=now(),
+        environment={**started_at, "load_average_after": load_average()},
+        workload={"name": options.workload, "epochs": options.epochs, "epochs of the short job": options.short_epochs},
+        **figures(ran),
+    )
+    path = options.out or RESULTS / f"swap-{options.workload}-cpu.json"
+    write_record(record, path)
+    log(f"written: {path}")
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swap", description=__doc__)
+    parser.add_argument("--workload", choices=sorted(JOBS), default="reviews")
+    parser.add_argument("--epochs", type=int, default=600, help="of the long job (default: 600)")
+    parser.add_argument("--short-epochs", type=int, default=3, help="of the short job (default: 3)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each process (default: 5)")
+    parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/swap-<workload>-cpu.json)")
+    options = parser.parse_args(arguments)
+    if min(options.epochs, options.short_epochs, options.repeats) < 1:
+        parser.error("every number must be 1 or more")
+    return options
+
+
+def run(name: str, options: argparse.Namespace, scratch: Path) -> Watched:
+    """Runs one training in a fresh process."""
+    is_short = name in (SHORT_EAGER, SHORT_AUTO)
+    engine = "eager" if name in (EAGER, SHORT_EAGER) else "auto"
+    epochs = options.short_epochs if is_short else options.epochs
+    cache = scratch / ("long" if name in (COLD, WARM) else name)
+    arguments = ("-m", "benchmarks.swap", "--child", options.workload, engine, str(epochs))
+    ran = run_child(*arguments, cache=cache)
+    found = json.loads(ran.output)
+    return Watched(process_s=ran.seconds, **{**found, "steps_s": tuple(found["steps_s"])})
+
+
+def child(workload: str, engine: str, epochs: str) -> int:
+    """Trains and prints what it saw."""
+    torch.set_num_threads(1)
+    job = load_job(workload, torch.device("cpu"))
+    model = job.model()
+    loop = FastLoop(model, job.optimizer(model), job.forward, engine=engine)
+    batches = job.batches()
+    times: list[float] = [time.perf_counter()]
+    swapped_at: list[int] = []
+
+    def watch(*_: object) -> None:
+        times.append(time.perf_counter())
+        if not swapped_at and loop.step.engine.value == "compiled":
+            swapped_at.append(len(times) - 2)
+
+    loop.fit(batches, epochs=int(epochs), progress=False, watch=watch)
+    seen = {
+        "fit_s": time.perf_counter() - times[0],
+        "first_step_s": times[1] - times[0],
+        "steps_s": [after - before for before, after in pairwise(times)],
+        "swapped_at": swapped_at[0] if swapped_at else None,
+        "trace_s": loop.step.compile_s or 0.0,
+        "engine": f"{loop.step.engine.value}: {loop.step.engine.reason}",
+    }
+    print(json.dumps(seen))
+    return 0
+
+
+def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
+    """The record's series, ratios and notes.
+
+    Raises:
+        DataError: auto never swapped in the long job, or compiled in the short one: there is nothing to tell.
+    """
+    swapped = [*ran[COLD], *ran[WARM]]
+    if any(each.swapped_at is None for each in swapped):
+        raise DataError("auto did not end on a program in every long run: give more --epochs")
+    if any(each.trace_s for each in ran[SHORT_AUTO]):
+        raise DataError("auto traced in a short job: give fewer --short-epochs")
+
+    def seconds(description: str, values: Sequence[float]) -> Series:
+        return Series(description=description, unit="s", values=tuple(values))
+
+    series = {
+        "first step, eager": seconds("from the call of `fit` on", [each.first_step_s for each in ran[EAGER]]),
+        "first step, auto": seconds("the same, with an empty cache", [each.first_step_s for each in ran[COLD]]),
+        "trace": seconds("what `auto` stops for, once", [each.steps_s[each.traced_at] for each in ran[COLD]]),
+        "swap": seconds(
+            "the longest step after the trace and before five steps of the program, cache empty and full",
+            [swap_s(each) for each in swapped],
+        ),
+        "swap after the trace, once more": seconds(
+            "with the program in the cache, from the trace's end to the first step of the program",
+            [swap_after_trace_s(each) for each in ran[WARM]],
+        ),
+        "short job, eager": seconds("the whole process", [each.process_s for each in ran[SHORT_EAGER]]),
+        "short job, auto": seconds(
+            "the whole process, with an empty cache", [each.process_s for each in ran[SHORT_AUTO]]
+        ),
+        "long job, eager": seconds("the training", [each.fit_s for each in ran[EAGER]]),
+        "long job, auto": seconds("the same, with an empty cache", [each.fit_s for each in ran[COLD]]),
+        "long job, auto once more": seconds(
+            "the same, with the program in the cache", [each.fit_s for each in ran[WARM]]
+        ),
+    }
+    for name in ("first step", "short job"):
+        series[f"{name}, times as fast"] = times_better(series[f"{name}, auto"], series[f"{name}, eager"])
+    ratios = ratios_to(series, "long job, eager", ["long job, eager", "long job, auto", "long job, auto once more"])
+    step_us = 1e6 * statistics.median(each.step_s for each in ran[EAGER])
+    ends = [f"{name}: {each[-1].engine}" for name, each in ran.items()]
+    return {
+        "series": series,
+        "yardstick": "long job, eager",
+        "ratios": ratios,
+        "refused": {},
+        "notes": [f"an eager step takes {step_us:.0f} us", *ends],
+    }
+
+
+def swap_s(watched: Watched) -> float:
+    """The longest step after the trace and before five steps of the program: loading, checking and trying included."""
+    assert watched.swapped_at is not None
+    return max(watched.steps_s[watched.traced_at + 1 : watched.swapped_at + 5])
+
+
+def swap_after_trace_s(watched: Watched) -> float:
+    """From the end of the step that was traced to the end of the first step of the program."""
+    assert watched.swapped_at is not None
+    return sum(watched.steps_s[watched.traced_at + 1 : watched.swapped_at + 1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

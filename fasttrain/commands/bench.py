@@ -1,0 +1,189 @@
+"""`bench`: arms of a workload against each other, in blocks of fresh processes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fasttrain.commands.shared import EXIT_INTERRUPTED, print_json, print_line
+from fasttrain.device import resolve_device
+from fasttrain.errors import ConfigError, DataError
+from fasttrain.measure.bench.machine import Machine
+from fasttrain.measure.bench.noise import known_noise, remember_noise
+from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, run_bench
+from fasttrain.measure.bench.record import BenchRecord, write_record
+from fasttrain.measure.bench.runner import BlockRunner, fresh_caches
+from fasttrain.measure.bench.sources import DEFAULT_ARMS, check_source, peers
+from fasttrain.measure.bench.summary import markdown, terminal
+from fasttrain.measure.environment import clock_mhz, environment, load_average, now
+
+__all__ = ["Bench"]
+
+MOST_FLAGGED = 0.25
+"""What an arm against itself tells is kept, if no more than this share of the processes was flagged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure arms of a workload against each other, in blocks of fresh processes, every arm once in random order.
+
+    An arm whose losses leave those of the textbook's loop is not timed.
+    """
+
+    workload: Literal["reviews", "mlp", "cnn", "chars"] = "reviews"
+    """What is trained."""
+
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    """Core arms (textbook, tuned, eager, torch-compile, compiled, auto, graphed) and peers by name."""
+
+    peers: bool = False
+    """All peers too: what others make of the same job. They are in the root of fasttrain's repository."""
+
+    module: tuple[str, ...] = ()
+    """Arms of your own, each as my_code:make_arm, where make_arm(workload) gives an object with step(), sync() and
+    losses()."""
+
+    blocks: int = 10
+    """How many blocks; with fewer than 7, no verdict can be reached."""
+
+    extend: bool = False
+    """Measure as many blocks again."""
+
+    against: str | None = None
+    """Compare all other arms with this one: where that is inconclusive after the blocks, as many more are measured,
+    once."""
+
+    aa: str | None = None
+    """Measure this arm against itself, and keep what that tells of this machine's noise. Other arms are left out."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    cpu_threads: int = 1
+    """Torch's threads in every process. The textbook is measured with torch's own number too."""
+
+    warmup_s: float = 0.5
+    """Least seconds of steps in a process before any is timed."""
+
+    timed_s: float = 1.0
+    """Least seconds of timed steps in a process."""
+
+    seed: int = 0
+    """Of the order of the arms in each block."""
+
+    out: Path | None = None
+    """File of the record, JSON; by default bench-WORKLOAD-DEVICE.json in this folder."""
+
+    markdown: Path | None = None
+    """File for the table in Markdown."""
+
+    json: bool = False
+    """Print the record on stdout instead of a table."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def execute(self, arguments: list[str]) -> int:
+        """Measures; returns the exit code."""
+        device = resolve_device(self.device)
+        before = environment(device)
+        plan = self.plan(torch.get_num_threads(), device)
+        plan = replace(plan, noise=known_noise(before, self.workload))
+        with fresh_caches() as variables:
+            record, is_interrupted = run_bench(
+                plan,
+                BlockRunner(variables),
+                Machine(device),
+                _log,
+                environment=before,
+                command=shlex.join(["python", "-m", "fasttrain", *arguments]),
+                created=now(),
+            )
+        record = replace(
+            record, environment={**before, "load_average_after": load_average(), "clock_mhz_after": clock_mhz()}
+        )
+        self._keep(record, device)
+        if plan.aa is not None and not is_interrupted:
+            _keep_noise(record, self.workload)
+        if self.json:
+            print_json(record.to_dict())
+        else:
+            print_line(terminal(record))
+        return EXIT_INTERRUPTED if is_interrupted else 0
+
+    def plan(self, default_threads: int, device: torch.device) -> BenchPlan:
+        """What the options ask for.
+
+        Args:
+            default_threads: torch's own choice.
+            device: where every arm trains.
+
+        Raises:
+            ConfigError: an option cannot work.
+        """
+        if self.aa is not None:
+            if self.against is not None or self.module or self.peers:
+                raise ConfigError("--aa measures one arm against itself: leave --against, --module and --peers out")
+            check_source(self.aa)
+            labels = f"{self.aa} A", f"{self.aa} B"
+            specs = [ArmSpec(label=label, source=self.aa, threads=self.cpu_threads) for label in labels]
+        else:
+            labels = None
+            specs = self._specs(default_threads)
+        return BenchPlan(
+            workload=self.workload,
+            device=str(device),
+            arms=tuple(specs),
+            blocks=self.blocks,
+            extend=self.extend,
+            against=self.against,
+            aa=labels,
+            warmup_s=self.warmup_s,
+            timed_s=self.timed_s,
+            threads=self.cpu_threads,
+            seed=self.seed,
+        )
+
+    def _specs(self, default_threads: int) -> list[ArmSpec]:
+        sources = list(dict.fromkeys([*self.arms, *(peers() if self.peers else ()), *self.module]))
+        specs: list[ArmSpec] = []
+        for source in sources:
+            check_source(source)
+            specs.append(ArmSpec(label=source, source=source, threads=self.cpu_threads))
+            if source == "textbook" and default_threads != self.cpu_threads:
+                label = f"textbook, {default_threads} threads"
+                specs.append(ArmSpec(label=label, source=source, threads=default_threads))
+        return specs
+
+    def _keep(self, record: BenchRecord, device: torch.device) -> None:
+        path = self.out or Path(f"bench-{self.workload}-{device.type}.json")
+        write_record(record, path)
+        _log(f"written: {path}")
+        if self.markdown is not None:
+            title = f"Training: {self.workload}, {device.type}"
+            try:
+                self.markdown.write_text(markdown(record, title), encoding="utf-8")
+            except OSError as error:
+                problem = f"the table cannot be written: {error.strerror or error}"
+                raise DataError(problem, file=str(self.markdown)) from error
+
+
+def _keep_noise(record: BenchRecord, workload: str) -> None:
+    """For later runs, unless the machine was too busy to learn from."""
+    blocks = [block for arm in record.arms.values() for block in arm.blocks]
+    flagged = sum(bool(block.flags) for block in blocks)
+    if record.noise is None:
+        return
+    if flagged > MOST_FLAGGED * len(blocks):
+        _log(f"the noise is not kept for later runs: {flagged} of {len(blocks)} processes were flagged")
+        return
+    remember_noise(record.environment, workload, record.noise)
+
+
+def _log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,118 @@
+"""`compare`: a verdict on two trainings, and the reasons for it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from fasttrain.commands.shared import print_json, print_line
+from fasttrain.comparison import Comparison
+from fasttrain.errors import ConfigError, DataError
+from fasttrain.measure.verdict.compare import compare
+from fasttrain.measure.verdict.text import comparison_lines
+from fasttrain.pages.comparison import render_comparison
+
+__all__ = ["Compare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Tell of two trainings which is faster, how sure that is, and why.
+
+    A and B are two arms of benchmarks (`results.json:eager results.json:auto`), two profiles, or with --rev two
+    revisions of this repository. Exit code: 0 B is faster or the same, 1 slower or a counter rose, 3 inconclusive,
+    4 not comparable.
+    """
+
+    sides: tyro.conf.Positional[tuple[str, ...]] = ()
+    """A and B, each a file or FILE:ARM. A benchmark's file without an arm stands for its arm `auto`."""
+
+    rev: tuple[str, str] | None = None
+    """Measure two git revisions instead, in blocks that alternate. Your checkout is not touched."""
+
+    workload: Literal["reviews", "mlp", "cnn", "chars"] = "reviews"
+    """With --rev: what is trained."""
+
+    arm: str = "auto"
+    """With --rev: how: textbook, tuned, eager, torch-compile, compiled, auto, graphed, or my_code:make_arm of the
+    revision's own."""
+
+    blocks: int = 10
+    """With --rev: how many blocks. If they decide nothing, as many again are measured, once."""
+
+    timed_s: float = 1.0
+    """With --rev: least seconds of timed steps in a block's process."""
+
+    device: str = "auto"
+    """With --rev: auto, cpu, cuda or cuda:N."""
+
+    cpu_threads: int = 1
+    """With --rev: torch's threads in every process."""
+
+    profiles: tuple[Path, Path] | None = None
+    """A profile of A and one of B, to explain the difference of two arms."""
+
+    through: str | None = None
+    """Judge arms of two files through this arm, which both have. By default the textbook."""
+
+    html: Path | None = None
+    """Write a page with everything that was found."""
+
+    json: bool = False
+    """Print one JSON document on stdout."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def execute(self, arguments: list[str]) -> int:
+        """Compares; returns the exit code."""
+        found = self._found(shlex.join(["python", "-m", "fasttrain", *arguments]))
+        if self.html is not None:
+            _write(self.html, render_comparison(found))
+        if self.json:
+            print_json(found.to_dict())
+        else:
+            for line in comparison_lines(found):
+                print_line(line)
+        return found.exit_code
+
+    def _found(self, command: str) -> Comparison:
+        if self.rev is not None:
+            return self._measured(self.rev, command)
+        if len(self.sides) != 2:
+            raise ConfigError(f"{len(self.sides)} files or arms were given: give two, A and B")
+        a, b = self.sides
+        return compare(a, b, command=command, profiles=self.profiles, through=self.through)
+
+    def _measured(self, revisions: tuple[str, str], command: str) -> Comparison:
+        # Imports torch, which a comparison of files does without.
+        from fasttrain.device import resolve_device
+        from fasttrain.measure.verdict.revisions import Live, compare_revisions
+
+        if self.sides or self.profiles is not None or self.through is not None:
+            raise ConfigError("--rev measures two revisions: leave files, --profiles and --through out")
+        live = Live(
+            workload=self.workload,
+            arm=self.arm,
+            device=resolve_device(self.device),
+            blocks=self.blocks,
+            timed_s=self.timed_s,
+            threads=self.cpu_threads,
+        )
+        return compare_revisions(revisions, live, command=command, log=_log)
+
+
+def _log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"the page cannot be written: {error.strerror or error}", file=str(path)) from error

@@ -1,0 +1,1 @@
+"""`bench`: arms of a workload against each other, in blocks of fresh processes."""

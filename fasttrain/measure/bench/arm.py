@@ -1,0 +1,47 @@
+"""An arm: one side of a benchmark. A user writes one to have a training of their own measured."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fasttrain.workloads.job import Job
+
+__all__ = ["CHECKED_STEPS", "Arm", "ArmFactory"]
+
+CHECKED_STEPS = 20
+"""Steps whose losses are compared with the reference's before an arm is timed."""
+
+
+class Arm(Protocol):
+    """A training that can be run step by step, from the job's weights and in the job's order of rows.
+
+    It may also have `description` (words for the table), `compile_s` (seconds that steps have waited for a trace or a
+    compiler so far, or None) and `engine` (what runs the steps, and why).
+    """
+
+    def step(self) -> int | None:
+        """Trains a step, or several in one go.
+
+        Returns:
+            How many it trained; None is one.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Waits for the device."""
+        ...
+
+    def losses(self) -> list[float] | None:
+        """The loss of each step so far; waits for the device. It is called before anything is timed, and not later.
+
+        None where the algorithm is another one, so that its losses must differ.
+        """
+        ...
+
+
+class ArmFactory(Protocol):
+    """Makes an arm of a job; raises `EngineError` where it cannot run here."""
+
+    def __call__(self, workload: Job, /) -> Arm:
+        """Makes it."""
+        ...

@@ -1,0 +1,265 @@
+"""The arms that every job has: the textbook's loop, a hand-tuned one, and `FastLoop` with each of its engines."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.errors import EngineError
+from fasttrain.loop import FastLoop, Interrupted
+from fasttrain.measure.bench.arm import CHECKED_STEPS, ArmFactory
+from fasttrain.metrics import count_correct
+from fasttrain.reference import train_epoch
+from fasttrain.workloads.job import Job
+from fasttrain.workloads.review_job import ReviewJob
+
+__all__ = ["CORE_ARMS", "PASS_S", "CheckedSteps", "LoopArm", "TextbookArm", "TunedArm", "endless", "wait_for"]
+
+PASS_S = 0.5
+"""A pass over an epoch that would take longer than this ends when it has taken so long."""
+
+MAX_SETTLING_STEPS = 2_000
+"""`auto` decides within a few hundred; it is timed undecided if it has not by then."""
+
+
+class TextbookArm:
+    """The textbook's loop over its own Dataset and DataLoader.
+
+    Args:
+        job: what it trains.
+    """
+
+    description = "the book's Dataset, DataLoader and loop"
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._model, self._optimizer, self._loss = job.textbook_model()
+        self._batches = self._all_batches()
+        self._checked = CheckedSteps()
+
+    def step(self) -> int:
+        """See `Arm.step`; many in one go, so that entering the loop costs nothing."""
+        if self._checked.is_enough:
+            num_steps = self._checked.steps_in(PASS_S)
+            self._train(num_steps)
+            return num_steps
+        with self._checked.timing():
+            self._train(1)
+        return 1
+
+    def sync(self) -> None:
+        """See `Arm.sync`."""
+        wait_for(self._job.device)
+
+    def losses(self) -> list[float]:
+        """See `Arm.losses`."""
+        return self._checked.losses
+
+    def _train(self, num_steps: int) -> None:
+        batches = islice(self._batches, num_steps)
+        found = train_epoch(self._model, batches, self._loss, self._optimizer, self._job.device)
+        if not self._checked.is_enough:
+            self._checked.losses.append(found.loss)
+
+    def _all_batches(self) -> Iterator[Any]:
+        for epoch in count():
+            yield from self._job.textbook_batches(self._job.order(epoch).tolist())
+
+
+class TunedArm:
+    """What a careful engineer writes by hand: data on the device, a fused optimizer, nothing read before an epoch ends.
+
+    Args:
+        job: what it trains.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._model = job.model()
+        self._optimizer = job.optimizer(self._model)
+        for group in self._optimizer.param_groups:
+            group["fused"] = True
+        is_reviews = isinstance(job, ReviewJob)
+        self._batches = _all_dense_batches(job) if is_reviews else endless(job.batches())
+        rows = "one-hot rows made once, gathered" if is_reviews else "rows on the device, shuffled and sliced"
+        self.description = f"by hand: {rows}; fused {type(self._optimizer).__name__}; read once an epoch"
+        self._steps_in_epoch = len(job.order(0)) // job.batch_size
+        self._steps = 0
+        self._loss_sum = torch.zeros((), device=job.device)
+        self._correct = torch.zeros((), device=job.device)
+        self._losses: list[Tensor] = []
+
+    def step(self) -> None:
+        """See `Arm.step`."""
+        loss, predictions, targets = self._job.forward(self._model, next(self._batches))
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._loss_sum += loss.detach()
+        rule = "argmax" if predictions.dim() > targets.dim() else "logit"
+        self._correct += count_correct(rule, predictions.detach(), targets)
+        if len(self._losses) < CHECKED_STEPS:
+            self._losses.append(loss.detach())
+        self._steps += 1
+        if self._steps % self._steps_in_epoch == 0:
+            torch.stack([self._loss_sum, self._correct]).tolist()  # HOST READ: once an epoch, its figures
+            self._loss_sum.zero_()
+            self._correct.zero_()
+
+    def sync(self) -> None:
+        """See `Arm.sync`."""
+        wait_for(self._job.device)
+
+    def losses(self) -> list[float]:
+        """See `Arm.losses`."""
+        return torch.stack(self._losses).tolist()
+
+
+class LoopArm:
+    """`FastLoop` over resident batches, an epoch a call where that is short enough.
+
+    With engine "auto", the call after the checked steps waits until it is decided what runs the steps, as it is early
+    in a long job.
+
+    Args:
+        job: what it trains.
+        engine: of the loop.
+        precision: of the forward pass.
+
+    Raises:
+        EngineError: the engine cannot run here.
+    """
+
+    def __init__(self, job: Job, *, engine: str, precision: str = "fp32") -> None:
+        if engine == "graphed" and job.device.type != "cuda":
+            raise EngineError(f"CUDA graphs need a CUDA device, and the job is on {job.device}")
+        self.description = f"FastLoop, engine {engine}, resident batches"
+        self._job = job
+        model = job.model()
+        self._loop = FastLoop(model, job.optimizer(model), job.forward, engine=engine, precision=precision)
+        self._batches = job.batches()
+        self._first_batches = endless(self._batches)
+        self._checked = CheckedSteps()
+        self._is_settled = engine != "auto"
+
+    @property
+    def compile_s(self) -> float | None:
+        """Seconds that steps have waited for a trace or a compiler so far; None where there was no wait."""
+        return self._loop.step.compile_s
+
+    @property
+    def engine(self) -> str:
+        """What runs the steps now, and why."""
+        choice = self._loop.step.engine
+        return f"{choice.value}: {choice.reason}"
+
+    def step(self) -> int:
+        """See `Arm.step`; an epoch in one go, or a part of a long one."""
+        if not self._checked.is_enough:
+            with self._checked.timing():
+                loss = self._loop.step(next(self._first_batches))
+                self._checked.losses.append(loss.item())  # HOST READ: of the first steps, which are checked
+            return 1
+        num_settling = 0 if self._is_settled else self._settle()
+        limit = self._checked.steps_in(PASS_S)
+        return num_settling + (self._part_of_epoch(limit) if limit < len(self._batches) else self._epoch())
+
+    def sync(self) -> None:
+        """See `Arm.sync`."""
+        wait_for(self._job.device)
+
+    def losses(self) -> list[float]:
+        """See `Arm.losses`: of the first steps."""
+        return self._checked.losses
+
+    def _epoch(self) -> int:
+        return self._loop.train(self._batches).batches
+
+    def _part_of_epoch(self, num_steps: int) -> int:
+        def watch(batches: int, *_: object) -> None:
+            if batches == num_steps:
+                raise Interrupted
+
+        with suppress(Interrupted):
+            self._loop.train(self._batches, watch=watch)
+        self._loop.step.metrics.compute()  # HOST READ: what the end of an epoch reads
+        return num_steps
+
+    def _settle(self) -> int:
+        self._is_settled = True
+        steps = count()
+        self._loop.step.settle(batch for batch, _ in zip(self._few_batches(), steps, strict=False))
+        return next(steps)
+
+    def _few_batches(self) -> Iterator[Any]:
+        return islice(endless(self._batches), MAX_SETTLING_STEPS)
+
+
+def endless(batches: Any) -> Iterator[Any]:
+    """A source's epochs, one after the other."""
+    while True:
+        yield from batches
+
+
+class CheckedSteps:
+    """Losses and times of the first steps, which are run one by one; what many of them in one go take follows.
+
+    Attributes:
+        losses: of each.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self._seconds: list[float] = []
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are enough to compare with the reference's."""
+        return len(self.losses) >= CHECKED_STEPS
+
+    @contextmanager
+    def timing(self) -> Generator[None]:
+        """Around each step."""
+        begin = time.perf_counter()
+        yield
+        self._seconds.append(time.perf_counter() - begin)
+
+    def steps_in(self, seconds: float) -> int:
+        """How many steps take so long, by the later half of the first ones; at least one."""
+        return max(1, int(seconds / statistics.median(self._seconds[len(self._seconds) // 2 :])))
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until a device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _all_dense_batches(job: ReviewJob) -> Iterator[dict[str, Tensor]]:
+    """Batches of one-hot rows, which are all made first.
+
+    As uint8 [rows, features]: float32 would take four times the memory (0.8 GB for 39,200 rows of 5,317 words).
+    """
+    tokens = job.train.tokens
+    dense = torch.zeros(job.num_rows, job.num_features, dtype=torch.uint8)
+    dense.numpy()[np.repeat(np.arange(len(dense)), np.diff(tokens.offsets)), tokens.ids] = 1
+    rows, targets = dense.to(job.device), job.targets().to(job.device)
+    for epoch in count():
+        for batch in torch.from_numpy(job.order(epoch)).to(job.device).split(job.batch_size):
+            yield {"x_data": rows.index_select(0, batch).float(), "y_target": targets.index_select(0, batch)}
+
+
+CORE_ARMS: dict[str, ArmFactory] = {
+    "textbook": TextbookArm,
+    "tuned": TunedArm,
+    **{engine: partial(LoopArm, engine=engine) for engine in ("eager", "torch-compile", "compiled", "auto", "graphed")},
+}

@@ -1,0 +1,87 @@
+"""What is known of this machine's noise: one small file of this user's, written by `bench --aa`, read by later runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fasttrain.errors import DataError
+from fasttrain.measure.bench.record import noise_from
+from fasttrain.measure.strict import Node, read_json
+from fasttrain.measure.verdict.stats import Noise
+from fasttrain.step.cache import default_folder
+
+__all__ = ["known_noise", "noise_file", "remember_noise"]
+
+SCHEMA_VERSION = 1
+
+OF_MACHINE = ("cpu", "cores", "device")
+"""What of an environment makes a machine another one."""
+
+
+def noise_file() -> Path:
+    """`$XDG_CACHE_HOME/fasttrain/noise.json`, by default below `~/.cache`."""
+    return default_folder().parent / "noise.json"
+
+
+def remember_noise(environment: dict[str, Any], workload: str, noise: Noise) -> None:
+    """Keeps what an arm against itself has told.
+
+    Args:
+        environment: it was measured in.
+        workload: it was measured with.
+        noise: what it told; it replaces what was known before.
+
+    Raises:
+        DataError: the file cannot be written, or is damaged: remove it.
+    """
+    path = noise_file()
+    machines = _machines(path)
+    machines.setdefault(_machine(environment), {})[workload] = noise
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "noise",
+        "machines": {
+            machine: {name: asdict(each) for name, each in known.items()} for machine, known in machines.items()
+        },
+    }
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"the noise cannot be kept: {error.strerror or error}", file=str(path)) from error
+
+
+def known_noise(environment: dict[str, Any], workload: str) -> Noise | None:
+    """What is known of this machine: with this workload, else the worst of any; None where nothing is.
+
+    Raises:
+        DataError: the file is damaged: remove it.
+    """
+    known = _machines(noise_file()).get(_machine(environment), {})
+    return known.get(workload) or max(known.values(), key=lambda noise: noise.floor, default=None)
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {environment[name]}" for name in OF_MACHINE)
+
+
+def _machines(path: Path) -> dict[str, dict[str, Noise]]:
+    if not path.exists():
+        return {}
+    try:
+        node = Node(read_json(path), "the noise")
+        if node.integer("schema_version") != SCHEMA_VERSION or node.text("kind") != "noise":
+            raise DataError(f"is not of schema version {SCHEMA_VERSION}: remove it, and run bench --aa again")
+        machines = node.named("machines")
+        return {
+            machine: {workload: noise_from(known.node(workload)) for workload in known.names()}
+            for machine, known in machines.items()
+        }
+    except DataError as error:
+        raise DataError(error.problem, file=str(path)) from None

@@ -1,0 +1,98 @@
+"""Tables of a benchmark say what its record says, and nothing in them does any harm."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fasttrain.measure.bench.summary import command, fastest, markdown, number, summarise, terminal, text
+from fasttrain.measure.verdict.stats import Noise
+from tests.measure.bench.bench_fakes import arm, figures, record
+
+TEXTBOOK = arm(4e-3, 2e-3)
+COMPILED = arm(
+    blocks=(
+        figures(0, 1e-3, compile_s=0.6, repeats=1, engine="compiled: asked for"),
+        figures(1, 1e-3, compile_s=0.4, flags=("load",), engine="compiled: asked for"),
+    ),
+    repeated=(figures(0, 9.0, compile_s=30.0, flags=("load",)),),
+)
+
+
+def test_ratios_are_formed_within_blocks() -> None:
+    textbook, compiled = summarise(record({"textbook": TEXTBOOK, "compiled": COMPILED}))
+    ratio = compiled.ratios["textbook"]
+    assert (ratio.low, ratio.median, ratio.high, ratio.count) == pytest.approx((2.0, 3.0, 4.0, 2))
+    assert textbook.ratios["textbook"].median == pytest.approx(1.0)
+    assert compiled.rate.median == pytest.approx(128 / 1e-3)
+    assert (compiled.first_compile_s, compiled.warm_compile_s) == (30.0, 0.5)
+    assert (textbook.first_compile_s, textbook.warm_compile_s) == (None, None)
+
+
+def test_the_yardstick_is_the_fastest_of_its_kind() -> None:
+    found = record(
+        {
+            "textbook": TEXTBOOK,
+            "textbook, 4 threads": arm(1e-3, 1e-3),
+            "jax-scan": arm(9.0, 9.0),
+            "jax-step": arm(1.0, 1.0),
+            "textbooks": arm(1e-6),
+        }
+    )
+    assert fastest(found, "textbook") == "textbook, 4 threads"
+    assert fastest(found, "jax") == "jax-step"
+    assert fastest(found, "tuned") is None
+
+
+def test_a_table_tells_all_that_is_known() -> None:
+    noise = Noise(floor=0.02, smallest_effect=0.05, pairs=10)
+    found = record({"textbook": TEXTBOOK, "compiled": COMPILED}, refused={"jax": "not installed"}, noise=noise)
+    for shown in (terminal(found), markdown(found, "A title")):
+        assert "3.00x (2.00 to 4.00)" in shown
+        assert "30.0, 0.500" in shown
+        assert "not timed: jax: not installed" in shown
+        assert "compiled: ran compiled: asked for" in shown
+        assert "1 under 'load'; repeats: 1" in shown
+        assert "noise floor 2.0%, smallest detectable effect 5.0% (10 pairs)" in shown
+        assert "A CPU, 4 cores; torch 2.13.0" in shown
+        assert "2 blocks, 1 s timed in each process, threads 1." in shown
+    assert markdown(found, "A title").startswith("## A title\n\n| arm | samples/s |")
+
+
+def test_nothing_is_said_to_be_known_that_is_not() -> None:
+    shown = terminal(record({"mine": arm(1e-3, agreement=None)}))
+    assert "another algorithm" in shown
+    assert "noise is not known" in shown
+    assert "none of 1 processes was flagged" in shown
+    assert "times" not in shown.splitlines()[0]
+
+
+@given(given_text=st.text())
+@settings(deadline=None)
+def test_no_text_breaks_out_of_its_cell(given_text: str) -> None:
+    shown = text(given_text)
+    assert "\n" not in shown
+    assert "<" not in shown
+    assert shown.count("|") == shown.count("\\|")
+    assert shown.isprintable()
+    assert command(given_text).count("`") == 2
+
+
+def test_hostile_names_are_shown_harmlessly() -> None:
+    evil = "a | <script>alert(1)</script> ![x](http://x) \x1b[2J\nb"
+    found = record({evil: arm(1e-3, description=evil)}, refused={evil: evil}, command=f"`{evil}`")
+    assert "\x1b" not in terminal(found)
+    shown = markdown(found, evil)
+    assert "<script>" not in shown.replace(command(found.command), "")
+    assert "![x]" not in shown.replace(command(found.command), "")
+    (row,) = [line for line in shown.splitlines() if line.startswith("| a ")]
+    assert row.replace("\\|", "").count("|") == 9
+
+
+@given(value=st.floats(1e-6, 1e9))
+@settings(deadline=None)
+def test_figures_are_shown_to_three_digits(value: float) -> None:
+    shown = number(value)
+    assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.006)
+    assert "e" not in shown

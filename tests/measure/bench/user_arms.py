@@ -1,0 +1,52 @@
+"""Arms as a user writes them."""
+
+from __future__ import annotations
+
+from itertools import chain, repeat
+
+import torch
+
+from fasttrain.measure.bench.arm import Arm
+from fasttrain.workloads.job import Job
+
+
+class MyArm:
+    def __init__(self, workload: Job) -> None:
+        self.workload = workload
+        self.model = workload.model()
+        self.optimizer = workload.optimizer(self.model)
+        self.batches = chain.from_iterable(repeat(workload.batches()))
+        self.found: list[torch.Tensor] = []
+
+    def step(self) -> None:
+        loss, _, _ = self.workload.forward(self.model, next(self.batches))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.found.append(loss.detach())
+
+    def sync(self) -> None:
+        pass
+
+    def losses(self) -> list[float]:
+        return torch.stack(self.found).tolist()
+
+
+def make_arm(workload: Job) -> Arm:
+    return MyArm(workload)
+
+
+class WrongArm(MyArm):
+    def losses(self) -> list[float]:
+        return [1.001 * loss for loss in super().losses()]
+
+
+def make_wrong_arm(workload: Job) -> Arm:
+    return WrongArm(workload)
+
+
+def make_no_arm(workload: Job) -> Arm:
+    raise ValueError("a bug of the user's own")
+
+
+NOT_A_FUNCTION = 3
