@@ -1,0 +1,186 @@
+"""From what the passes saw to a profile: everything per step, scaled to a clean one, so that it adds up."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fasttrain.measure.environment import environment, now
+from fasttrain.measure.places import Place, shown
+from fasttrain.measure.profiling.compile_events import CompileEvents
+from fasttrain.measure.profiling.findings import Observations, find
+from fasttrain.measure.profiling.passes import AllocationPass, CountPass, SuspectPass, TracePass, device_type
+from fasttrain.measure.profiling.record import (
+    PHASES,
+    Copies,
+    Counters,
+    Gpu,
+    HostRead,
+    Operator,
+    Profile,
+    Traffic,
+)
+from fasttrain.measure.profiling.trace_summary import TraceSummary
+
+__all__ = ["Timed", "Watched", "assemble"]
+
+MAX_OPERATORS = 40
+MAX_READS = 40
+MAX_UNCOUNTED = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What the passes that time have found; plain data, for it may come from another process.
+
+    Attributes:
+        step_us: of a clean step.
+        shares: of a step, by phase.
+        read_us: (file, line, us) of methods that wait for the device.
+        gpu: without the trace's part.
+    """
+
+    step_us: float
+    shares: dict[str, float]
+    read_us: list[tuple[str, int, float]]
+    gpu: Gpu | None
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Timed:
+        """What `dataclasses.asdict` made, once it went through JSON."""
+        gpu = given["gpu"]
+        return cls(
+            step_us=given["step_us"],
+            shares=given["shares"],
+            read_us=[(file, line, us) for file, line, us in given["read_us"]],
+            gpu=None if gpu is None else Gpu(**gpu),
+        )
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Us by phase."""
+        return {phase: self.step_us * self.shares.get(phase, 0.0) for phase in PHASES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """The passes that slow the steps down, each run to its end."""
+
+    trace: TracePass
+    allocations: AllocationPass
+    counts: CountPass
+    suspects: SuspectPass
+
+
+def assemble(
+    timed: Timed,
+    watched: Watched,
+    *,
+    loops: list[Place],
+    programs_loaded: int,
+    name: str,
+    workload: dict[str, Any],
+    command: str,
+) -> Profile:
+    """Puts a profile together.
+
+    Args:
+        timed: of this process, or of one that traced nothing.
+        watched: of this process.
+        loops: where loaders were looped over.
+        programs_loaded: in this process.
+        name: of the profile.
+        workload: what is trained.
+        command: that profiles.
+    """
+    summary = watched.trace.summary()
+    compiled = watched.counts.compiled
+    memory, allocations = watched.allocations.result()
+    gpu = timed.gpu
+    if gpu is not None and summary.idle_us is not None:
+        gpu = replace(gpu, idle_us={cause: us / watched.trace.steps for cause, us in summary.idle_us.items()})
+    return Profile(
+        name=name,
+        workload=workload,
+        command=command,
+        created=now(),
+        environment={**environment(torch.device(device_type())), "threads": torch.get_num_threads()},
+        step_us=timed.step_us,
+        traced_step_us=summary.wall_us / watched.trace.steps,
+        phases=timed.phases,
+        operators=_operators(timed.phases, summary, watched.trace.steps),
+        counters=_counters(watched, summary, allocations, programs_loaded),
+        memory=memory,
+        gpu=gpu,
+        findings=find(_observations(timed, watched, loops, compiled)),
+    )
+
+
+def _operators(phases: Mapping[str, float], summary: TraceSummary, steps: int) -> list[Operator]:
+    """The trace's operators, each phase of them scaled to its time in clean steps; then what is left."""
+    traced: defaultdict[str, float] = defaultdict(float)
+    for row in summary.operators:
+        traced[row.phase] += row.self_us
+    rows = [
+        replace(row, calls=row.calls / steps, self_us=row.self_us * phases[row.phase] / traced[row.phase])
+        for row in summary.operators
+        if traced[row.phase] > 0
+    ]
+    rows += [
+        Operator(name="python", phase=phase, calls=0, self_us=us)
+        for phase, us in phases.items()
+        if us > 0 and not traced[phase] > 0
+    ]
+    rows.sort(key=lambda row: (-row.self_us, row.name, row.phase))
+    rest = sum(row.self_us for row in rows[MAX_OPERATORS:])
+    return [*rows[:MAX_OPERATORS], Operator(name="other", phase="", calls=0, self_us=rest)]
+
+
+def _counters(watched: Watched, summary: TraceSummary, allocations: float, programs_loaded: int) -> Counters:
+    compiled = watched.counts.compiled
+    steps = watched.trace.steps
+    flops = watched.counts.flops
+    ran_program = any(row.name == "generated code" for row in summary.operators)
+    h2d, d2h = (summary.copies[way] for way in ("h2d", "d2h"))
+    return Counters(
+        dispatched_operators=summary.num_operators / steps,
+        kernel_launches=None if summary.launches is None else summary.launches / steps,
+        host_reads=[
+            HostRead(file=shown(read.file), line=read.line, what=read.what, per_step=read.count / watched.counts.steps)
+            for read in watched.counts.reads[:MAX_READS]
+        ],
+        copies=Copies(
+            h2d=Traffic(count=h2d[0] / steps, bytes=h2d[1] / steps),
+            d2h=Traffic(count=d2h[0] / steps, bytes=d2h[1] / steps),
+        ),
+        allocations=allocations,
+        graph_breaks=len(compiled.breaks),
+        recompilations=compiled.recompilations(),
+        programs_loaded=programs_loaded,
+        flops=None if ran_program else flops.flops / watched.counts.steps,
+        flops_not_counted=["program"] if ran_program else sorted(flops.not_counted)[:MAX_UNCOUNTED],
+    )
+
+
+def _observations(timed: Timed, watched: Watched, loops: list[Place], compiled: CompileEvents) -> Observations:
+    suspects = watched.suspects
+    read_us: dict[Place, float] = {(file, line): us for file, line, us in timed.read_us}
+    return Observations(
+        step_us=timed.step_us,
+        data_wait_us=timed.phases["data wait"],
+        reads=watched.counts.reads,
+        read_steps=watched.counts.steps,
+        read_us=read_us,
+        outputs=suspects.outputs,
+        copies=suspects.copies,
+        watched_steps=suspects.steps,
+        grown=suspects.grown,
+        grown_steps=suspects.grown_steps,
+        item_us=suspects.item_us,
+        loops=loops,
+        compiled=compiled,
+    )

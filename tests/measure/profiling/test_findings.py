@@ -1,0 +1,103 @@
+"""What becomes a finding, and what does not: rare events, small waits, breaks that were compiled around."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from fasttrain.measure.host_reads import Read
+from fasttrain.measure.profiling.compile_events import CompileEvents
+from fasttrain.measure.profiling.findings import Observations, find
+from fasttrain.measure.profiling.suspects import Seen
+from fasttrain.step.torch_private import Compilation
+
+
+def observed(**changes: Any) -> Observations:
+    fields: dict[str, Any] = {
+        "step_us": 1000.0,
+        "data_wait_us": 10.0,
+        "reads": [],
+        "read_steps": 100,
+        "read_us": {},
+        "outputs": {},
+        "copies": {},
+        "watched_steps": 100,
+        "grown": {},
+        "grown_steps": 100,
+        "item_us": {},
+        "loops": [],
+        "compiled": CompileEvents(breaks=[], recompiled=Counter()),
+    }
+    return Observations(**fields | changes)
+
+
+def kinds(**changes: Any) -> list[str]:
+    return [each.kind for each in find(observed(**changes))]
+
+
+def test_nothing_seen_is_nothing_found() -> None:
+    assert kinds() == []
+
+
+@pytest.mark.parametrize(("count", "found"), [(49, []), (50, ["host read"]), (500, ["host read"])])
+def test_reads_are_found_from_every_other_step_on(count: int, found: list[str]) -> None:
+    assert kinds(reads=[Read("/train.py", 3, "item", count)]) == found
+
+
+@pytest.mark.parametrize("what", ["outputs", "copies", "grown"])
+def test_rare_events_are_no_findings(what: str) -> None:
+    place = ("/train.py", 3)
+    rare, frequent = (10, 100) if what == "grown" else (Seen(10, 1.0), Seen(100, 1.0))
+    assert kinds(**{what: {place: rare}}) == []
+    assert len(kinds(**{what: {place: frequent}})) == 1
+
+
+@pytest.mark.parametrize(
+    ("step_us", "wait_us", "is_found"), [(1000, 190, 0), (1000, 210, 1), (100, 49, 0), (100, 51, 1)]
+)
+def test_waiting_for_data_is_found_where_it_is_much(step_us: float, wait_us: float, is_found: int) -> None:
+    assert len(kinds(step_us=step_us, data_wait_us=wait_us, loops=[("/train.py", 9)])) == is_found
+
+
+def test_a_printed_tensor_is_one_finding_with_the_larger_cost() -> None:
+    place = ("/train.py", 3)
+    [found] = find(
+        observed(
+            reads=[Read(*place, "item", 100)],
+            read_us={place: 5.0},
+            outputs={place: Seen(count=100, seconds=100 * 20e-6)},
+        )
+    )
+    assert (found.kind, found.line) == ("logging every step", 3)
+    assert found.cost_us == pytest.approx(20.0)
+    assert found.advice.startswith("item: ")
+
+
+def test_the_costliest_comes_first_and_the_unknown_last() -> None:
+    reads = [Read("/a.py", line, "item", 100) for line in (1, 2, 3)]
+    found = find(observed(reads=reads, read_us={("/a.py", 2): 9.0, ("/a.py", 3): 90.0}))
+    assert [each.line for each in found] == [3, 2, 1]
+
+
+def compilation(line: int, **changes: Any) -> Compilation:
+    fields: dict[str, Any] = {"is_after_break": False, "breaks": (), "recompile_reason": None}
+    return Compilation(file="/net.py", line=line, **fields | changes)
+
+
+def test_a_break_is_where_the_function_goes_on() -> None:
+    events = CompileEvents.of(
+        [compilation(10, breaks=("print",)), compilation(14, is_after_break=True), compilation(14, is_after_break=True)]
+    )
+    assert events.breaks == [("/net.py", 14)]
+
+
+def test_a_break_after_which_nothing_is_compiled_is_in_its_function() -> None:
+    assert CompileEvents.of([compilation(10, breaks=("print",))]).breaks == [("/net.py", 10)]
+
+
+def test_recompilations_are_counted_by_reason() -> None:
+    again = [compilation(10, recompile_reason=f"0/{number}: size of\n x") for number in range(3)]
+    events = CompileEvents.of([compilation(10), *again])
+    [found] = events.recompilations()
+    assert (found.reason, found.count) == ("size of x", 3)
+    assert [each.kind for each in find(observed(compiled=events))] == ["recompilation"]

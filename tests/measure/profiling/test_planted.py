@@ -1,0 +1,44 @@
+"""Every planted fault is found, with its file and line; in clean loops nothing is."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fasttrain import profile
+from fasttrain.measure.places import shown
+from fasttrain.measure.profiling.profiler import Profiler
+from fasttrain.measure.profiling.record import Finding
+from tests.measure.profiling.planted.clean import CLEAN
+from tests.measure.profiling.planted.faults import FAULTS
+
+
+def findings(loop: Callable[[Profiler], object], out: Path) -> list[Finding]:
+    with profile("planted", steps=12, out=out) as prof:
+        loop(prof)
+    return prof.result.findings
+
+
+def planted(loop: Callable[[Profiler], object]) -> tuple[str, str, int]:
+    """Kind, file and line of the fault: the line says it."""
+    lines, first = inspect.getsourcelines(loop)
+    [(number, line)] = [(number, line) for number, line in enumerate(lines, start=first) if "# FAULT: " in line]
+    return line.partition("# FAULT: ")[2].partition("#")[0].strip(), shown(str(inspect.getsourcefile(loop))), number
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_and_nothing_else(name: str, tmp_path: Path) -> None:
+    found = findings(FAULTS[name], tmp_path)
+    assert [(each.kind, each.file, each.line) for each in found] == [planted(FAULTS[name])]
+
+
+def test_there_are_twenty_faults() -> None:
+    assert len(FAULTS) == 20
+    kinds = {planted(loop)[0] for loop in FAULTS.values()}
+    assert len(kinds) == 7
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_in_a_clean_loop_nothing_is_found(name: str, tmp_path: Path) -> None:
+    assert findings(CLEAN[name], tmp_path) == []
