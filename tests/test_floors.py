@@ -10,9 +10,12 @@ PACKAGE = Path(__file__).parent.parent / "fasttrain"
 FLOORS = {
     "errors": 0,
     "device": 1,
+    "json_text": 1,
     "data": 2,
     "metrics": 2,
     "history": 2,
+    "comparison": 2,
+    "receipt": 2,
     "step": 3,
     "pages": 3,
     "progress": 3,

@@ -111,6 +111,7 @@ class Chart:
     gaps: tuple[Gap, ...]
     best: Tick | None
     best_dot: Dot | None
+    x_name: str
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,14 @@ def log_axis(values: Iterable[float]) -> Axis:
     return Axis(low, high, ticks, is_log=True)
 
 
-def draw(series: Sequence[Series], y_axis: Axis, *, best_epoch: int | None = None) -> Chart:
+def draw(series: Sequence[Series], y_axis: Axis, *, best_epoch: int | None = None, x_name: str = "epoch") -> Chart:
     """Draw `series`, which have at least one point between them, over one axis of epochs.
 
     Args:
         series: the curves, the one in front last.
         y_axis: an axis around all their drawable values.
         best_epoch: the epoch to mark, on the curve in front; None, or one outside the chart, marks none.
+        x_name: what is counted along the axis, where it is not epochs.
     """
     epochs = [epoch for one in series for epoch, _ in one.points]
     plane = _Plane(min(epochs), max(epochs), y_axis)
@@ -192,10 +194,11 @@ def draw(series: Sequence[Series], y_axis: Axis, *, best_epoch: int | None = Non
     return Chart(
         x_ticks=_epoch_ticks(plane),
         y_ticks=y_axis.ticks,
-        lines=tuple(_draw_line(one, plane) for one in series),
+        lines=tuple(_draw_line(one, plane, x_name) for one in series),
         gaps=_gaps(series, plane),
         best=best,
         best_dot=best_dot,
+        x_name=x_name,
     )
 
 
@@ -230,13 +233,15 @@ def _gaps(series: Sequence[Series], plane: _Plane) -> tuple[Gap, ...]:
     )
 
 
-def _draw_line(series: Series, plane: _Plane) -> Line:
+def _draw_line(series: Series, plane: _Plane, x_name: str) -> Line:
     pieces = _pieces(series)
     corners = [_corners(piece, plane, series.shape) for piece in pieces]
     areas = [f"M{_xy(c[0][0], SIZE)}L{_path(c)}L{_xy(c[-1][0], SIZE)}Z" for c in corners] if series.is_filled else []
     num_points = sum(len(piece) for piece in pieces)
     dots = [
-        Dot(plane.x(epoch), plane.y(value), f"epoch {epoch}: {value:.6g}") for piece in pieces for epoch, value in piece
+        Dot(plane.x(epoch), plane.y(value), f"{x_name} {epoch}: {value:.6g}")
+        for piece in pieces
+        for epoch, value in piece
     ]
     return Line(
         role=series.role,

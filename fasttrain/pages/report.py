@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-
 from fasttrain.pages.panels import History, training_panels
+from fasttrain.pages.templates import template
 from fasttrain.pages.values import (
     MISSING,
     as_duration,
@@ -20,6 +18,7 @@ from fasttrain.pages.values import (
     as_text,
     written,
 )
+from fasttrain.receipt import TEXTBOOK, TUNED, Ratio, Receipt
 
 __all__ = ["RunReport", "render_report"]
 
@@ -36,7 +35,7 @@ COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
 )
 # What the headline shows, and what has rows of its own: the environment table lists the rest.
 SHOWN_ELSEWHERE = frozenset(
-    ("test_loss", "test_accuracy", "best_epoch", "epochs", "engine_reason", "samples_per_s", "total_s", "versions")
+    "test_loss test_accuracy best_epoch epochs engine_reason samples_per_s total_s receipt versions".split()
 )
 
 
@@ -61,6 +60,8 @@ class RunReport:
     """What a reader must know before the numbers: generated data, an interruption, a skipped split."""
     command: str
     """The command line that repeats the run."""
+    receipt: Receipt | None = None
+    """What the run's loop was measured against; None where it was not measured."""
 
 
 class _Fact(NamedTuple):
@@ -93,6 +94,11 @@ class _PairTable(NamedTuple):
     rows: Sequence[tuple[str, str]]
 
 
+class _ReceiptRow(NamedTuple):
+    name: str
+    cells: Sequence[str]
+
+
 class _Word(NamedTuple):
     text: str
     weight: str
@@ -107,7 +113,7 @@ class _WordGroup(NamedTuple):
 def render_report(report: RunReport) -> str:
     """Return the page of `report`: one HTML document that loads nothing; every text of the run is escaped."""
     history = History(report.history, report.summary.get("best_epoch"))
-    return _template().render(
+    return template("report.html").render(
         name=report.name,
         workload=report.workload,
         headline=_headline(report.summary),
@@ -119,20 +125,10 @@ def render_report(report: RunReport) -> str:
         epochs=_epoch_table(history),
         words=_word_groups(report.influential_words),
         tables=_tables(report),
+        receipt=report.receipt,
+        receipt_rows=[] if report.receipt is None else _receipt_rows(report.receipt),
         command=report.command,
     )
-
-
-@functools.cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("fasttrain.pages", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html")
 
 
 def _headline(summary: Mapping[str, object]) -> _Headline:
@@ -192,6 +188,28 @@ def _tables(report: RunReport) -> list[_PairTable]:
     versions = cast("Mapping[str, object]", report.summary.get("versions") or {})
     environment += [(key, as_text(value)) for key, value in versions.items()]
     return [_PairTable("Configuration", config), _PairTable("Environment", environment)]
+
+
+def _receipt_rows(receipt: Receipt) -> list[_ReceiptRow]:
+    rows = [
+        _ReceiptRow(
+            name,
+            (
+                as_rate(arm.samples_per_s),
+                *(_ratio_text(receipt.ratio(name, to)) for to in (TEXTBOOK, TUNED)),
+                f"{arm.loss_difference:.1g}",
+            ),
+        )
+        for name, arm in receipt.arms.items()
+    ]
+    return rows + [_ReceiptRow(f"{name}: {reason}", [MISSING] * 4) for name, reason in receipt.refused.items()]
+
+
+def _ratio_text(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return MISSING
+    interval = "" if ratio.low is None else f" ({ratio.low:.3g}–{ratio.high:.3g})"
+    return f"{ratio.speedup:.3g}×{interval}"
 
 
 def _word_groups(words: Mapping[str, Sequence[tuple[str, float]]]) -> list[_WordGroup]:

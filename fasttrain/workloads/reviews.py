@@ -6,8 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from fasttrain.pages.report import RunReport, render_report
 from fasttrain.run.checkpoint import pack_tree, write_atomically
 from fasttrain.run.config import TrainConfig
 from fasttrain.run.folder import RunFolder
+from fasttrain.workloads.common import seeded
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.onehot import ReviewClassifier, review_forward
 
@@ -54,12 +54,14 @@ class ReviewsOutcome:
         summary: the content of summary.json.
         notes: what the user should be told.
         influential_words: by rating, (word, weight) pairs, the most influential first.
+        report: the content of report.html.
     """
 
     path: Path
     summary: dict[str, Any]
     notes: tuple[str, ...]
     influential_words: dict[str, list[tuple[str, float]]]
+    report: RunReport
 
 
 def train_reviews(
@@ -115,7 +117,7 @@ def train_reviews(
             command=command,
         )
         folder.write_text("report.html", render_report(report))
-    return ReviewsOutcome(path=folder.path, summary=summary, notes=notes, influential_words=words)
+    return ReviewsOutcome(path=folder.path, summary=summary, notes=notes, influential_words=words, report=report)
 
 
 def warm_reviews(config: TrainConfig) -> Choice:
@@ -159,7 +161,7 @@ class _Job:
         self.device = device
         num_ratings = len(data.vectorizer.rating_vocab.token_to_idx)
         num_features = len(data.vectorizer.review_vocab.token_to_idx)
-        with _seeded(config.seed):
+        with seeded(config.seed):
             self.model = ReviewClassifier(num_features, 1 if num_ratings == 2 else num_ratings)
         self.model.to(device)
         if config.channels_last:
@@ -300,13 +302,6 @@ def _summary(job: _Job, history: History, test: EpochResult | None, *, total_s: 
         "total_s": total_s,
         "vocabulary_size": job.model.fc1.in_features,
         "data_sha256": job.data.sha256,
+        "receipt": None,
         "versions": versions(),
     }
-
-
-@contextmanager
-def _seeded(seed: int) -> Generator[None]:
-    """Draws from a seeded generator, and leaves the process's own as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain.pages.report import RunReport, render_report
+from fasttrain.receipt import Ratio, Receipt, ReceiptArm
+from tests.pages.browser import HOSTILE, Page, check_loads_nothing, opened_in_chromium
 
 SUMMARY: dict[str, object] = {
     "test_loss": 0.14123,
@@ -30,8 +28,6 @@ SUMMARY: dict[str, object] = {
     "data_sha256": "9f2c41e7",
     "versions": {"torch": "2.13.0", "python": "3.11.7"},
 }
-HOSTILE = '<img src=x onerror="alert(1)">\'&amp;</p><script>'
-VOID = {"meta", "br", "path", "rect"}  # SVG's are closed by "/>", which html.parser reports as a start tag
 
 
 def row(epoch: int, split: str, **values: float | None) -> dict[str, object]:
@@ -55,47 +51,6 @@ def report(**changes: Any) -> RunReport:
         "command": "python -m fasttrain train --seed 1337",
     }
     return RunReport(**{**fields, **changes})
-
-
-class Page(HTMLParser):
-    """A page that was parsed: its tags with attributes, its texts, and whether every tag was closed."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip() and self._open[-1:] != ["style"]:
-            self.texts.append(" ".join(data.split()))
-
-    def curves(self) -> dict[str, list[str]]:
-        """The path data of the curves by role."""
-        found: dict[str, list[str]] = {}
-        for tag, attributes in self.tags:
-            classes = (attributes.get("class") or "").split()
-            if tag == "path" and classes[:1] == ["curve"]:
-                found.setdefault(classes[1], []).append(attributes["d"] or "")
-        return found
-
-    def count(self, name: str) -> int:
-        return sum(tag == name for tag, _ in self.tags)
 
 
 def page(**changes: Any) -> Page:
@@ -136,28 +91,8 @@ def test_word_bars_share_one_scale() -> None:
 
 def test_the_page_loads_nothing() -> None:
     html = render_report(report(notes=["see https://example.org"], history=history(30)))
-    shown = Page(html)
-    assert not {tag for tag, _ in shown.tags} & {
-        "script",
-        "link",
-        "img",
-        "iframe",
-        "object",
-        "embed",
-        "base",
-        "use",
-    }
-    loading = {"src", "srcset", "href", "xlink:href", "data", "action", "background", "poster"}
-    for _, attributes in shown.tags:
-        assert not attributes.keys() & loading
-        assert not [name for name in attributes if name.startswith("on")]
-        assert "url(" not in (attributes.get("style") or "")
-    style = html[html.index("<style>") : html.index("</style>")]
-    assert "url(" not in style
-    assert "@import" not in style
+    check_loads_nothing(html)
     assert html.count("://") == 1, "the note's"
-    policies = [a["content"] for tag, a in shown.tags if tag == "meta" and "http-equiv" in a]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
 def test_every_text_is_escaped() -> None:
@@ -288,39 +223,21 @@ def test_any_numbers_make_a_page_within_its_charts(
         assert all(-0.1 <= number <= 1000.1 for number in numbers)
 
 
-def chromium() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
-    pytest.skip("no Chromium on the PATH to open the page with")
-
-
 def test_a_browser_opens_it(tmp_path: Path) -> None:
-    browser = chromium()
-    file = tmp_path / "report.html"
-    file.write_text(render_report(report(notes=[HOSTILE])), encoding="utf-8")
-    offline = [
-        "--disable-quic",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-    ]
-    quiet = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        f"--user-data-dir={tmp_path / 'user'}",
-    ]
-    done = subprocess.run(
-        [browser, *quiet, *offline, "--enable-logging=stderr", "--dump-dom", file.as_uri()],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=True,
-    )
-    shown = Page(done.stdout)
+    shown = opened_in_chromium(render_report(report(notes=[HOSTILE])), tmp_path)
     assert {"95.53", "delicious", HOSTILE} <= set(shown.texts)
     assert shown.count("svg") == 4
     assert shown.count("img") == 0
-    assert "CONSOLE" not in done.stderr, "the page made the browser complain, or tried to load something"
+
+
+def test_the_receipt() -> None:
+    arms = {
+        "textbook": ReceiptArm(samples_per_s=5000.0, loss_difference=0.0, is_at_equal_precision=True),
+        "compiled, fp32": ReceiptArm(samples_per_s=1e6, loss_difference=3e-7, is_at_equal_precision=True),
+    }
+    ratio = Ratio(arm="compiled, fp32", to="textbook", speedup=200.0, low=190.0, high=211.5)
+    receipt = Receipt(arms=arms, ratios=[ratio], refused={HOSTILE: "no memory"}, rounds=10, threads=1)
+    assert "Receipt" not in page().texts
+    shown = page(receipt=receipt)
+    for expected in ("Receipt", "compiled, fp32", "1.00M", "200× (190–212)", "3e-07", f"{HOSTILE}: no memory"):
+        assert expected in shown.texts

@@ -1,0 +1,233 @@
+"""Two revisions of a repository, measured live: their blocks alternate, each with its own revision's code.
+
+A revision's files are taken out of git into a temporary folder; the user's checkout is only read.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain.comparison import Comparison
+from fasttrain.errors import ConfigError, EngineError
+from fasttrain.measure.bench.machine import Machine
+from fasttrain.measure.bench.noise import known_noise
+from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, RunBlock, Watcher, run_bench
+from fasttrain.measure.bench.record import BenchRecord
+from fasttrain.measure.bench.runner import BlockRunner, fresh_caches
+from fasttrain.measure.bench.task import BlockResult, BlockTask
+from fasttrain.measure.environment import environment, now
+from fasttrain.measure.verdict.compare import compare_arms
+from fasttrain.measure.verdict.sides import BenchArm
+from fasttrain.workloads.common import data_dir
+
+__all__ = ["Live", "Revision", "compare_revisions", "extracted", "find_revision", "measure_revisions"]
+
+REFERENCE = "textbook"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """What is to be measured, besides the revisions.
+
+    Attributes:
+        workload: name of the job.
+        arm: what makes the arm, as `bench --arms` and `--module` take it.
+        device: where it trains.
+        blocks: how many; twice as many if these decide nothing.
+        timed_s: least seconds of timed steps in a process.
+        threads: torch's.
+    """
+
+    workload: str
+    arm: str
+    device: torch.device
+    blocks: int
+    timed_s: float
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revision:
+    """A commit, under the name that it was asked for by.
+
+    Attributes:
+        name: such as "main~1".
+        commit: its full hash.
+        repository: where it is.
+    """
+
+    name: str
+    commit: str
+    repository: Path
+
+    @property
+    def label(self) -> str:
+        """Its name, with the hash where that is another thing."""
+        return f"{self.name} ({self.commit[:10]})"
+
+
+def compare_revisions(names: tuple[str, str], live: Live, *, command: str, log: Callable[[str], None]) -> Comparison:
+    """Measures two revisions of the repository around this folder, and compares them.
+
+    Args:
+        names: of A and B, as git takes them.
+        live: what to measure.
+        command: what repeats this comparison.
+        log: told how far it is.
+
+    Raises:
+        ConfigError: there is no repository here, no such revision, or nothing to measure in it.
+        EngineError: the arm cannot run in one of them.
+    """
+    first, second = (find_revision(name, Path.cwd()) for name in names)
+    for revision in (first, second):
+        _check_has_code(revision, live.arm)
+    with ExitStack() as stack:
+        runners: list[RunBlock] = []
+        for revision in (first, second):
+            folder = stack.enter_context(extracted(revision))
+            caches = stack.enter_context(fresh_caches())  # of its own: no revision runs what another one compiled
+            code = {"PYTHONPATH": str(folder), "FASTTRAIN_DATA": str(data_dir().resolve())}
+            runners.append(BlockRunner({**caches, **code}, folder=folder))
+        return measure_revisions(
+            (first, second),
+            live,
+            (runners[0], runners[1]),
+            Machine(live.device),
+            about=environment(live.device),
+            command=command,
+            log=log,
+        )
+
+
+def measure_revisions(
+    revisions: tuple[Revision, Revision],
+    live: Live,
+    runners: tuple[RunBlock, RunBlock],
+    watcher: Watcher,
+    *,
+    about: dict[str, Any],
+    command: str,
+    log: Callable[[str], None],
+) -> Comparison:
+    """Runs the blocks of two revisions in turn; `runners` run a task with the code of each.
+
+    Raises:
+        EngineError: the arm cannot run in one of them.
+    """
+    labels = _labels(revisions)
+    works: dict[str, dict[str, Any]] = {}
+
+    def run_block(task: BlockTask) -> BlockResult:
+        """Gives a task to its revision, which is where its arm is said to be from."""
+        if task.source == REFERENCE:
+            return runners[0](task)
+        result = runners[labels.index(task.source)](replace(task, source=live.arm))
+        if result.workload is not None:
+            works[task.source] = result.workload
+        return result
+
+    plan = BenchPlan(
+        workload=live.workload,
+        device=str(live.device),
+        arms=tuple(ArmSpec(label=label, source=label, threads=live.threads) for label in labels),
+        blocks=live.blocks,
+        against=labels[0],
+        noise=known_noise(about, live.workload),
+        timed_s=live.timed_s,
+        threads=live.threads,
+    )
+    record, is_interrupted = run_bench(plan, run_block, watcher, log, environment=about, command=command, created=now())
+    sides = [_side(record, label, works, revision) for label, revision in zip(labels, revisions, strict=True)]
+    found = compare_arms(*sides, command=command)
+    early = ("interrupted: fewer blocks than planned",) if is_interrupted else ()
+    return replace(found, reasons=(*found.reasons, *early))
+
+
+def _side(record: BenchRecord, label: str, works: Mapping[str, dict[str, Any]], revision: Revision) -> BenchArm:
+    """A revision's side of the comparison: the common figures, with its own work and commit.
+
+    Raises:
+        EngineError: it was not timed.
+    """
+    if label not in record.arms:
+        raise EngineError(f"revision {label} was not timed: {record.refused.get(label, 'interrupted before')}")
+    environment = {**record.environment, "commit": revision.commit, "has_uncommitted_changes": False}
+    return BenchArm(
+        path=revision.repository,
+        label=label,
+        record=replace(record, workload=works[label], environment=environment),
+    )
+
+
+def find_revision(name: str, folder: Path) -> Revision:
+    """Looks a revision up in the repository around a folder.
+
+    Raises:
+        ConfigError: there is no repository, or no such revision in it.
+    """
+    root = _git(folder, "rev-parse", "--show-toplevel")
+    if root is None:
+        raise ConfigError(f"{folder} is in no git repository: run --rev inside of one")
+    commit = _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    if commit is None:
+        raise ConfigError(f"--rev {name!r:.80}: there is no such revision in {root.decode().strip()}")
+    return Revision(name=name, commit=commit.decode().strip(), repository=Path(root.decode().strip()))
+
+
+@contextmanager
+def extracted(revision: Revision) -> Generator[Path]:
+    """A temporary folder with the revision's files."""
+    archive = _git(revision.repository, "archive", "--format=tar", revision.commit)
+    if archive is None:
+        raise ConfigError(f"git cannot export revision {revision.label}: is this a partial clone?")
+    with tempfile.TemporaryDirectory(prefix="fasttrain-revision-") as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(folder, filter="data")
+        yield Path(folder)
+
+
+def _labels(revisions: tuple[Revision, Revision]) -> tuple[str, str]:
+    """Two labels, apart even where a revision is compared with itself."""
+    first, second = (revision.label for revision in revisions)
+    return (first, second) if first != second else (f"{first} A", f"{second} B")
+
+
+def _check_has_code(revision: Revision, arm: str) -> None:
+    """Refuses a revision in which nothing could differ, or nothing can be measured.
+
+    Raises:
+        ConfigError: it is refused.
+    """
+    if not _has_file(revision, "fasttrain/__init__.py"):
+        if ":" not in arm:
+            raise ConfigError(f"{revision.label} has no fasttrain: name code of its own, as --arm my_code:make_arm")
+    elif not _has_file(revision, "fasttrain/measure/bench/block.py"):
+        raise ConfigError(f"{revision.label} is older than `bench`: it has nothing to be measured by")
+
+
+def _has_file(revision: Revision, path: str) -> bool:
+    return _git(revision.repository, "cat-file", "-e", f"{revision.commit}:{path}") is not None
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
+    """What git says; None where it refuses.
+
+    Raises:
+        ConfigError: git is not installed.
+    """
+    try:
+        ran = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError("--rev needs git, which is not on the PATH") from None
+    return ran.stdout if ran.returncode == 0 else None

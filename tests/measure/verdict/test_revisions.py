@@ -1,0 +1,193 @@
+"""Two revisions: which code runs where, and that the checkout is left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.comparison import Comparison
+from fasttrain.errors import ConfigError, EngineError
+from fasttrain.measure.bench.record import BlockFigures
+from fasttrain.measure.bench.task import BlockResult, BlockTask
+from fasttrain.measure.verdict.revisions import (
+    Live,
+    Revision,
+    compare_revisions,
+    extracted,
+    find_revision,
+    measure_revisions,
+)
+from tests.measure.verdict.comparisons import ENVIRONMENT, SPREAD, WORKLOAD, arm
+
+LIVE = Live(workload="mlp", arm="eager", device=torch.device("cpu"), blocks=10, timed_s=0.1, threads=1)
+REVISIONS = (
+    Revision(name="main~1", commit="a" * 40, repository=Path("repository")),
+    Revision(name="main", commit="b" * 40, repository=Path("repository")),
+)
+
+
+class QuietMachine:
+    def before(self) -> int:
+        return 0
+
+    def flags(self, others: int | None) -> tuple[str, ...]:
+        return ()
+
+
+class FakeCode:
+    """Runs a revision's tasks: each step takes `step_us`, a little more or less by block."""
+
+    def __init__(self, step_us: float, spread: Sequence[float] = SPREAD, **result: Any) -> None:
+        self.tasks: list[BlockTask] = []
+        self._figures = arm(step_us, [*spread, *spread]).blocks
+        self._result = result
+
+    def __call__(self, task: BlockTask) -> BlockResult:
+        self.tasks.append(task)
+        if task.reference is None:
+            return BlockResult(workload=WORKLOAD, tolerance=1e-5, running_losses=(0.7, 0.6))
+        figures: BlockFigures = replace(self._figures[task.block], position=task.position)
+        made = BlockResult(workload=WORKLOAD, tolerance=1e-5, description="an arm", agreement=0.0, figures=figures)
+        return replace(made, **self._result)
+
+
+def measured(first: FakeCode, second: FakeCode, revisions: tuple[Revision, Revision] = REVISIONS) -> Comparison:
+    return measure_revisions(
+        revisions, LIVE, (first, second), QuietMachine(), about=ENVIRONMENT, command="compare --rev", log=lambda _: None
+    )
+
+
+def test_each_revision_runs_its_own_blocks_in_turn() -> None:
+    first, second = FakeCode(500), FakeCode(400)
+    found = measured(first, second)
+    assert found.outcome == "FASTER"
+    assert found.timing is not None
+    assert found.timing.speedup == pytest.approx(1.25, rel=0.01)
+    assert [task.block for task in second.tasks] == list(range(10))
+    assert [task.source for task in first.tasks] == ["textbook", *["eager"] * 10]
+    assert first.tasks[1].reference == (0.7, 0.6)
+    positions = {(task.block, task.position) for code in (first, second) for task in code.tasks[-10:]}
+    assert len(positions) == 20
+    assert {task.position for task in second.tasks} == {0, 1}, "the order is random"
+    assert [(each.name, each.a[:1], each.b[:1]) for each in found.differences] == [("commit", "a", "b")]
+    assert found.a.label == "main~1 (aaaaaaaaaa)"
+
+
+def test_a_revision_can_be_compared_with_itself() -> None:
+    first, second = FakeCode(500), FakeCode(500)
+    found = measured(first, second, (REVISIONS[0], REVISIONS[0]))
+    assert found.outcome == "SAME"
+    assert len(second.tasks) == 10
+
+
+def test_an_open_question_is_measured_once_more() -> None:
+    first, second = FakeCode(500), FakeCode(498, [9 * each for each in SPREAD])
+    found = measured(first, second)
+    assert len(second.tasks) == 20
+    assert found.timing is not None
+    assert len(found.timing.pairs) == 20
+
+
+def test_other_work_is_not_comparable() -> None:
+    found = measured(FakeCode(500), FakeCode(400, workload={**WORKLOAD, "batch_size": 64}))
+    assert found.outcome == "NOT COMPARABLE"
+    assert "work: batch_size: 128 against 64" in found.reasons
+
+
+def test_a_revision_that_cannot_run_is_named_with_the_reason() -> None:
+    broken = FakeCode(400, refused="its losses leave the reference's", figures=None)
+    with pytest.raises(EngineError, match=r"revision main \(b{10}\) was not timed: its losses leave"):
+        measured(FakeCode(500), broken)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    git = git_in(folder)
+    git("init", "--quiet", "--initial-branch=main")
+    for content in ("one", "two"):
+        (folder / "code.py").write_text(f"VERSION = {content!r}\n")
+        git("add", "code.py")
+        git("commit", "--quiet", "--message", content)
+    (folder / "code.py").write_text("VERSION = 'not committed'\n")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def git_in(folder: Path) -> Callable[..., str]:
+    settings = {
+        **os.environ,
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_SYSTEM": os.devnull,
+        **{f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    }
+    return lambda *arguments: (
+        subprocess.run(["git", *arguments], cwd=folder, env=settings, check=True, capture_output=True, text=True).stdout
+    )
+
+
+def test_a_revisions_files_are_taken_out_and_the_checkout_is_left_alone(repository: Path) -> None:
+    git = git_in(repository)
+    before = git("status", "--porcelain"), git("worktree", "list"), git("rev-parse", "HEAD")
+    revision = find_revision("main~1", repository)
+    with extracted(revision) as folder:
+        assert (folder / "code.py").read_text() == "VERSION = 'one'\n"
+        assert repository not in folder.parents
+    assert not folder.exists()
+    assert revision.commit == git("rev-parse", "main~1").strip()
+    assert (repository / "code.py").read_text() == "VERSION = 'not committed'\n"
+    assert (git("status", "--porcelain"), git("worktree", "list"), git("rev-parse", "HEAD")) == before
+
+
+def test_revisions_that_cannot_be_measured(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--rev 'nowhere': there is no such revision"):
+        find_revision("nowhere", repository)
+    with pytest.raises(ConfigError, match="--rev '--help': there is no such revision"):
+        find_revision("--help", repository)
+    with pytest.raises(ConfigError, match="is in no git repository"):
+        find_revision("main", tmp_path)
+
+    def compare(arm: str) -> None:
+        compare_revisions(("main~1", "main"), replace(LIVE, arm=arm), command="", log=lambda _: None)
+
+    with pytest.raises(ConfigError, match=r"main~1 \(.*\) has no fasttrain: name code of its own"):
+        compare("eager")
+    (repository / "fasttrain").mkdir()
+    (repository / "fasttrain" / "__init__.py").touch()
+    git = git_in(repository)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "three")
+    with pytest.raises(ConfigError, match="is older than `bench`"):
+        compare_revisions(("main", "main"), LIVE, command="", log=lambda _: None)
+
+
+def test_each_revision_runs_in_a_folder_of_its_own_code(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[str]] = {}
+    caches: set[str] = set()
+
+    class Runner(FakeCode):
+        def __init__(self, variables: Mapping[str, str], *, folder: Path) -> None:
+            assert variables["PYTHONPATH"] == str(folder)
+            caches.add(variables["XDG_CACHE_HOME"])
+            self._code = (folder / "code.py").read_text()
+            super().__init__(500 if "one" in self._code else 400)
+
+        def __call__(self, task: BlockTask) -> BlockResult:
+            seen.setdefault(self._code, set()).add(task.source)
+            return super().__call__(task)
+
+    monkeypatch.setattr("fasttrain.measure.verdict.revisions.BlockRunner", Runner)
+    monkeypatch.setattr("fasttrain.measure.verdict.revisions.Machine", lambda _: QuietMachine())
+    live = replace(LIVE, arm="code:make_arm")
+    found = compare_revisions(("main~1", "main"), live, command="", log=lambda _: None)
+    assert found.outcome == "FASTER"
+    assert seen == {"VERSION = 'one'\n": {"textbook", "code:make_arm"}, "VERSION = 'two'\n": {"code:make_arm"}}
+    assert len(caches) == 2, "no revision runs what the other one compiled"
