@@ -6,8 +6,9 @@ plan         which engine, and why
 eager, torch_compile, compiled, auto     the engines
 state, options, gradients                what a graph reads and changes: the user's own tensors and options
 function, optimizer, scaling             the step as a function of them, for a trace to record
+kernels                                  loops of our own where the compiler has no good code
 trace, guards                            the graphs of a step, and what they take for granted
 program, build, compiler, identity, cache  from graphs to a loaded program: child process, cache on disk
-replay, parity                           running programs, and judging that they give eager's numbers
-torch_private                            every private torch API that this needs
+replay, parity, apart                    running programs, and judging that they give eager's numbers
+torch_private/                           every private torch API that this needs
 """

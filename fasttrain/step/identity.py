@@ -15,7 +15,7 @@ from fasttrain.data.ragged import Ragged
 from fasttrain.device import device_name, versions
 from fasttrain.step.build import GraphJob
 from fasttrain.step.spec import StepSpec
-from fasttrain.step.torch_lowering import KERNEL_SOURCE
+from fasttrain.step.torch_private.lowering import KERNEL_SOURCE
 
 __all__ = ["job_signature", "program_key"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import EngineError
-from fasttrain.step.torch_lowering import register_lowerings
 from fasttrain.step.torch_private import compile_package, flat_runner
+from fasttrain.step.torch_private.lowering import register_lowerings
 from fasttrain.step.trace import InputKind, TracedStep
 
 __all__ = ["StepProgram", "compile_graph"]

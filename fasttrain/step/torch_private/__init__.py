@@ -1,0 +1,48 @@
+"""Every private torch API that the compiled step needs, in one room, for torch 2.11 to 2.13.
+
+Each function has a canary in tests/step/test_torch_private.py or test_kernels.py.
+"""
+
+from fasttrain.step.torch_private.graphs import (
+    has_onednn_lstm,
+    prepare_for_inductor,
+    reported_as_compiling,
+    trace_graph,
+    unpickle_with_graph,
+    without_onednn,
+)
+from fasttrain.step.torch_private.objects import (
+    NO_GRADIENT_HOOKS,
+    has_gradient_hooks,
+    module_tables,
+    note_step,
+    optimizer_hooks,
+    run_backward,
+    scaler_tensors,
+    step_optimizer,
+    was_step_taken,
+)
+from fasttrain.step.torch_private.programs import Compilation, compilations, compile_package, flat_runner, tensor_check
+
+__all__ = [
+    "NO_GRADIENT_HOOKS",
+    "Compilation",
+    "compilations",
+    "compile_package",
+    "flat_runner",
+    "has_gradient_hooks",
+    "has_onednn_lstm",
+    "module_tables",
+    "note_step",
+    "optimizer_hooks",
+    "prepare_for_inductor",
+    "reported_as_compiling",
+    "run_backward",
+    "scaler_tensors",
+    "step_optimizer",
+    "tensor_check",
+    "trace_graph",
+    "unpickle_with_graph",
+    "was_step_taken",
+    "without_onednn",
+]

@@ -1,0 +1,167 @@
+"""Tracing with torch's private APIs: how a function becomes a graph, and what a graph needs before it is compiled."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import EngineError
+
+__all__ = [
+    "has_onednn_lstm",
+    "prepare_for_inductor",
+    "reported_as_compiling",
+    "trace_graph",
+    "unpickle_with_graph",
+    "without_onednn",
+]
+
+
+def trace_graph(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], dynamic_dims: Sequence[frozenset[int]]
+) -> torch.fx.GraphModule:
+    """Records the ATen operators of `function(*inputs)` without running them.
+
+    Args:
+        function: a function of the inputs; its in-place changes of them are recorded as such.
+        inputs: example tensors, of which nothing but the metadata is looked at.
+        dynamic_dims: for each input, the dimensions whose size is left open.
+
+    Returns:
+        A graph with one placeholder an input. Real tensors that the function met are its attributes (`get_attr` nodes).
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
+    fakes: list[Tensor] = []
+    for index, (tensor, dims) in enumerate(zip(inputs, dynamic_dims, strict=True)):
+        sizes = [DimDynamic.DYNAMIC if dim in dims else DimDynamic.STATIC for dim in range(tensor.dim())]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        source = ConstantSource(f"input_{index}")
+        fakes.append(mode.from_tensor(tensor.detach(), symbolic_context=context, source=source))
+    # "symbolic" decomposes more than it must where all shapes are fixed.
+    tracing_mode = "symbolic" if any(dynamic_dims) else "fake"
+    return make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*fakes)
+
+
+def unpickle_with_graph(pickled: bytes) -> Any:
+    """Unpickles an object that holds a graph. The bytes must come from a folder that only this user can write to."""
+    # A graph that is unpickled is traced again, which looks at this module and does not import it.
+    import_module("torch._higher_order_ops.triton_kernel_wrap")
+    return pickle.loads(pickled)
+
+
+def prepare_for_inductor(graph: torch.fx.GraphModule) -> None:
+    """Rewrites, in place, what Inductor computes wrongly or many times over. The values stay the same.
+
+    What is left holds nothing of the trace, so that it can be pickled for a process that compiles it.
+
+    Raises:
+        EngineError: there is an operator that Inductor gets wrong and that is not worth rewriting.
+    """
+    _spell_out_factors(graph)
+    _settle_scalars(graph)
+    for node in graph.graph.nodes:
+        node.meta = {}
+    vars(graph).pop("shape_env", None)
+    graph.recompile()
+
+
+def _spell_out_factors(graph: torch.fx.GraphModule) -> None:
+    """Turns `x + alpha * y`, where it is one operator, into two.
+
+    Inductor fuses a matrix product and a sum into `addmm` and forgets the factor on the way (pytorch#167313), which is
+    where SGD's weight decay on a linear layer would go.
+
+    Raises:
+        EngineError: there is a product with a factor of its own, which Inductor gets wrong as well.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target in _SCALED_PRODUCTS and {node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)} != {1}:
+            raise EngineError(f"{node.target} with alpha or beta is not compiled correctly by torch (pytorch#167313)")
+        if node.target not in _SCALED_SUMS or node.kwargs.get("alpha", 1) == 1 or not _is_of_one_dtype(*node.args):
+            continue
+        with graph.graph.inserting_before(node):
+            scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[1], node.kwargs["alpha"]))
+        scaled.meta["val"] = node.args[1].meta["val"]
+        node.args = (node.args[0], scaled)
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "alpha"}
+
+
+def _is_of_one_dtype(first: Any, second: Any) -> bool:
+    """Where it is not, nothing is fused, and the factor must stay where it is: it is applied in the wider dtype."""
+    are_tensors = isinstance(first, torch.fx.Node) and isinstance(second, torch.fx.Node)
+    return are_tensors and first.meta["val"].dtype == second.meta["val"].dtype
+
+
+_aten = torch.ops.aten
+
+
+_SCALED_SUMS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor)
+
+
+_SCALED_PRODUCTS = (_aten.addmm.default, _aten.baddbmm.default, _aten.addmv.default, _aten.addbmm.default)
+
+
+def _settle_scalars(graph: torch.fx.GraphModule) -> None:
+    """Has each scalar that the optimizer derives (bias corrections and the like) computed once, into memory.
+
+    Inductor would compute it anew for every vector of every parameter: for Adam two calls of `pow` per 16 weights. It
+    never computes through `as_strided`, which changes nothing on a scalar.
+    """
+    for node in list(graph.graph.nodes):
+        # An entry of an input is in memory already (and Inductor would take `as_strided` of it for the first one).
+        is_entry = node.target is torch.ops.aten.select.int and node.args[0].op == "placeholder"
+        if node.op != "call_function" or is_entry or not _is_double_scalar(node):
+            continue
+        readers = [user for user in node.users if isinstance(user.meta.get("val"), Tensor) and user.meta["val"].dim()]
+        if not readers:
+            continue
+        with graph.graph.inserting_after(node):
+            settled = graph.graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
+        settled.meta = dict(node.meta)
+        for reader in readers:
+            reader.replace_input_with(node, settled)
+
+
+def _is_double_scalar(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float64
+
+
+@contextmanager
+def reported_as_compiling() -> Generator[None]:
+    """Makes `torch.compiler.is_compiling()` true: optimizers then keep their step counts as tensors (no `.item()`)."""
+    previous = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = previous
+
+
+def has_onednn_lstm(graph: torch.fx.GraphModule) -> bool:
+    """True where an LSTM was recorded as the one operator of oneDNN."""
+    return any(node.target is _aten.mkldnn_rnn_layer.default for node in graph.graph.nodes)
+
+
+@contextmanager
+def without_onednn() -> Generator[None]:
+    """Turns oneDNN off. The public context (`torch.backends.mkldnn.flags`) also sets TF32, which warns."""
+    was_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)

@@ -1,0 +1,131 @@
+"""Compiling with torch's private APIs: packages and what runs them, checks of inputs, what Dynamo has compiled."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Compilation", "compilations", "compile_package", "flat_runner", "tensor_check"]
+
+
+def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
+    """Compiles an exported program into an AOTInductor package (.pt2) at `path`."""
+    from torch._inductor import aoti_compile_and_package
+
+    # Random numbers must be eager's own, so its kernels are called for them.
+    configs = {"fallback_random": True}
+    with warnings.catch_warnings():
+        # torch warns of its own use of what it has deprecated; no code of the user's runs here.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
+def flat_runner(package: str, device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Loads an AOTInductor package; the result takes the flat list of inputs (and empties it) and returns all outputs.
+
+    The C++ loader without its Python half: that imports the whole of Inductor first (2 s, where loading takes 2 ms),
+    and walks a pytree on every step.
+
+    Args:
+        package: path of the .pt2 file.
+        device: where the program runs.
+    """
+    index: Any = device.index  # None for "the current one", which its annotation leaves out
+    num_runners, is_single_threaded = 1, True
+    extension: Any = torch._C  # its stubs leave this part out
+    loader = extension._aoti.AOTIModelPackageLoader(
+        package, "model", is_single_threaded, num_runners, -1 if index is None else index
+    )
+    return loader.boxed_run
+
+
+def tensor_check(
+    tensors: Sequence[Tensor], open_dims: Sequence[frozenset[int]]
+) -> Callable[[Sequence[Tensor]], str | None]:
+    """A check that tensors are of the same type, dtype, device, sizes, strides and requires_grad as these.
+
+    Args:
+        tensors: examples; a tensor may be there twice.
+        open_dims: for each, the dimensions whose size may vary.
+
+    Returns:
+        A function of as many tensors that gives None, or says what differs. It takes 0.1 us a tensor; it also notices
+        autocast and inference mode.
+    """
+    places = {id(tensor): place for place, tensor in reversed(list(enumerate(tensors)))}
+    first = sorted(places.values())
+    again = [place for place in range(len(tensors)) if place not in first]
+    check_first = _tensor_guards([tensors[place] for place in first], [open_dims[place] for place in first])
+    check_again = [(place, _tensor_guards([tensors[place]], [open_dims[place]])) for place in again]
+    if not again:
+        return check_first
+
+    def check(found: Sequence[Tensor]) -> str | None:
+        reasons = (differ([found[place]]) for place, differ in check_again)
+        return check_first([found[place] for place in first]) or next(filter(None, reasons), None)
+
+    return check
+
+
+def _tensor_guards(tensors: list[Tensor], open_dims: list[frozenset[int]]) -> Callable[[Sequence[Tensor]], str | None]:
+    """Dynamo's guards of these tensors, which refuse one that is there twice."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    sizes = [
+        [None if dim in dims else size for dim, size in enumerate(tensor.shape)]
+        for tensor, dims in zip(tensors, open_dims, strict=True)
+    ]
+    strides = [list(tensor.stride()) for tensor in tensors]
+    make: Any = TensorGuards  # annotated for one tensor only
+    guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    names = [f"input {index}" for index in range(len(tensors))]
+
+    def check(found: Sequence[Tensor]) -> str | None:
+        return None if guards.check(*found) else str(guards.check_verbose(*found, tensor_check_names=names))
+
+    return check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """One compilation of a function by Dynamo.
+
+    Attributes:
+        file, line: where the function begins; after a graph break, where it goes on.
+        is_after_break: it is the rest of a function after a graph break.
+        breaks: why tracing began anew: graph breaks, among others.
+        recompile_reason: the guard that failed; None for a first compilation.
+    """
+
+    file: str
+    line: int
+    is_after_break: bool
+    breaks: tuple[str, ...]
+    recompile_reason: str | None
+
+
+def compilations(since_s: float) -> list[Compilation]:
+    """What Dynamo has compiled in this process since a time (of `time.time`); the last 64 compilations at most."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds; unused, it has compiled nothing
+    if dynamo is None:
+        return []
+    return [
+        Compilation(
+            file=each.co_filename,
+            line=each.co_firstlineno,
+            is_after_break=each.co_name.startswith("torch_dynamo_resume_in_"),
+            breaks=tuple(sorted(each.restart_reasons or ())),
+            recompile_reason=each.recompile_reason,
+        )
+        for each in dynamo.get_compilation_metrics()
+        if each.co_filename is not None and each.start_time_us >= since_s * 1e6
+    ]
