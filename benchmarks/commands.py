@@ -83,6 +83,16 @@ class Place:
 def main(arguments: Sequence[str]) -> int:
     """Measures and writes the record; returns the exit code."""
     options = parse(arguments)
+    try:
+        measure(options, arguments)
+    except FasttrainError as error:
+        log(f"benchmarks.commands: {error}")
+        return 2
+    return 0
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Measures and writes the record."""
     started_at = environment(torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="fasttrain-bench-") as scratch:
         place = Place(data=options.data.resolve(), scratch=Path(scratch))
@@ -106,7 +116,6 @@ def main(arguments: Sequence[str]) -> int:
     path = options.out or RESULTS / "commands-cpu.json"
     write_record(record, path)
     log(f"written: {path}")
-    return 0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

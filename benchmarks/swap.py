@@ -24,7 +24,7 @@ from benchmarks.commands import run_child
 from benchmarks.places import RESULTS, log
 from benchmarks.records import Record, Series, ratios_to, times_better, write_record
 from fasttrain import FastLoop
-from fasttrain.errors import DataError
+from fasttrain.errors import DataError, FasttrainError
 from fasttrain.measure.bench.plan import orders
 from fasttrain.measure.environment import environment, load_average, now
 from fasttrain.workloads.job import JOBS, load_job
@@ -45,6 +45,7 @@ class Watched:
         fit_s: the training.
         first_step_s: from the call of `fit` to the end of its first step.
         steps_s: of each step.
+        traced_at: the step that waited for the trace; None if none did.
         swapped_at: the first step that a program ran; None if none did.
         trace_s: how long steps waited for a trace or a compiler.
         engine: what ran at the end, and why.
@@ -54,6 +55,7 @@ class Watched:
     fit_s: float
     first_step_s: float
     steps_s: tuple[float, ...]
+    traced_at: int | None
     swapped_at: int | None
     trace_s: float
     engine: str
@@ -63,17 +65,22 @@ class Watched:
         """The median step."""
         return statistics.median(self.steps_s)
 
-    @property
-    def traced_at(self) -> int:
-        """The longest step but the first: it holds the trace."""
-        return max(range(1, len(self.steps_s)), key=self.steps_s.__getitem__)
-
 
 def main(arguments: Sequence[str]) -> int:
     """Measures and writes the record; returns the exit code."""
     if arguments and arguments[0] == "--child":
         return child(*arguments[1:])
     options = parse(arguments)
+    try:
+        measure(options, arguments)
+    except FasttrainError as error:
+        log(f"benchmarks.swap: {error}")
+        return 2
+    return 0
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Measures and writes the record."""
     started_at = environment(torch.device("cpu"))
     ran: dict[str, list[Watched]] = {}
     for repeat, names in zip(range(1, options.repeats + 1), orders(FRESH, ORDER_SEED), strict=False):
@@ -95,7 +102,6 @@ def main(arguments: Sequence[str]) -> int:
     path = options.out or RESULTS / f"swap-{options.workload}-cpu.json"
     write_record(record, path)
     log(f"written: {path}")
-    return 0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -132,10 +138,13 @@ def child(workload: str, engine: str, epochs: str) -> int:
     loop = FastLoop(model, job.optimizer(model), job.forward, engine=engine)
     batches = job.batches()
     times: list[float] = [time.perf_counter()]
+    traced_at: list[int] = []
     swapped_at: list[int] = []
 
     def watch(*_: object) -> None:
         times.append(time.perf_counter())
+        if not traced_at and loop.step.compile_s:
+            traced_at.append(len(times) - 2)
         if not swapped_at and loop.step.engine.value == "compiled":
             swapped_at.append(len(times) - 2)
 
@@ -144,7 +153,8 @@ def child(workload: str, engine: str, epochs: str) -> int:
         "fit_s": time.perf_counter() - times[0],
         "first_step_s": times[1] - times[0],
         "steps_s": [after - before for before, after in pairwise(times)],
-        "swapped_at": swapped_at[0] if swapped_at else None,
+        "traced_at": next(iter(traced_at), None),
+        "swapped_at": next(iter(swapped_at), None),
         "trace_s": loop.step.compile_s or 0.0,
         "engine": f"{loop.step.engine.value}: {loop.step.engine.reason}",
     }
@@ -170,7 +180,7 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
     series = {
         "first step, eager": seconds("from the call of `fit` on", [each.first_step_s for each in ran[EAGER]]),
         "first step, auto": seconds("the same, with an empty cache", [each.first_step_s for each in ran[COLD]]),
-        "trace": seconds("what `auto` stops for, once", [each.steps_s[each.traced_at] for each in ran[COLD]]),
+        "trace": seconds("what `auto` stops for, once", [each.steps_s[each.traced_at or 0] for each in ran[COLD]]),
         "swap": seconds(
             "the longest step after the trace and before five steps of the program, cache empty and full",
             [swap_s(each) for each in swapped],
@@ -205,12 +215,14 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
 
 def swap_s(watched: Watched) -> float:
     """The longest step after the trace and before five steps of the program: loading, checking and trying included."""
+    assert watched.traced_at is not None
     assert watched.swapped_at is not None
     return max(watched.steps_s[watched.traced_at + 1 : watched.swapped_at + 5])
 
 
 def swap_after_trace_s(watched: Watched) -> float:
     """From the end of the step that was traced to the end of the first step of the program."""
+    assert watched.traced_at is not None
     assert watched.swapped_at is not None
     return sum(watched.steps_s[watched.traced_at + 1 : watched.swapped_at + 1])
 

@@ -48,6 +48,10 @@ date. Measure on a machine that does nothing else.
   `pip install '.[peers]'`.
 - `python -m benchmarks.commands`: whole commands in fresh processes, their time and memory, and the speed of text;
   writes `results/commands-cpu.json`.
+- `python -m benchmarks.swap`: what `auto` costs beside `eager` (first step, trace, swap, a short and a long job);
+  writes `results/swap-reviews-cpu.json`.
+- `python -m fasttrain bench --aa eager --workload mlp --out benchmarks/results/noise/mlp-cpu.json`: an arm against
+  itself, the blocks on which a test tries the verdicts.
 - `python -m benchmarks.gpu`: all of it on a machine with a CUDA GPU, in under nine minutes.
 - `python -m benchmarks.tables`: writes this file and the table in the top README; with `--check` it writes nothing and
   exits with 1 if they are not up to date.
