@@ -39,12 +39,11 @@ def use_kernels(graph: torch.fx.GraphModule) -> None:
         graph: as it was traced, its nodes' `val` being there.
     """
     define_operators()
-    summed: set[tuple[Node, Node]] = set()
     for node in list(graph.graph.nodes):
         if node.target is _aten.segment_reduce.default:
-            summed |= _use_sum_rows(node)
+            _use_sum_rows(node)
         elif node.target is _aten.index_add.default:
-            _use_spread_rows(node, summed)
+            _use_spread_rows(node)
     graph.recompile()
 
 
@@ -60,24 +59,22 @@ def _spread_rows(gradient: Tensor, ids: Tensor, offsets: Tensor, num_values: int
     return gradient.new_zeros(num_values).index_add(0, ids, by_entry)
 
 
-def _use_sum_rows(node: Node) -> set[tuple[Node, Node]]:
-    """Replaces `segment_reduce(index_select(values, 0, ids), "sum", offsets=offsets)`; returns what was summed."""
+def _use_sum_rows(node: Node) -> None:
+    """Replaces `segment_reduce(index_select(values, 0, ids), "sum", offsets=offsets)`."""
     gathered, reduce = node.args[0], node.args[1]
     offsets = _only_option(node, "offsets")
     if reduce != "sum" or not isinstance(gathered, Node) or gathered.target is not _aten.index_select.default:
-        return set()
+        return
     values, dim, ids = cast("Any", gathered.args)
     if dim != 0 or not _is_flat(values, *_DTYPES) or not _is_flat(ids, *_INDICES) or not _is_flat(offsets, torch.int64):
-        return set()
-    _replace(node, torch.ops.fasttrain.sum_rows.default, (_base(values), ids, offsets), [gathered])
-    return {(ids, offsets)}
+        return
+    if offsets.op == "placeholder":  # else they may be made after the gather, which is where values must be read
+        arguments = (_base(values), ids, offsets)
+        _replace(node, torch.ops.fasttrain.sum_rows.default, arguments, [gathered], at=gathered)
 
 
-def _use_spread_rows(node: Node, summed: set[tuple[Node, Node]]) -> None:
-    """Replaces `index_add(zeros, 0, ids, _segment_reduce_backward(gradient, ..., "sum", offsets=offsets))`.
-
-    Only where the same rows are summed: that is where ids and offsets are checked.
-    """
+def _use_spread_rows(node: Node) -> None:
+    """Replaces `index_add(zeros, 0, ids, _segment_reduce_backward(gradient, ..., "sum", offsets=offsets))`."""
     zeros, dim, ids, spread = node.args[:4]
     if not isinstance(zeros, Node) or zeros.target is not _aten.new_zeros.default or not _is_flat(zeros, *_DTYPES):
         return
@@ -85,11 +82,13 @@ def _use_spread_rows(node: Node, summed: set[tuple[Node, Node]]) -> None:
         return
     gradient, _sums, gathered, reduce = cast("Any", spread.args)
     offsets = _only_option(spread, "offsets")
-    if reduce != "sum" or node.kwargs.get("alpha", 1) != 1 or (ids, offsets) not in summed:
+    if reduce != "sum" or node.kwargs.get("alpha", 1) != 1 or not _is_flat(gradient, *_DTYPES):
+        return
+    if not _is_flat(ids, *_INDICES) or not _is_flat(offsets, torch.int64):
         return
     [num_values] = cast("Any", zeros.args[1])
     arguments = (gradient, ids, offsets, num_values)
-    _replace(node, torch.ops.fasttrain.spread_rows.default, arguments, [zeros, spread, gathered])
+    _replace(node, torch.ops.fasttrain.spread_rows.default, arguments, [zeros, spread, gathered], at=node)
 
 
 def _only_option(node: Node, name: str) -> Any:
@@ -116,12 +115,12 @@ def _base(node: Node) -> Node:
     return node
 
 
-def _replace(node: Node, target: Any, arguments: tuple[Any, ...], gone: list[Node]) -> None:
-    """Puts a call in a node's place; of `gone`, what nothing else reads goes with it."""
-    with node.graph.inserting_before(node):
+def _replace(node: Node, target: Any, arguments: tuple[Any, ...], gone: list[Any], *, at: Node) -> None:
+    """Has a call made at a node, in place of another; of `gone`, what nothing else reads goes with it."""
+    with node.graph.inserting_before(at):
         call = node.graph.call_function(target, arguments)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     for dead in (node, *gone):
-        if not dead.users:
+        if isinstance(dead, Node) and not dead.users and dead.op == "call_function":
             dead.graph.erase_node(dead)

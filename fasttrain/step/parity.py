@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.data.batch import tensors as tensors_of
+from fasttrain.data.ragged import Ragged
 from fasttrain.device import autocast_dtype, free_bytes
 from fasttrain.step.spec import StepSpec
 
@@ -84,6 +86,7 @@ def compare_steps(
     batch: Any,
     spec: StepSpec | None = None,
     is_excused: Callable[[Snapshot, Tensor], bool] | None = None,
+    current: Callable[[], Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, str | None]:
     """Runs one step both ways from the same state, and leaves the state as eager made it. Waits for the device.
 
@@ -96,21 +99,24 @@ def compare_steps(
         batch: what both are given.
         spec: whose gradients and precision count too, None for a step that keeps no gradients.
         is_excused: asked where something differs, with the state before the step and eager's loss.
+        current: the state after eager's step, whose forward may have put other tensors in place of these.
 
     Returns:
         Eager's loss, and what differs beyond the tolerance (None if nothing does).
     """
-    before = Snapshot.of(tensors, device, spec)
+    before, given = Snapshot.of(tensors, device, spec), [leaf.clone() for leaf in _leaves(batch)]
     try:
         program_loss = program(batch)
     except RuntimeError as error:  # some operators compile and then refuse to run (oneDNN's LSTM)
         before.restore(tensors, device, spec)
+        _put_back(batch, given)
         return eager(batch), f"it cannot run: {error}"
     got = Snapshot.of(tensors, device, spec)
     before.restore(tensors, device, spec)
+    _put_back(batch, given)
     loss = eager(batch)
     gradients = [] if spec is None else [parameter.grad for parameter in spec.trained()]
-    wanted = [*tensors, *_or_nothing(gradients)]
+    wanted = [*(tensors if current is None else current()), *_or_nothing(gradients)]
     old, new = [[*each.copies, *_or_nothing(each.gradients)] for each in (before, got)]
     kinds = [*kinds, *[GRADIENTS] * len(gradients)]
     precision = None if spec is None else autocast_dtype(spec.precision)
@@ -118,6 +124,18 @@ def compare_steps(
     if difference is not None and is_excused is not None and is_excused(before, loss):
         return loss, None
     return loss, difference
+
+
+def _leaves(batch: Any) -> list[Tensor]:
+    return [leaf for each in tensors_of(batch) for leaf in (each if isinstance(each, Ragged) else (each,))]
+
+
+def _put_back(batch: Any, given: list[Tensor]) -> None:
+    """What a forward that changes its batch in place has made of it must not be what the next one is given."""
+    with torch.no_grad():
+        for leaf, copy in zip(_leaves(batch), given, strict=True):
+            if not torch.equal(leaf, copy):
+                leaf.copy_(copy)
 
 
 def _or_nothing(gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -144,6 +162,10 @@ def _difference(
         # The first total is the loss's: next to accuracy's, in percent, it could be missing without being missed.
         if kind == METRICS and not _is_close(got[place][:1], wanted[place][:1], tolerance * wanted_loss.double().abs()):
             return f"the total of the loss is {got[place][0].item():.9g}, eager's is {wanted[place][0].item():.9g}"
+        # Nor may the user's own hide behind accuracy's.
+        changes = _distance(wanted[place][2:], before[place][2:]) if kind == METRICS else torch.zeros(0)
+        if changes.numel() and not _is_close(got[place][2:], wanted[place][2:], METRICS_TOLERANCE * changes + 1e-4):
+            return "the totals of the user's metrics differ"
     groups = [(kind, tensor.dtype) for kind, tensor in zip(kinds, wanted, strict=True)]
     for group in dict.fromkeys(groups):  # by dtype, too: a count of batches must not set the scale of running means
         members = [index for index, each in enumerate(groups) if each == group]
@@ -158,6 +180,10 @@ def _difference(
 def _kind_differs(
     kind: str, before: Sequence[Tensor], got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float
 ) -> str | None:
+    for old, after, right in zip(before, got, wanted, strict=True):
+        change = _largest(_distance(right, old))
+        if change > 1e-6 * _largest(right.double().abs()) and torch.equal(after, old):
+            return f"a tensor of shape {list(old.shape)} stays as it is, eager changes it by {change:.3g}"
     largest = max(_largest(_distance(after, old)) for after, old in zip(wanted, before, strict=True))
     is_exact = not wanted[0].is_floating_point()
     rounding = 0.0 if is_exact else 1e-6 * max(_largest(right.double().abs()) for right in wanted)

@@ -79,7 +79,7 @@ class Programs:
     @property
     def _may_rebind(self) -> bool:
         """Rebinding looks at every tensor: not before each of many steps that it does not help."""
-        return self.missed < 8 or self.missed % 64 == 0
+        return self.missed_in_a_row < 8 or self.missed_in_a_row % 64 == 0
 
     def add(self, traced: TracedStep, program: StepProgram) -> None:
         """Takes a program up; it is tried first."""
@@ -141,6 +141,11 @@ class Programs:
             assert not isinstance(inputs, Mismatch)
             return self._run(entry, inputs)
 
+        def state_after_eager() -> list[Tensor]:
+            if isinstance(traced.inputs(batch), Mismatch):
+                traced.rebind()  # a buffer that forward assigns anew
+            return traced.tensors
+
         # An optimizer that steps eagerly may keep Python state, which could not be brought back: it steps once.
         eager = self._eager.step if traced.why_eager is None else self._eager.gather
         loss, difference = compare_steps(
@@ -152,6 +157,7 @@ class Programs:
             batch,
             self._spec,
             partial(is_eagers_rounding, traced, by_program, batch),
+            state_after_eager,
         )
         if traced.why_eager is not None:
             self._eager.apply_if_due()
