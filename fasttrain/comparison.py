@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -24,12 +25,14 @@ Outcome = Literal["FASTER", "SAME", "SLOWER", "INCONCLUSIVE", "NOT COMPARABLE", 
 EXIT_CODES: dict[Outcome, int] = {
     "FASTER": 0,
     "SAME": 0,
-    "TIME NOT JUDGED": 0,
     "SLOWER": 1,
     "INCONCLUSIVE": 3,
+    "TIME NOT JUDGED": 3,
     "NOT COMPARABLE": 4,
 }
 
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code of what Ctrl-C ended, by the shells' convention."""
 
 OTHER = "other"
 """The phase that explains nothing."""
@@ -215,6 +218,7 @@ class Comparison:
         a: the one that is compared with.
         b: the one that is judged.
         outcome: the verdict on time.
+        is_time_asked: which one is faster is the question, as it is of two arms and is not of two profiles.
         timing: what it rests on; None where time is not judged.
         reasons: in words: why this outcome, and what a reader has to know.
         differences: conditions that differ, those that forbid a comparison first.
@@ -222,11 +226,13 @@ class Comparison:
         counters: empty without two profiles.
         memory: of A and of B; None without two profiles.
         command: what repeats this comparison.
+        is_interrupted: Ctrl-C ended the measurement early.
     """
 
     a: Side
     b: Side
     outcome: Outcome
+    is_time_asked: bool
     timing: Timing | None
     reasons: tuple[str, ...]
     differences: tuple[Difference, ...]
@@ -234,6 +240,7 @@ class Comparison:
     counters: tuple[CounterChange, ...]
     memory: tuple[MemoryUse, MemoryUse] | None
     command: str
+    is_interrupted: bool = False
 
     @property
     def risen(self) -> tuple[CounterChange, ...]:
@@ -242,9 +249,16 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """0 FASTER, SAME or time not judged; 1 SLOWER, or a counter rose; 3 INCONCLUSIVE; 4 NOT COMPARABLE."""
-        code = EXIT_CODES[self.outcome]
-        return 1 if self.risen and code != EXIT_CODES["NOT COMPARABLE"] else code
+        """0 FASTER or SAME; 1 SLOWER, or a counter rose; 3 INCONCLUSIVE or TIME NOT JUDGED; 4 NOT COMPARABLE.
+
+        Two profiles, of which time is not asked, give 0 where no counter rose; an interrupt gives 130 in any case.
+        """
+        if self.is_interrupted:
+            return INTERRUPTED
+        if self.risen and self.outcome != "NOT COMPARABLE":
+            return EXIT_CODES["SLOWER"]
+        is_unasked = self.outcome == "TIME NOT JUDGED" and not self.is_time_asked
+        return 0 if is_unasked else EXIT_CODES[self.outcome]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: the verdict first, the figures of `Timing` beside it."""

@@ -46,8 +46,8 @@ class Receipt:
     Attributes:
         arms: by name.
         ratios: of the run's own loops to the textbook's and to the tuned one, and of the tuned one to the textbook's.
-        refused: loops that were not timed, with the reason.
-        rounds: how many.
+        refused: loops that were not timed, with the reason; where the textbook's is one, no other was tried.
+        rounds: how many; 0 where nothing was timed.
         threads: torch's, in all of them.
     """
 

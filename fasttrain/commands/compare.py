@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ class Compare:
     """Tell of two trainings which is faster, how sure that is, and why.
 
     A and B are two arms of benchmarks (`results.json:eager results.json:auto`), two profiles, or with --rev two
-    revisions of this repository. Exit code: 0 B is faster or the same, 1 slower or a counter rose, 3 inconclusive,
-    4 not comparable.
+    revisions of this repository. Exit code: 0 B is faster or the same, 1 slower or a counter rose, 3 inconclusive or
+    time not judged, 4 not comparable, 130 interrupted. Two profiles are compared but for time: 0 if no counter rose.
     """
 
     sides: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -58,7 +59,7 @@ class Compare:
     """A profile of A and one of B, to explain the difference of two arms."""
 
     through: str | None = None
-    """Judge arms of two files through this arm, which both have. By default the textbook."""
+    """Judge arms of two files through this arm, which both have. By default the textbook, or a peer."""
 
     html: Path | None = None
     """Write a page with everything that was found."""
@@ -71,14 +72,16 @@ class Compare:
 
     def execute(self, arguments: list[str]) -> int:
         """Compares; returns the exit code."""
-        found = self._found(shlex.join(["python", "-m", "fasttrain", *arguments]))
         if self.html is not None:
-            _write(self.html, render_comparison(found))
+            _check_writable(self.html)
+        found = self._found(shlex.join(["python", "-m", "fasttrain", *arguments]))
         if self.json:
             print_json(found.to_dict())
         else:
             for line in comparison_lines(found):
                 print_line(line)
+        if self.html is not None:  # last: what was measured is told even if the page finds no room
+            _write(self.html, render_comparison(found))
         return found.exit_code
 
     def _found(self, command: str) -> Comparison:
@@ -111,8 +114,29 @@ def _log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)  # noqa: T201
 
 
+def _check_writable(path: Path) -> None:
+    """Refuses a file that the page could not be written to, before minutes of measuring.
+
+    Raises:
+        DataError: it is refused.
+    """
+    problem = None
+    if not path.parent.is_dir():
+        problem = f"there is no folder {path.parent}"
+    elif path.is_dir():
+        problem = "is a folder; name a file in it"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "may not be written"
+    if problem is not None:
+        raise _unwritable(path, problem)
+
+
 def _write(path: Path, page: str) -> None:
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"the page cannot be written: {error.strerror or error}", file=str(path)) from error
+        raise _unwritable(path, error.strerror or str(error)) from error
+
+
+def _unwritable(path: Path, problem: str) -> DataError:
+    return DataError(f"the page cannot be written: {problem}", file=str(path))

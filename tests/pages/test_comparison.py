@@ -78,6 +78,7 @@ def comparison(**changes: Any) -> Comparison:
         a=side("eager"),
         b=side("auto"),
         outcome="FASTER",
+        is_time_asked=True,
         timing=timing([1.25, 1.28, 1.31, 1.3, 1.32, 1.29, 1.4, 0.98, 1.33, 1.34]),
         reasons=("host reads a step rose from 0 to 1",),
         differences=(Difference(name="fasttrain", a="0.1.0", b="0.2.0", is_fatal=False),),

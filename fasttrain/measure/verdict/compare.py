@@ -22,11 +22,12 @@ from fasttrain.measure.verdict.stats import FEWEST_PAIRS, margin_for, verdict
 
 __all__ = ["compare", "compare_arms", "compare_profiles"]
 
-YARDSTICK = "textbook"
-"""The arm that two results are most likely to share."""
+TEXTBOOK = "textbook"
+PEERS = ("jax-scan", "jax-step", "native", "scikit-learn", "lightning", "lightning-barebones", "accelerate")
+"""The arms that are a yardstick between two results unasked: any other one's own speed may be what has changed.
 
-CHANGE_WITH_FASTTRAIN = ("eager", "compiled", "graphed", "auto")
-"""Arms that are no yardstick between two results: their own speed may be what has changed."""
+A checkout has the peers' names in `benchmarks.peers`, which an installed fasttrain cannot read.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,7 @@ def compare(
         b: likewise; the one that is judged.
         command: what repeats this comparison.
         profiles: of A and of B, to explain the difference of two arms.
-        through: an arm of both records, to judge arms of two records by; by default the textbook, or another one
-            that is not fasttrain's own.
+        through: an arm of both records, to judge arms of two records by; by default the textbook, or a peer.
 
     Raises:
         DataError: a file cannot be read, or is no record.
@@ -80,9 +80,9 @@ def compare_arms(
     """Compares two arms: of the same figures by their blocks, of two measurements through an arm that both have.
 
     Raises:
-        ConfigError: there is no arm `through`, or a profile is of something else.
+        ConfigError: there is no arm `through`, it is what is compared, or a profile is of something else.
     """
-    found = _begin(a.side(), b.side(), command)
+    found = _begin(a.side(), b.side(), command, is_time_asked=True)
     if found.outcome == "NOT COMPARABLE":
         return found
     judged = _judge_within(a, b) if a.record.arms == b.record.arms else _judge_across(a, b, through)
@@ -101,14 +101,14 @@ def compare_arms(
 
 def compare_profiles(a: StoredProfile, b: StoredProfile, *, command: str) -> Comparison:
     """Compares counters, phases and operators; time is not judged by the one pass of a profile."""
-    found = _begin(a.side(), b.side(), command)
+    found = _begin(a.side(), b.side(), command, is_time_asked=False)
     if found.outcome == "NOT COMPARABLE":
         return found
     reason = "time not judged: a profile times one pass; compare two arms of a benchmark to judge time"
     return _explained(replace(found, reasons=(reason,)), a, b)
 
 
-def _begin(a: Side, b: Side, command: str) -> Comparison:
+def _begin(a: Side, b: Side, command: str, *, is_time_asked: bool) -> Comparison:
     """A comparison of which nothing is known but whether it can be made."""
     differences = differences_of(a, b)
     fatal = [each for each in differences if each.is_fatal]
@@ -116,6 +116,7 @@ def _begin(a: Side, b: Side, command: str) -> Comparison:
         a=a,
         b=b,
         outcome="NOT COMPARABLE" if fatal else "TIME NOT JUDGED",
+        is_time_asked=is_time_asked,
         timing=None,
         reasons=tuple(f"{each.name}: {each.a} against {each.b}" for each in fatal),
         differences=tuple(differences),
@@ -127,7 +128,7 @@ def _begin(a: Side, b: Side, command: str) -> Comparison:
 
 
 def _judge_within(a: BenchArm, b: BenchArm) -> _Judged:
-    return _judged(_pairs(a.seconds(), b.seconds()), _noise_floor(a, b), through=None)
+    return _judged(_pairs(a.seconds(), b.seconds()), a, b, through=None)
 
 
 def _judge_across(a: BenchArm, b: BenchArm, through: str | None) -> _Judged:
@@ -141,25 +142,29 @@ def _judge_across(a: BenchArm, b: BenchArm, through: str | None) -> _Judged:
         return _Judged(
             outcome="TIME NOT JUDGED",
             timing=None,
-            reasons=("time not judged: the two results share no arm that is the same in both, such as textbook",),
+            reasons=(
+                "time not judged: the two results share no arm that is the same in both, such as textbook; "
+                "--through names another one",
+            ),
         )
     pairs = _pairs(_in_units(a, yardstick), _in_units(b, yardstick))
-    judged = _judged(pairs, _noise_floor(a, b), through=yardstick)
+    judged = _judged(pairs, a, b, through=yardstick)
     reason = f"judged through {yardstick}, which both results have: it is taken to be equally fast in both"
     return replace(judged, reasons=(reason, *judged.reasons))
 
 
-def _judged(pairs: Sequence[Pair], noise_floor: float | None, *, through: str | None) -> _Judged:
+def _judged(pairs: Sequence[Pair], a: BenchArm, b: BenchArm, *, through: str | None) -> _Judged:
     if not pairs:
         reason = "time not judged: the two arms have no block in common"
         return _Judged(outcome="TIME NOT JUDGED", timing=None, reasons=(reason,))
+    noise_floor = _noise_floor(a, b)
     found = verdict([math.log(pair.a) - math.log(pair.b) for pair in pairs], margin_for(noise_floor))
     reasons: list[str] = []
     if found.low is None:
         reasons.append(f"{found.pairs} pairs are too few for an interval: it takes {FEWEST_PAIRS}")
     if found.kind == "INCONCLUSIVE":
-        number = "no sensible number of" if found.blocks_needed is None else f"about {found.blocks_needed}"
-        reasons.append(f"{number} further blocks would decide it")
+        is_extended = a.record.design.extended or b.record.design.extended
+        reasons.append(_advice(found.pairs, found.blocks_needed, is_extended=is_extended))
     if noise_floor is None:
         reasons.append("the machine's noise floor is not known (bench --aa measures it): the margin is 1%")
     timing = Timing(
@@ -173,6 +178,15 @@ def _judged(pairs: Sequence[Pair], noise_floor: float | None, *, through: str | 
         pairs=tuple(pairs),
     )
     return _Judged(outcome=found.kind, timing=timing, reasons=tuple(reasons))
+
+
+def _advice(num_pairs: int, blocks_needed: int | None, *, is_extended: bool) -> str:
+    """What would decide an open question. A benchmark looks twice at most: its one extension may have been made."""
+    if blocks_needed is None:
+        return "no sensible number of further blocks would decide it"
+    if is_extended:
+        return f"measure anew with --blocks {num_pairs + blocks_needed} to decide it"
+    return f"about {blocks_needed} further blocks would decide it"
 
 
 def _pairs(a: Mapping[int, float], b: Mapping[int, float]) -> list[Pair]:
@@ -199,14 +213,28 @@ def _quotient(a: float, b: float) -> float:
 
 
 def _yardstick(a: BenchArm, b: BenchArm, through: str | None) -> str | None:
-    """The arm to judge two records through; None without a fit one."""
+    """The arm to judge two records through; None without a fit one.
+
+    Raises:
+        ConfigError: not both have the one that is asked for, or it is what is compared.
+    """
     shared = [label for label in a.record.arms if label in b.record.arms]
     if through is not None:
         if through not in shared:
             raise ConfigError(f"--through {through!r:.80}: both results must have it; they share {', '.join(shared)}")
+        if through == a.label == b.label:
+            raise ConfigError(f"--through {through!r:.80}: it is what is compared; name another arm that both have")
         return through
-    fit = [label for label in shared if label not in (a.label, b.label, *CHANGE_WITH_FASTTRAIN)]
-    return YARDSTICK if YARDSTICK in fit else next(iter(fit), None)
+    fit = [label for label in PEERS if label in shared and label not in (a.label, b.label)]
+    if not _is_textbook(a.label) and not _is_textbook(b.label):
+        # With threads of its own, it changes as the textbook itself does.
+        fit = [*sorted(filter(_is_textbook, shared), key=lambda label: label != TEXTBOOK), *fit]
+    return next(iter(fit), None)
+
+
+def _is_textbook(label: str) -> bool:
+    """Whether it is the textbook's loop, with the benchmark's threads or with others: "textbook, 4 threads"."""
+    return label == TEXTBOOK or label.startswith(f"{TEXTBOOK}, ")
 
 
 def _noise_floor(a: BenchArm, b: BenchArm) -> float | None:

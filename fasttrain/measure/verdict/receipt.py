@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from fasttrain.data.cache import load_reviews
+from fasttrain.data.table import format_of
 from fasttrain.device import free_bytes, resolve_device
-from fasttrain.errors import EngineError, FasttrainError
+from fasttrain.errors import DataError, EngineError, FasttrainError
 from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm
 from fasttrain.measure.bench.block import check_losses, running_means
@@ -76,7 +77,7 @@ def make_receipt(
 
     Args:
         loops: what makes them, by name; the textbook first. A name that ends in a precision other than fp32 may leave
-            the tolerance: its difference is told all the same.
+            the tolerance: its difference is told all the same. Where the first one is refused, nothing is timed.
         batch_size: rows in a step.
         tolerance: of the losses, relative.
         rounds: how many.
@@ -84,6 +85,7 @@ def make_receipt(
         clock: tells seconds.
     """
     arms, differences, refused = _checked(loops, tolerance)
+    rounds = rounds if arms else 0
     seconds = measure_rounds(arms, rounds=rounds, round_s=round_s, clock=clock)
     return Receipt(
         arms={
@@ -102,7 +104,10 @@ def make_receipt(
 
 
 def _checked(loops: Mapping[str, MakeArm], tolerance: float) -> tuple[dict[str, Arm], dict[str, float], dict[str, str]]:
-    """The arms that may be timed, how far their losses are from the first one's, and why others may not."""
+    """The arms that may be timed, how far their losses are from the first one's, and why others may not.
+
+    Without the first one there is nothing to check the others against, and there are none.
+    """
     arms: dict[str, Arm] = {}
     differences: dict[str, float] = {}
     refused: dict[str, str] = {}
@@ -111,11 +116,13 @@ def _checked(loops: Mapping[str, MakeArm], tolerance: float) -> tuple[dict[str, 
         try:
             arm = make()
             found = _first_losses(arm)
-            wanted = wanted or found
+            wanted = found if not arms else wanted
             differences[name] = check_losses(found, wanted, tolerance if _is_fp32(name) else inf)
             arms[name] = arm
         except FasttrainError as error:
             refused[name] = str(error)
+            if not arms:
+                break
     return arms, differences, refused
 
 
@@ -185,7 +192,7 @@ class _RunJob(ReviewJob):
         """See `ReviewJob.textbook`."""
         if isinstance(self.source, pd.DataFrame):
             return TextbookDataset.from_dataframe(self.source, cutoff=self.config.cutoff)
-        return TextbookDataset.from_csv(self.source, cutoff=self.config.cutoff)
+        return _textbook_of(self.source, self.config.cutoff)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The run's own: only then is its compiled program found again."""
@@ -198,16 +205,24 @@ class _RunJob(ReviewJob):
 
 
 def _run_job(config: TrainConfig) -> _RunJob:
-    source = _source(config)
+    source = config.data or generate_reviews(seed=config.seed).table
     cache_dir = "default" if config.cache and config.data is not None else None
-    data = load_reviews(config.data or source, cutoff=config.cutoff, cache_dir=cache_dir)
+    data = load_reviews(source, cutoff=config.cutoff, cache_dir=cache_dir)
     return _RunJob(
         device=resolve_device(config.device), source=source, data=data, batch_size=config.batch_size, config=config
     )
 
 
-def _source(config: TrainConfig) -> Path | pd.DataFrame:
-    """What the textbook reads: the file, or where it knows no such files, the table."""
-    if config.data is None:
-        return generate_reviews(seed=config.seed).table
-    return pd.read_parquet(config.data) if config.data.suffix == ".parquet" else config.data
+def _textbook_of(path: Path, cutoff: int) -> TextbookDataset:
+    """A file as the textbook takes it: through pandas, which knows less than `read_reviews`.
+
+    Raises:
+        DataError: the textbook cannot take it.
+    """
+    try:
+        if format_of(path) == ".parquet":
+            return TextbookDataset.from_dataframe(pd.read_parquet(path), cutoff=cutoff)
+        return TextbookDataset.from_csv(path, cutoff=cutoff)
+    except (ValueError, TypeError, LookupError, NotImplementedError, OSError) as error:
+        # What pandas and pyarrow raise on a table that is not for them has no common parent below Exception.
+        raise DataError(f"the textbook cannot take it: {error}", file=str(path)) from error

@@ -124,6 +124,7 @@ def measure_revisions(
 
     Raises:
         EngineError: the arm cannot run in one of them.
+        KeyboardInterrupt: it came before both were measured.
     """
     labels = _labels(revisions)
     works: dict[str, dict[str, Any]] = {}
@@ -148,10 +149,12 @@ def measure_revisions(
         threads=live.threads,
     )
     record, is_interrupted = run_bench(plan, run_block, watcher, log, environment=about, command=command, created=now())
+    if is_interrupted and not {*record.arms, *record.refused} >= {*labels}:
+        raise KeyboardInterrupt
     sides = [_side(record, label, works, revision) for label, revision in zip(labels, revisions, strict=True)]
     found = compare_arms(*sides, command=command)
     early = ("interrupted: fewer blocks than planned",) if is_interrupted else ()
-    return replace(found, reasons=(*found.reasons, *early))
+    return replace(found, reasons=(*found.reasons, *early), is_interrupted=is_interrupted)
 
 
 def _side(record: BenchRecord, label: str, works: Mapping[str, dict[str, Any]], revision: Revision) -> BenchArm:
@@ -161,7 +164,7 @@ def _side(record: BenchRecord, label: str, works: Mapping[str, dict[str, Any]], 
         EngineError: it was not timed.
     """
     if label not in record.arms:
-        raise EngineError(f"revision {label} was not timed: {record.refused.get(label, 'interrupted before')}")
+        raise EngineError(f"revision {label} was not timed: {record.refused.get(label, '; '.join(record.notes))}")
     environment = {**record.environment, "commit": revision.commit, "has_uncommitted_changes": False}
     return BenchArm(
         path=revision.repository,

@@ -136,11 +136,12 @@ def contradictions(a: Side, b: Side) -> list[Difference]:
 
 
 def _split(given: str) -> tuple[Path, str | None]:
-    """A file and an arm; a file whose name has a colon in it is a file."""
-    head, colon, tail = given.rpartition(":")
-    if colon and not Path(given).exists():
-        return Path(head), tail
-    return Path(given), None
+    """A file and an arm. Both may have colons in their names: it is the files that there are that tell."""
+    if ":" not in given or Path(given).exists():
+        return Path(given), None
+    parts = given.split(":")
+    splits = [(Path(":".join(parts[:i])), ":".join(parts[i:])) for i in range(1, len(parts))]
+    return next((each for each in splits if each[0].is_file()), splits[0])
 
 
 def _known_arm(record: BenchRecord, label: str, path: Path) -> str:

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import benchmarks.peers
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, DataError, FasttrainError
 from fasttrain.measure.profiling.record import HostRead, Recompilation
-from fasttrain.measure.verdict.compare import compare
+from fasttrain.measure.verdict.compare import PEERS, compare
 from tests.measure.verdict.comparisons import (
     ENVIRONMENT,
     SPREAD,
@@ -71,6 +72,25 @@ def test_an_open_question_says_how_many_blocks_would_settle_it(tmp_path: Path) -
     assert f"about {found.timing.blocks_needed} further blocks would decide it" in found.reasons
 
 
+def test_a_benchmark_that_was_extended_is_to_be_measured_anew(tmp_path: Path) -> None:
+    arms = {"eager": arm(500), "auto": arm(490, [5 * each for each in SHUFFLED])}
+    design = replace(record(arms).design, blocks=5, extended=True)
+    file = stored(tmp_path / "r.json", arms, design=design)
+    found = compared(f"{file}:eager", f"{file}:auto")
+    assert found.timing is not None
+    assert found.timing.blocks_needed is not None
+    assert f"measure anew with --blocks {10 + found.timing.blocks_needed} to decide it" in found.reasons
+    assert not any("further blocks" in reason for reason in found.reasons)
+
+
+def test_arms_without_a_common_block_are_not_judged(tmp_path: Path) -> None:
+    late = arm(400, SPREAD[:8])
+    late = replace(late, blocks=tuple(replace(block, block=block.block + 10) for block in late.blocks))
+    file = stored(tmp_path / "r.json", {"eager": arm(500), "auto": late})
+    found = compared(f"{file}:eager", f"{file}:auto")
+    assert (found.outcome, found.exit_code) == ("TIME NOT JUDGED", 3)
+
+
 def test_three_blocks_decide_nothing(tmp_path: Path) -> None:
     file = stored(tmp_path / "r.json", {"eager": arm(900, SPREAD[:3]), "auto": arm(400, SPREAD[:3])})
     found = compared(f"{file}:eager", f"{file}:auto")
@@ -109,11 +129,67 @@ def test_a_machine_that_ran_at_half_its_speed_is_seen_through_the_shared_arm(tmp
     assert any("through textbook" in reason for reason in found.reasons)
 
 
+def test_the_verdict_of_a_users_own_arm(tmp_path: Path) -> None:
+    file = stored(tmp_path / "r.json", {"eager": arm(500), "my_code:make_arm": arm(400, SHUFFLED)})
+    found = compared(f"{file}:eager", f"{file}:my_code:make_arm")
+    assert (found.outcome, found.b.label) == ("FASTER", "my_code:make_arm")
+    with pytest.raises(ConfigError, match=r"no arm 'my_code:other'; use .* one of eager, my_code:make_arm"):
+        compared(f"{file}:my_code:other", file)
+    with pytest.raises(DataError, match=r"nowhere\.json: cannot be read"):
+        compared(f"{tmp_path / 'nowhere.json'}:my_code:make_arm", file)
+
+
+def test_the_name_of_a_file_may_have_a_colon(tmp_path: Path) -> None:
+    file = stored(tmp_path / "12:30.json", {"my_code:make_arm": arm(500), "auto": arm(400, SHUFFLED)})
+    assert compared(f"{file}:my_code:make_arm", file).outcome == "FASTER"
+
+
+@pytest.mark.parametrize("others", [("eager B",), ("torch-compile", "compiled", "tuned"), ("my_code:make_arm",)])
+def test_no_arm_that_may_have_changed_itself_is_a_yardstick(tmp_path: Path, others: tuple[str, ...]) -> None:
+    a, b = (
+        stored(tmp_path / f"{us}.json", {label: arm(us) for label in ("eager A", *others)}) for us in (500, 1000)
+    )  # everything takes twice as long
+    sides = f"{a}:eager A", f"{b}:eager A"
+    found = compared(*sides)
+    assert (found.outcome, found.exit_code) == ("TIME NOT JUDGED", 3)
+    assert compared(*sides, through=others[0]).outcome == "SAME", "whoever names a yardstick vouches for it"
+
+
+@pytest.mark.parametrize(
+    ("shared", "yardstick"),
+    [
+        (("jax-scan", "textbook, 4 threads", "textbook"), "textbook"),
+        (("tuned", "jax-scan", "textbook, 4 threads"), "textbook, 4 threads"),
+        (("my_code:make_arm", "tuned", "native"), "native"),
+    ],
+)
+def test_the_textbook_and_the_peers_are_yardsticks(tmp_path: Path, shared: tuple[str, ...], yardstick: str) -> None:
+    a, b = (stored(tmp_path / f"{us}.json", {**dict.fromkeys(shared, arm(9000)), "auto": arm(us)}) for us in (500, 400))
+    found = compared(a, b)
+    assert found.outcome == "FASTER"
+    assert found.timing is not None
+    assert found.timing.through == yardstick
+
+
+def test_an_arm_is_not_judged_by_itself(tmp_path: Path) -> None:
+    textbooks = "textbook", "textbook, 4 threads"
+    a, b = (stored(tmp_path / f"{us}.json", dict.fromkeys(textbooks, arm(us))) for us in (9000, 18000))
+    sides = f"{a}:textbook", f"{b}:textbook"
+    assert compared(*sides).outcome == "TIME NOT JUDGED"
+    with pytest.raises(ConfigError, match="--through 'textbook': it is what is compared"):
+        compared(*sides, through="textbook")
+
+
+def test_the_peers_are_known_by_their_names() -> None:
+    assert PEERS == benchmarks.peers.NAMES
+
+
 def test_two_results_share_an_arm_or_time_is_not_judged(tmp_path: Path) -> None:
     a = stored(tmp_path / "a.json", {"textbook": arm(9000), "eager": arm(500), "auto": arm(400)})
     b = stored(tmp_path / "b.json", {"jax": arm(300), "eager": arm(500), "auto": arm(200)})
     found = compared(a, b)  # eager is in both, but may have changed itself
-    assert (found.outcome, found.exit_code, found.timing) == ("TIME NOT JUDGED", 0, None)
+    assert (found.outcome, found.exit_code, found.timing) == ("TIME NOT JUDGED", 3, None)
+    assert found.to_dict()["exit_code"] == 3
     assert any("share no arm" in reason for reason in found.reasons)
     assert compared(a, b, through="eager").outcome == "FASTER"
     with pytest.raises(ConfigError, match="both results must have it; they share eager, auto"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fasttrain.cli import main
+from fasttrain.comparison import EXIT_CODES
 from fasttrain.measure.profiling.record import HostRead
 from tests.commands import strict_json
 from tests.measure.verdict.comparisons import SPREAD, arm, profile, stored, stored_profile
@@ -73,8 +74,44 @@ def test_the_page_is_written(results: Path, tmp_path: Path, capsys: pytest.Captu
     out = tmp_path / "page.html"
     assert main(["compare", f"{results}:eager", f"{results}:auto", "--html", str(out)]) == 0
     assert "FASTER" in Page(out.read_text(encoding="utf-8")).texts
-    assert main(["compare", f"{results}:eager", f"{results}:auto", "--html", str(tmp_path / "no" / "page.html")]) == 2
-    assert "the page cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is to be measured")
+
+    monkeypatch.setattr("fasttrain.measure.verdict.revisions.compare_revisions", measure)
+    monkeypatch.setattr("fasttrain.commands.compare.compare", measure)
+    for path, said in (
+        (tmp_path / "no" / "page.html", f"there is no folder {tmp_path / 'no'}"),
+        (results / "page.html", f"there is no folder {results}"),
+        (tmp_path, "is a folder"),
+    ):
+        for asked in (["--rev", "main~1", "main"], [str(results), str(results)]):
+            assert main(["compare", *asked, "--html", str(path)]) == 2
+            assert f"{path}: the page cannot be written: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, which is a disk without room")
+def test_the_verdict_is_told_though_the_page_finds_no_room(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", f"{results}:eager", f"{results}:auto", "--html", "/dev/full"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("FASTER")
+    assert "the page cannot be written: No space left on device" in printed.err
+
+
+def test_the_sixth_outcome_is_told_of(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = stored(tmp_path / "other.json", {"auto": arm(400)})
+    assert main(["compare", str(results), str(other)]) == 3
+    assert capsys.readouterr().out.startswith("TIME NOT JUDGED\n")
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "3 inconclusive or time not judged" in shown
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    assert all(outcome in readme for outcome in EXIT_CODES)
 
 
 def test_names_from_a_file_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,17 @@ def test_losses_that_leave_the_textbooks_are_not_timed() -> None:
     assert "its losses leave the reference's" in made.refused["auto, fp32"]
 
 
+def test_without_the_textbook_there_is_no_receipt() -> None:
+    clock = Clock()
+
+    def never() -> FakeArm:
+        raise AssertionError("there is nothing to compare it with")
+
+    made = receipt(clock, textbook=refuse, tuned_eager=never, auto_fp32=never)
+    assert made.refused == {"textbook": "it would take 80 GiB"}
+    assert (made.arms, made.ratios, made.rounds) == ({}, [], 0)
+
+
 def test_rounds_alternate_and_the_first_does_not_count() -> None:
     clock = Clock()
     arms = {"a": FakeArm(clock, 0.25), "b": FakeArm(clock, 0.5)}
@@ -122,11 +133,13 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("short_rounds")
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".CSV.GZ", ".PARQUET"])
 def test_the_loops_of_a_run_agree_on_its_own_data(data: Path, suffix: str) -> None:
-    if suffix == ".parquet":
-        pd.read_csv(data).to_parquet(data.with_suffix(suffix))
-        data = data.with_suffix(suffix)
+    table, data = pd.read_csv(data), data.with_suffix(suffix)
+    if suffix == ".PARQUET":
+        table.to_parquet(data)
+    else:
+        table.to_csv(data, index=False)
     config = TrainConfig(data=data, cutoff=3, batch_size=16, learning_rate=0.01, device="cpu", cache=False)
     made = receipt_of(config, engine="eager", precision="bf16", round_s=0.01)
     assert set(made.arms) == {"textbook", "tuned eager", "eager, fp32", "eager, bf16"}, made.refused
@@ -147,3 +160,19 @@ def test_train_leaves_its_receipt(data: Path, tmp_path: Path, capsys: pytest.Cap
     assert {(each["arm"], each["to"]) for each in stored["receipt"]["ratios"]} >= {("eager, fp32", "textbook")}
     texts = Page((run / "report.html").read_text(encoding="utf-8")).texts
     assert {"Receipt", "tuned eager", "eager, fp32"} <= set(texts)
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_a_table_that_the_textbook_cannot_take_costs_the_receipt_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = data.with_suffix(".parquet"), tmp_path / "run"
+    table = pd.read_csv(data)
+    table.loc[0, "review"] = None  # pandas fills no gap in a column of categories
+    table.astype({"review": "category"}).to_parquet(path)
+    assert main(small(path, run, "--epochs", "1", "--receipt")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"  textbook: not timed: {path}: the textbook cannot take it: ") for line in lines)
+    stored = strict_json((run / "summary.json").read_text())
+    assert list(stored["receipt"]["refused"]) == ["textbook"]
+    assert stored["receipt"]["arms"] == {}

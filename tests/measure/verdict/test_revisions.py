@@ -101,10 +101,49 @@ def test_other_work_is_not_comparable() -> None:
     assert "work: batch_size: 128 against 64" in found.reasons
 
 
+def interrupted_after(num_tasks: int) -> tuple[FakeCode, FakeCode]:
+    """The code of two revisions; Ctrl-C comes after so many tasks of both together, the reference being one."""
+    left = iter(range(num_tasks))
+
+    class Interrupted(FakeCode):
+        def __call__(self, task: BlockTask) -> BlockResult:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return super().__call__(task)
+
+    return Interrupted(500), Interrupted(400)
+
+
+def test_an_interrupt_is_the_exit_code_whatever_the_verdict() -> None:
+    found = measured(*interrupted_after(17))
+    assert found.outcome == "FASTER"
+    assert found.to_dict()["pairs"] == 8
+    assert "interrupted: fewer blocks than planned" in found.reasons
+    assert (found.exit_code, found.to_dict()["exit_code"]) == (130, 130)
+
+
+def test_an_interrupt_before_the_first_pair_is_one() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        measured(*interrupted_after(2))
+
+
 def test_a_revision_that_cannot_run_is_named_with_the_reason() -> None:
     broken = FakeCode(400, refused="its losses leave the reference's", figures=None)
     with pytest.raises(EngineError, match=r"revision main \(b{10}\) was not timed: its losses leave"):
         measured(FakeCode(500), broken)
+
+
+def test_a_revision_that_died_after_a_block_that_does_not_count_is_named_too() -> None:
+    class Dying(FakeCode):
+        def __call__(self, task: BlockTask) -> BlockResult:
+            result = super().__call__(task)
+            if result.figures is None or len(self.tasks) == 1:
+                return result
+            return BlockResult(died="exit code 1: it ran out of memory")
+
+    dying = Dying(400, figures=replace(arm(400).blocks[0], flags=("waited",)))
+    with pytest.raises(EngineError, match=r"revision main \(b{10}\) was not timed: .*it ran out of memory"):
+        measured(FakeCode(500), dying)
 
 
 @pytest.fixture
