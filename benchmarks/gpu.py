@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ ARMS = ("textbook", "tuned", "eager", "compiled", "auto")
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
 PROFILED = ("textbook", "auto")
 
-TESTS_S, BENCH_S, PROFILE_S = 90.0, 80.0, 25.0
+TESTS_S, BENCH_S, PROFILE_S = 90.0, 80.0, 40.0
 TOTAL_S = 520.0
 GRACE_S = 10.0
 """An interrupted part has so long to write what it has."""
@@ -83,8 +84,21 @@ def interrupt(child: subprocess.Popen[bytes]) -> None:
     try:
         child.wait(GRACE_S)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        for process in session_of(child.pid):
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(process, signal.SIGKILL)
         child.wait()
+
+
+def session_of(leader: int) -> list[int]:
+    """Ids of the processes of a part, which is a session: each block of a benchmark is in a group of its own."""
+    found: list[int] = []
+    for name in os.listdir("/proc"):
+        with suppress(ValueError, ProcessLookupError):  # no process, or one that has ended meanwhile
+            process = int(name)
+            if os.getsid(process) == leader:
+                found.append(process)
+    return found
 
 
 def run_parts(wanted: Sequence[Part], out: Path, total_s: float) -> dict[str, str]:

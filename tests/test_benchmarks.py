@@ -187,6 +187,21 @@ def test_each_part_of_the_gpu_check_keeps_its_bound(tmp_path: Path) -> None:
     assert gpu.run_part(part("raise SystemExit(3)"), tmp_path, 60.0).startswith("exit code 3, ")
 
 
+def test_what_a_part_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    block = "import time; time.sleep(120)"
+    deaf = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"print(subprocess.Popen([sys.executable, '-c', {block!r}], process_group=0).pid, flush=True); time.sleep(60)"
+    )
+    assert gpu.run_part(part(deaf), tmp_path, 2.0) == "interrupted after 2 s"
+    started = Path("/proc", (tmp_path / "part.txt").read_text().strip(), "stat")
+    deadline = time.perf_counter() + 10.0
+    while started.exists() and started.read_text().split()[2] != "Z":  # it ends when it gets round to it
+        assert time.perf_counter() < deadline
+        time.sleep(0.01)
+
+
 def test_the_gpu_check_fits_in_nine_minutes(tmp_path: Path) -> None:
     wanted = gpu.parts(tmp_path)
     assert gpu.TOTAL_S + gpu.GRACE_S < 540

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from typing import Any
 
@@ -34,7 +34,7 @@ class AccelerateArm:
         self._accelerator = Accelerator(cpu=job.device.type == "cpu")
         self._model, self._optimizer = self._accelerator.prepare(model, optimizer)
         self._model.train()
-        self._batches = self._all_batches()
+        self._batches = self._all_batches(self._batches_of(0))  # made here, not in the first step
         self._checked = CheckedSteps()
         self._running_loss = self._running_accuracy = 0.0
 
@@ -71,6 +71,10 @@ class AccelerateArm:
             self._running_accuracy += (compute_accuracy(y_pred, y) - self._running_accuracy) / (i + 1)
         return found
 
-    def _all_batches(self) -> Iterator[Any]:
-        for epoch in count():
-            yield from self._accelerator.prepare(self._job.textbook_batches(self._job.order(epoch).tolist()))
+    def _batches_of(self, epoch: int) -> Iterable[Any]:
+        return self._accelerator.prepare(self._job.textbook_batches(self._job.order(epoch).tolist()))
+
+    def _all_batches(self, first: Iterable[Any]) -> Iterator[Any]:
+        yield from first
+        for epoch in count(1):
+            yield from self._batches_of(epoch)

@@ -34,6 +34,7 @@ class LightningArm:
         kind = "Trainer(barebones=True)" if is_barebones else "Trainer, loss and accuracy logged"
         self.description = f"Lightning, {kind}, over the book's Dataset and DataLoader"
         self._job = job
+        job.textbook_batches([])  # makes the book's dataset, which is not to be a part of the first step
         self._checked = CheckedSteps()
         self._gate = Gate(job)
         self._module = Module(job, self._checked.losses, is_logging=not is_barebones)

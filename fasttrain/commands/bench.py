@@ -10,17 +10,19 @@ from typing import Literal
 
 import torch
 
-from fasttrain.commands.shared import EXIT_INTERRUPTED, print_json, print_line
+from fasttrain.commands.shared import EXIT_INTERRUPTED, print_line
 from fasttrain.device import resolve_device
 from fasttrain.errors import ConfigError, DataError
+from fasttrain.json_text import json_text
 from fasttrain.measure.bench.machine import Machine
 from fasttrain.measure.bench.noise import known_noise, remember_noise
-from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, run_bench
-from fasttrain.measure.bench.record import BenchRecord, write_record
-from fasttrain.measure.bench.runner import BlockRunner, fresh_caches
+from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, measured_noise, run_bench
+from fasttrain.measure.bench.record import BenchRecord, check_target, write_record
+from fasttrain.measure.bench.runner import BlockRunner, check_users_arm, fresh_caches
 from fasttrain.measure.bench.sources import DEFAULT_ARMS, check_source, peers
 from fasttrain.measure.bench.summary import markdown, terminal
 from fasttrain.measure.environment import clock_mhz, environment, load_average, now
+from fasttrain.measure.verdict.stats import Noise
 
 __all__ = ["Bench"]
 
@@ -94,6 +96,7 @@ class Bench:
         before = environment(device)
         plan = self.plan(torch.get_num_threads(), device)
         plan = replace(plan, noise=known_noise(before, self.workload))
+        self._check(plan, device)
         with fresh_caches() as variables:
             record, is_interrupted = run_bench(
                 plan,
@@ -107,13 +110,13 @@ class Bench:
         record = replace(
             record, environment={**before, "load_average_after": load_average(), "clock_mhz_after": clock_mhz()}
         )
-        self._keep(record, device)
-        if plan.aa is not None and not is_interrupted:
-            _keep_noise(record, self.workload)
-        if self.json:
-            print_json(record.to_dict())
-        else:
-            print_line(terminal(record))
+        try:
+            self._keep(record, device)
+        finally:  # what was measured is shown even where it cannot be kept
+            print_line(json_text(record.to_dict()) if self.json else terminal(record))
+        noise = measured_noise(plan, record.arms)
+        if noise is not None and not is_interrupted:
+            _keep_noise(record, self.workload, noise)
         return EXIT_INTERRUPTED if is_interrupted else 0
 
     def plan(self, default_threads: int, device: torch.device) -> BenchPlan:
@@ -160,29 +163,39 @@ class Bench:
                 specs.append(ArmSpec(label=label, source=source, threads=default_threads))
         return specs
 
+    def _check(self, plan: BenchPlan, device: torch.device) -> None:
+        """Refuses, before anything is measured, what could only fail afterwards."""
+        for path in (self._out(device), self.markdown):
+            if path is not None:
+                check_target(path)
+        for source in dict.fromkeys(spec.source for spec in plan.arms if ":" in spec.source):
+            check_users_arm(source)
+
+    def _out(self, device: torch.device) -> Path:
+        return self.out or Path(f"bench-{self.workload}-{device.type}.json")
+
     def _keep(self, record: BenchRecord, device: torch.device) -> None:
-        path = self.out or Path(f"bench-{self.workload}-{device.type}.json")
+        path = self._out(device)
         write_record(record, path)
         _log(f"written: {path}")
         if self.markdown is not None:
             title = f"Training: {self.workload}, {device.type}"
             try:
+                self.markdown.parent.mkdir(parents=True, exist_ok=True)
                 self.markdown.write_text(markdown(record, title), encoding="utf-8")
             except OSError as error:
                 problem = f"the table cannot be written: {error.strerror or error}"
                 raise DataError(problem, file=str(self.markdown)) from error
 
 
-def _keep_noise(record: BenchRecord, workload: str) -> None:
+def _keep_noise(record: BenchRecord, workload: str, noise: Noise) -> None:
     """For later runs, unless the machine was too busy to learn from."""
     blocks = [block for arm in record.arms.values() for block in arm.blocks]
     flagged = sum(bool(block.flags) for block in blocks)
-    if record.noise is None:
-        return
     if flagged > MOST_FLAGGED * len(blocks):
         _log(f"the noise is not kept for later runs: {flagged} of {len(blocks)} processes were flagged")
         return
-    remember_noise(record.environment, workload, record.noise)
+    remember_noise(record.environment, workload, noise)
 
 
 def _log(message: str) -> None:

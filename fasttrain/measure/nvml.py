@@ -10,14 +10,14 @@ import torch
 
 from fasttrain.measure.profiling.record import Gpu
 
-__all__ = ["GpuWatch", "open_gpu"]
+__all__ = ["MIN_ENERGY_S", "GpuWatch", "open_gpu"]
 
 MIN_ENERGY_S = 10.0
 """Over shorter windows the driver's energy counter is too coarse."""
 
 
 class GpuWatch:
-    """Watches one GPU from now on.
+    """Watches one GPU from now on, until `stop`.
 
     Args:
         library: pynvml, initialised.
@@ -31,8 +31,9 @@ class GpuWatch:
         self._clock = clock
         self._powers_w: list[float] = []
         self._utilisations: list[float] = []
+        self._joules: float | None = None
         self._begin = clock()
-        self._energy_mj = self._ask(library.nvmlDeviceGetTotalEnergyConsumption)
+        self._begin_mj = self._ask(library.nvmlDeviceGetTotalEnergyConsumption)
 
     def sample(self) -> None:
         """Takes a sample of power and utilisation."""
@@ -43,20 +44,24 @@ class GpuWatch:
         if rates is not None:
             self._utilisations.append(rates.gpu / 100)
 
+    def stop(self) -> None:
+        """Ends the window that energy is told of; it is not told of a short one."""
+        end_mj = self._ask(self._library.nvmlDeviceGetTotalEnergyConsumption)
+        is_long = self._clock() - self._begin >= MIN_ENERGY_S
+        if is_long and end_mj is not None and self._begin_mj is not None:
+            self._joules = (end_mj - self._begin_mj) / 1e3
+
     def result(self, samples: int | None, idle_us: dict[str, float] | None) -> Gpu:
         """What was seen.
 
         Args:
-            samples: rows trained since the start; None: unknown.
+            samples: rows trained until `stop`; None: unknown.
             idle_us: of the trace, per step.
         """
-        energy_mj = self._ask(self._library.nvmlDeviceGetTotalEnergyConsumption)
-        is_long = self._clock() - self._begin >= MIN_ENERGY_S
-        joules = (energy_mj - self._energy_mj) / 1e3 if energy_mj is not None and self._energy_mj is not None else None
         return Gpu(
             utilisation=_mean(self._utilisations),
             power_w=_mean(self._powers_w),
-            energy_j_per_sample=joules / samples if joules is not None and samples and is_long else None,
+            energy_j_per_sample=self._joules / samples if self._joules is not None and samples else None,
             idle_us=idle_us,
         )
 

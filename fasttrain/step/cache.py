@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,9 +57,9 @@ class CacheEntry:
     what: str
 
 
-def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/fasttrain/programs`, by default below `~/.cache`."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+def default_folder(variables: Mapping[str, str] = os.environ) -> Path:
+    """`$XDG_CACHE_HOME/fasttrain/programs`, by default below `~/.cache`; of a process with these variables."""
+    base = Path(variables.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "fasttrain" / "programs"
 
 
@@ -128,6 +128,11 @@ class ProgramCache:
             OSError: it cannot be written.
         """
         _write(self._verdict_path(signature), asdict(verdict))
+
+    def forget(self) -> None:
+        """Removes every verdict; the programs stay."""
+        for path in self.folder.glob("*.verdict"):
+            path.unlink(missing_ok=True)
 
     def entries(self) -> list[CacheEntry]:
         """All programs, the last used first."""

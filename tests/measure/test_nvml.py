@@ -41,6 +41,8 @@ def watch(driver: Driver, seconds: float) -> GpuWatch:
     found = GpuWatch(driver, object(), lambda: next(times))
     found.sample()
     driver.energy_mj += 3_600_000
+    found.stop()
+    driver.energy_mj += 9_000_000  # what is used later is of other steps
     return found
 
 

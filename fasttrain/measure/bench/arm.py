@@ -32,7 +32,7 @@ class Arm(Protocol):
         ...
 
     def losses(self) -> list[float] | None:
-        """The loss of each step so far; waits for the device. It is called before anything is timed, and not later.
+        """The losses of the first steps, 20 or more; waits for the device. It is called before anything is timed.
 
         None where the algorithm is another one, so that its losses must differ.
         """

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.errors import EngineError
 from fasttrain.loop import FastLoop, Interrupted
 from fasttrain.measure.bench.arm import CHECKED_STEPS, ArmFactory
 from fasttrain.metrics import count_correct
 from fasttrain.reference import train_epoch
+from fasttrain.step.parity import Snapshot
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.review_job import ReviewJob
 
-__all__ = ["CORE_ARMS", "PASS_S", "CheckedSteps", "LoopArm", "TextbookArm", "TunedArm", "endless", "wait_for"]
+__all__ = [
+    "CORE_ARMS",
+    "PASS_S",
+    "CheckedSteps",
+    "LoopArm",
+    "TextbookArm",
+    "TunedArm",
+    "endless",
+    "endless_textbook",
+    "wait_for",
+]
 
 PASS_S = 0.5
 """A pass over an epoch that would take longer than this ends when it has taken so long."""
@@ -43,7 +55,7 @@ class TextbookArm:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._model, self._optimizer, self._loss = job.textbook_model()
-        self._batches = self._all_batches()
+        self._batches = endless_textbook(job)
         self._checked = CheckedSteps()
 
     def step(self) -> int:
@@ -69,10 +81,6 @@ class TextbookArm:
         found = train_epoch(self._model, batches, self._loss, self._optimizer, self._job.device)
         if not self._checked.is_enough:
             self._checked.losses.append(found.loss)
-
-    def _all_batches(self) -> Iterator[Any]:
-        for epoch in count():
-            yield from self._job.textbook_batches(self._job.order(epoch).tolist())
 
 
 class TunedArm:
@@ -127,8 +135,8 @@ class TunedArm:
 class LoopArm:
     """`FastLoop` over resident batches, an epoch a call where that is short enough.
 
-    With engine "auto", the call after the checked steps waits until it is decided what runs the steps, as it is early
-    in a long job.
+    With engine "auto", the second call waits until it is decided what runs the steps, as it is early in a long job.
+    The job is then put back to its start, so that what gives the checked losses is what is timed.
 
     Args:
         job: what it trains.
@@ -149,7 +157,7 @@ class LoopArm:
         self._batches = job.batches()
         self._first_batches = endless(self._batches)
         self._checked = CheckedSteps()
-        self._is_settled = engine != "auto"
+        self._start = _Start(self._loop) if engine == "auto" else None  # None once it is settled
 
     @property
     def compile_s(self) -> float | None:
@@ -163,15 +171,15 @@ class LoopArm:
         return f"{choice.value}: {choice.reason}"
 
     def step(self) -> int:
-        """See `Arm.step`; an epoch in one go, or a part of a long one."""
-        if not self._checked.is_enough:
-            with self._checked.timing():
-                loss = self._loop.step(next(self._first_batches))
-                self._checked.losses.append(loss.item())  # HOST READ: of the first steps, which are checked
-            return 1
-        num_settling = 0 if self._is_settled else self._settle()
-        limit = self._checked.steps_in(PASS_S)
-        return num_settling + (self._part_of_epoch(limit) if limit < len(self._batches) else self._epoch())
+        """See `Arm.step`; an epoch in one go, or a part of a long one. Steps that are put back do not count."""
+        if self._checked.is_enough:
+            limit = self._checked.steps_in(PASS_S)
+            return self._part_of_epoch(limit) if limit < len(self._batches) else self._epoch()
+        if self._checked.losses and self._start is not None:
+            self._settle(self._start)
+            self._checked_step()  # the first one again
+        self._checked_step()
+        return 1
 
     def sync(self) -> None:
         """See `Arm.sync`."""
@@ -194,20 +202,55 @@ class LoopArm:
         self._loop.step.metrics.compute()  # HOST READ: what the end of an epoch reads
         return num_steps
 
-    def _settle(self) -> int:
-        self._is_settled = True
-        steps = count()
-        self._loop.step.settle(batch for batch, _ in zip(self._few_batches(), steps, strict=False))
-        return next(steps)
+    def _checked_step(self) -> None:
+        with self._checked.timing():
+            loss = self._loop.step(next(self._first_batches))
+            self._checked.losses.append(loss.item())  # HOST READ: of the first steps, which are checked
 
-    def _few_batches(self) -> Iterator[Any]:
-        return islice(endless(self._batches), MAX_SETTLING_STEPS)
+    def _settle(self, start: _Start) -> None:
+        """Has it decided what runs the steps, and goes back to the start."""
+        self._loop.step.settle(islice(endless(self._batches), MAX_SETTLING_STEPS))
+        start.put_back(self._loop)
+        self._start = None
+        self._batches.set_epoch(0)
+        self._first_batches = endless(self._batches)
+        self._checked = CheckedSteps()
+
+
+class _Start:
+    """Where a loop's training began, to go back to: the tensors of the model stay the very same ones.
+
+    Args:
+        loop: before its first step.
+    """
+
+    def __init__(self, loop: FastLoop) -> None:
+        self._of_model = Snapshot.of(_tensors(loop.model), loop.step.device)
+        self._of_optimizer = copy.deepcopy(loop.optimizer.state_dict())
+
+    def put_back(self, loop: FastLoop) -> None:
+        """Weights, buffers, random generators; the optimizer makes its state anew, as in its first step."""
+        loop.optimizer.load_state_dict(self._of_optimizer)
+        self._of_model.restore(_tensors(loop.model), loop.step.device)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def endless(batches: Any) -> Iterator[Any]:
     """A source's epochs, one after the other."""
     while True:
         yield from batches
+
+
+def endless_textbook(job: Job) -> Iterator[Any]:
+    """The textbook's batches, epoch after epoch; its dataset is made before this returns, not in the first step."""
+
+    def of_epoch(epoch: int) -> Iterable[Any]:
+        return job.textbook_batches(job.order(epoch).tolist())
+
+    return chain.from_iterable(chain([of_epoch(0)], map(of_epoch, count(1))))
 
 
 class CheckedSteps:
@@ -245,7 +288,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def _all_dense_batches(job: ReviewJob) -> Iterator[dict[str, Tensor]]:
-    """Batches of one-hot rows, which are all made first.
+    """Batches of one-hot rows, which are all made before this returns.
 
     As uint8 [rows, features]: float32 would take four times the memory (0.8 GB for 39,200 rows of 5,317 words).
     """
@@ -253,9 +296,12 @@ def _all_dense_batches(job: ReviewJob) -> Iterator[dict[str, Tensor]]:
     dense = torch.zeros(job.num_rows, job.num_features, dtype=torch.uint8)
     dense.numpy()[np.repeat(np.arange(len(dense)), np.diff(tokens.offsets)), tokens.ids] = 1
     rows, targets = dense.to(job.device), job.targets().to(job.device)
-    for epoch in count():
-        for batch in torch.from_numpy(job.order(epoch)).to(job.device).split(job.batch_size):
-            yield {"x_data": rows.index_select(0, batch).float(), "y_target": targets.index_select(0, batch)}
+    orders = (torch.from_numpy(job.order(epoch)).to(job.device) for epoch in count())
+    return (
+        {"x_data": rows.index_select(0, batch).float(), "y_target": targets.index_select(0, batch)}
+        for order in orders
+        for batch in order.split(job.batch_size)
+    )
 
 
 CORE_ARMS: dict[str, ArmFactory] = {

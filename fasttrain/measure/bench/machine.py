@@ -43,16 +43,16 @@ class Machine:
             self._sleep(LOOK_S)
         return int(statistics.median(looks))
 
-    def flags(self, others: int | None) -> tuple[str, ...]:
+    def flags(self, wanted: int | None) -> tuple[str, ...]:
         """To be called after a block: what was wrong.
 
         Args:
-            others: what `before` returned.
+            wanted: threads that wanted to run: what `before` returned, and the block's own; None: unknown.
 
         Returns:
             Some of "load" (more wanted to run than there are cores) and "throttled" (CPU or GPU were slowed down).
         """
-        is_loaded = others is not None and others > usable_cores()
+        is_loaded = wanted is not None and wanted > usable_cores()
         is_throttled = self._count() > self._throttled
         return tuple(name for name, is_so in (("load", is_loaded), ("throttled", is_throttled)) if is_so)
 

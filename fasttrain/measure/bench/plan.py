@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from fasttrain.measure.bench.record import ArmRecord, BenchRecord, BlockFigures,
 from fasttrain.measure.bench.task import BlockResult, BlockTask
 from fasttrain.measure.verdict.stats import FEWEST_PAIRS, Noise, margin_for, noise_of, verdict
 
-__all__ = ["ArmSpec", "BenchPlan", "Watcher", "log_ratios", "orders", "run_bench"]
+__all__ = ["ArmSpec", "BenchPlan", "Watcher", "log_ratios", "measured_noise", "orders", "run_bench"]
 
 MAX_REPEATS = 2
 """So often a block of an arm that was flagged, or whose process died, is run again."""
@@ -32,8 +32,8 @@ class Watcher(Protocol):
         """Threads of others that run or wait for a core."""
         ...
 
-    def flags(self, others: int | None, /) -> tuple[str, ...]:
-        """What was wrong since."""
+    def flags(self, wanted: int | None, /) -> tuple[str, ...]:
+        """What was wrong since, where so many threads wanted to run, the block's own among them."""
         ...
 
 
@@ -130,6 +130,7 @@ def run_bench(
 
     Raises:
         FasttrainError: the reference cannot run, or no arm could be timed.
+        KeyboardInterrupt: an interrupt came before any arm was timed.
     """
     log(f"{plan.workload}: the reference's losses")
     reference = _reference(plan, run_block)
@@ -144,9 +145,11 @@ def run_bench(
     except KeyboardInterrupt:
         is_interrupted = True
     arms = progress.records()
+    if not arms and is_interrupted:
+        raise KeyboardInterrupt
     if not arms:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in progress.refused.items())
-        raise FasttrainError(f"no arm could be timed: {reasons or 'interrupted before the first was'}")
+        raise FasttrainError(f"no arm could be timed: {reasons}")
     record = BenchRecord(
         workload=reference.workload or {},
         command=command,
@@ -162,7 +165,7 @@ def run_bench(
         ),
         arms=arms,
         refused=progress.refused,
-        noise=_noise(plan, arms),
+        noise=measured_noise(plan, arms) or plan.noise,
         notes=(*progress.notes, *(("interrupted: fewer blocks than planned",) if is_interrupted else ())),
     )
     return record, is_interrupted
@@ -185,6 +188,14 @@ def log_ratios(first: ArmRecord, second: ArmRecord) -> list[float]:
     ]
 
 
+def measured_noise(plan: BenchPlan, arms: Mapping[str, ArmRecord]) -> Noise | None:
+    """What an arm against itself told; None where that was not planned, or gave too few pairs."""
+    if plan.aa is None or not set(plan.aa) <= set(arms):
+        return None
+    pairs = log_ratios(arms[plan.aa[0]], arms[plan.aa[1]])
+    return noise_of(pairs) if len(pairs) >= FEWEST_PAIRS else None
+
+
 def _reference(plan: BenchPlan, run_block: RunBlock) -> BlockResult:
     task = BlockTask(
         source="textbook", workload=plan.workload, device=plan.device, threads=plan.threads, reference=None
@@ -194,13 +205,6 @@ def _reference(plan: BenchPlan, run_block: RunBlock) -> BlockResult:
     if problem is not None:
         raise FasttrainError(f"the reference, the textbook's loop, cannot run: {problem}")
     return found
-
-
-def _noise(plan: BenchPlan, arms: dict[str, ArmRecord]) -> Noise | None:
-    if plan.aa is None or not set(plan.aa) <= set(arms):
-        return plan.noise
-    pairs = log_ratios(arms[plan.aa[0]], arms[plan.aa[1]])
-    return noise_of(pairs) if len(pairs) >= FEWEST_PAIRS else plan.noise
 
 
 @dataclass
@@ -275,9 +279,9 @@ class _Progress:
     def _run_arm(self, block: int, position: int, label: str) -> None:
         """One arm's turn, run again while it is flagged or its process dies."""
         for repeats in range(MAX_REPEATS + 1):
-            others = self._watcher.before()
-            result = self._run_block(self._task(block, position, self._specs[label]))
-            seen = self._watcher.flags(others)
+            spec, others = self._specs[label], self._watcher.before()
+            result = self._run_block(self._task(block, position, spec))
+            seen = self._watcher.flags(None if others is None else others + spec.threads)
             if result.refused is not None:
                 self._refuse(label, block, result.refused)
                 return

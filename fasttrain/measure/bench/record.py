@@ -6,6 +6,7 @@ Pairs of two arms are formed by the block's number. Nothing here imports torch: 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,16 @@ from fasttrain.errors import DataError
 from fasttrain.measure.strict import Node, read_json
 from fasttrain.measure.verdict.stats import Noise
 
-__all__ = ["ArmRecord", "BenchRecord", "BlockFigures", "Design", "noise_from", "read_record", "write_record"]
+__all__ = [
+    "ArmRecord",
+    "BenchRecord",
+    "BlockFigures",
+    "Design",
+    "check_target",
+    "noise_from",
+    "read_record",
+    "write_record",
+]
 
 SCHEMA_VERSION = 2
 """Raise it when a field changes its meaning, appears or goes; files of another version are refused."""
@@ -39,8 +49,8 @@ class BlockFigures:
         first_step_s: the first step, with what it compiles.
         peak_bytes: of the process (CPU) or of the device's allocator (CUDA); None: unknown.
         runnable: threads of others that ran or waited for a core just before; None: unknown.
-        flags: what was wrong with the machine: "load" (more wanted to run than there are cores, just before), "waited"
-            (the process had to wait for a core while it was timed), "throttled".
+        flags: what was wrong with the machine: "load" (with what ran just before, more threads wanted to run than there
+            are cores), "waited" (the process had to wait for a core while it was timed), "throttled".
         repeats: attempts at this block that were flagged and repeated.
         engine: what ran the steps in the end, and why; None where that is no question.
     """
@@ -221,6 +231,24 @@ class BenchRecord:
             noise=noise_from(node.node("noise")) if node.has("noise") else None,
             notes=node.texts("notes"),
         )
+
+
+def check_target(path: Path) -> None:
+    """Checks that a file can be written, before what goes into it is measured. Nothing is made or changed.
+
+    Args:
+        path: of the file; it, and folders above it, need not be there.
+
+    Raises:
+        DataError: it cannot be written there.
+    """
+    if path.is_dir():
+        raise DataError("is a folder: name a file", file=str(path))
+    found = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
+    if found != path and not found.is_dir():
+        raise DataError(f"cannot be written: {found} is no folder", file=str(path))
+    if not os.access(found, os.W_OK if found == path else os.W_OK | os.X_OK):
+        raise DataError(f"cannot be written: {found} is read-only for this user", file=str(path))
 
 
 def write_record(record: BenchRecord, path: Path) -> None:

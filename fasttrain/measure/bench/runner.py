@@ -13,11 +13,13 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fasttrain.errors import DataError
+from fasttrain.errors import ConfigError, DataError
+from fasttrain.measure.bench.sources import NOT_THERE
 from fasttrain.measure.bench.task import BlockResult, BlockTask
 from fasttrain.measure.strict import read_json
+from fasttrain.step.cache import ProgramCache, default_folder
 
-__all__ = ["THREAD_VARIABLES", "BlockRunner", "fresh_caches"]
+__all__ = ["THREAD_VARIABLES", "BlockRunner", "check_users_arm", "fresh_caches"]
 
 TIMEOUT_S = 900.0
 """A process that takes longer has died: the longest part is a compiler, which takes a minute or two."""
@@ -35,7 +37,8 @@ class BlockRunner:
     """Runs tasks, each in a Python of its own, in the folder of this process.
 
     Args:
-        variables: environment variables, beside those of this process.
+        variables: environment variables, beside those of this process. With an XDG_CACHE_HOME among them, each process
+            decides anew what runs its steps: programs are shared, what an earlier process has measured of them is not.
         folder: where the processes run; None: where this one does.
         timeout_s: after so long a process is ended, and has died.
     """
@@ -49,6 +52,8 @@ class BlockRunner:
 
     def __call__(self, task: BlockTask) -> BlockResult:
         """Runs a task and waits for it; however this ends, the process has ended too."""
+        if "XDG_CACHE_HOME" in self._variables:
+            ProgramCache(default_folder(self._variables)).forget()
         threads = dict.fromkeys(THREAD_VARIABLES, str(task.threads))
         with tempfile.TemporaryDirectory(prefix="fasttrain-block-") as scratch:
             task_file, result_file, output = (Path(scratch, name) for name in ("task.json", "result.json", "output"))
@@ -75,6 +80,21 @@ class BlockRunner:
                 return BlockResult.from_dict(read_json(result_file))
             except DataError as error:
                 return BlockResult(died=str(error))
+
+
+def check_users_arm(source: str) -> None:
+    """Looks for an arm of a user's own, in a process of its own. What else is wrong with it, its blocks will say.
+
+    Args:
+        source: "module:function".
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
+    command = [sys.executable, "-m", "fasttrain.measure.bench.sources", source]
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if ran.returncode == NOT_THERE:
+        raise ConfigError(ran.stderr.strip().splitlines()[-1])
 
 
 @contextmanager

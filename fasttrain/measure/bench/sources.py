@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,11 +12,14 @@ from fasttrain.measure.bench.arm import Arm
 from fasttrain.measure.bench.arms import CORE_ARMS
 from fasttrain.workloads.job import Job
 
-__all__ = ["DEFAULT_ARMS", "check_source", "find_factory", "peers"]
+__all__ = ["DEFAULT_ARMS", "NOT_THERE", "check_source", "find_factory", "peers"]
 
 DEFAULT_ARMS = ("textbook", "tuned", "eager", "torch-compile", "compiled", "auto")
 
 PEERS = "benchmarks.peers"
+
+NOT_THERE = 44
+"""Exit code of `python -m fasttrain.measure.bench.sources SOURCE` where there is no such arm: no other error's."""
 
 
 def peers() -> tuple[str, ...]:
@@ -84,3 +88,17 @@ def _users_factory(source: str) -> Callable[[Job], Arm]:
     if not callable(factory):
         raise ConfigError(f"--module {source}: {name} has no function {attribute!r}")
     return cast("Callable[[Job], Arm]", factory)
+
+
+def main(source: str) -> int:
+    """Looks for an arm; returns the exit code, and says on stderr why there is none."""
+    try:
+        find_factory(source)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return NOT_THERE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

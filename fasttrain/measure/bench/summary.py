@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,8 @@ class ArmSummary:
         first_step_s: median.
         peak_bytes: median; None: unknown.
         agreement: see `ArmRecord`.
-        engine: what ran the steps in the last block, and why.
+        engines: what ran the steps, most often first, as "compiled: why" with the reason in the last such block, and in
+            how many blocks; empty where that is no question.
     """
 
     label: str
@@ -80,7 +82,7 @@ class ArmSummary:
     first_step_s: float
     peak_bytes: float | None
     agreement: float | None
-    engine: str | None
+    engines: tuple[tuple[str, int], ...]
 
 
 def summarise(record: BenchRecord) -> list[ArmSummary]:
@@ -117,8 +119,15 @@ def _summary(label: str, record: BenchRecord, others: Sequence[str]) -> ArmSumma
         first_step_s=statistics.median(block.first_step_s for block in arm.blocks),
         peak_bytes=statistics.median(peaks) if peaks else None,
         agreement=arm.agreement,
-        engine=arm.blocks[-1].engine,
+        engines=_engines(arm),
     )
+
+
+def _engines(arm: ArmRecord) -> tuple[tuple[str, int], ...]:
+    said = [block.engine for block in arm.blocks if block.engine is not None]
+    last = {engine.partition(":")[0]: engine for engine in said}
+    counts = Counter(engine.partition(":")[0] for engine in said)
+    return tuple((last[name], count) for name, count in counts.most_common())
 
 
 def _ratio(other: ArmRecord, arm: ArmRecord) -> Spread | None:
@@ -155,12 +164,18 @@ def notes(record: BenchRecord) -> list[str]:
     arms = [(arm, record.arms[arm.label].tolerance) for arm in summarise(record)]
     return [
         *(f"{arm.label}: {arm.description}; {_agreement(arm.agreement, tolerance)}" for arm, tolerance in arms),
-        *(f"{arm.label}: ran {arm.engine}" for arm, _ in arms if arm.engine is not None),
+        *(f"{arm.label}: ran {_ran(arm)}" for arm, _ in arms if arm.engines),
         *(f"not timed: {label}: {reason}" for label, reason in record.refused.items()),
         *_flags(record),
         _noise(record),
         *record.notes,
     ]
+
+
+def _ran(arm: ArmSummary) -> str:
+    if len(arm.engines) == 1:
+        return arm.engines[0][0]
+    return "; ".join(f"in {count} of {arm.rate.count} blocks {engine}" for engine, count in arm.engines)
 
 
 def _agreement(agreement: float | None, tolerance: float) -> str:

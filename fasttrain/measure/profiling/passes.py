@@ -133,6 +133,9 @@ class CleanPass:
         """See `Pass.stop`."""
         if not self._windows_us and self._steps:
             self._end_window()
+        if self._gpu is not None:
+            wait()
+            self._gpu.stop()
 
     def _end_window(self) -> None:
         wait()

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from fasttrain.errors import ConfigError
 from fasttrain.measure.profiling.assemble import Timed, Watched, assemble
-from fasttrain.measure.profiling.file import profile_path, write_profile
+from fasttrain.measure.profiling.file import make_folder, profile_path, write_profile
 from fasttrain.measure.profiling.passes import (
     AllocationPass,
     CleanPass,
@@ -135,16 +135,24 @@ class Session:
         span: of each pass.
         is_timing: whether there are passes that time.
         short: of the passes that trace and count, where every call is of many steps; None: as the others.
+        clean: of the clean pass; None: as the others.
     """
 
     def __init__(
-        self, *, trace: Path | None, warm_up: Span, span: Span, is_timing: bool = True, short: Span | None = None
+        self,
+        *,
+        trace: Path | None,
+        warm_up: Span,
+        span: Span,
+        is_timing: bool = True,
+        short: Span | None = None,
+        clean: Span | None = None,
     ) -> None:
         self.phases = Phases()
         self.loaders = Loaders()
         self.clean = CleanPass(span.calls)
         self.phased = PhasePass(self.phases)
-        passes: list[tuple[Pass, Span]] = [(self.clean, span), (self.phased, span)] if is_timing else []
+        passes: list[tuple[Pass, Span]] = [(self.clean, clean or span), (self.phased, span)] if is_timing else []
         self.watched: Watched | None = None
         if trace is not None:
             self.watched = watched = Watched(
@@ -242,8 +250,12 @@ class Profiler:
         self._session.schedule.step()
 
     def __enter__(self) -> Self:
-        """Begins to warm up."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Begins to warm up.
+
+        Raises:
+            DataError: the profile's folder cannot be made.
+        """
+        make_folder(self.path.parent)
         self._session.__enter__()
         return self
 

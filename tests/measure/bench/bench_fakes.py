@@ -78,13 +78,19 @@ class FakeRunner:
 
 
 class FakeMachine:
-    """A watcher that raises the given flags, one turn after the other, and then none."""
+    """A watcher that raises the given flags, one turn after the other, and then none.
+
+    Attributes:
+        wanted: the threads that wanted to run, as it was told.
+    """
 
     def __init__(self, *flags: tuple[str, ...]) -> None:
         self._flags = list(flags)
+        self.wanted: list[int | None] = []
 
     def before(self) -> int | None:
-        return 0
+        return 2
 
-    def flags(self, others: int | None) -> tuple[str, ...]:
+    def flags(self, wanted: int | None) -> tuple[str, ...]:
+        self.wanted.append(wanted)
         return self._flags.pop(0) if self._flags else ()

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fasttrain import EngineError
+from fasttrain import DataError, EngineError
 from fasttrain.measure.bench import arms
 from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm, endless
 from fasttrain.measure.bench.block import check_losses, running_means
-from fasttrain.reference import train_epoch
+from fasttrain.reference import TextbookDataset, train_epoch
+from fasttrain.step import auto
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.mlp import mlp_job
 from fasttrain.workloads.review_job import review_job
+from tests.step.fakes import Graphs, hasten
 
 STEPS_IN_EPOCH = 7
 
@@ -98,11 +103,78 @@ def test_a_loop_arm_trains_whole_epochs_after_the_checked_steps(monkeypatch: pyt
 def test_auto_is_given_steps_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "MAX_SETTLING_STEPS", 3)
     monkeypatch.setattr(arms, "PASS_S", 0.0)
-    arm = LoopArm(small_mlp(), engine="auto")
-    run(arm, CHECKED_STEPS)
-    assert [arm.step(), arm.step()] == [3 + 1, 1]
+    job = small_mlp()
+    arm, eager = LoopArm(job, engine="auto"), LoopArm(job, engine="eager")
+    assert run(arm, CHECKED_STEPS) == run(eager, CHECKED_STEPS) == CHECKED_STEPS
+    assert arm.losses() == eager.losses()  # the three are put back
+    assert arm.step() == 1
     assert arm.engine.startswith("eager: ")
     assert arm.compile_s is None
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Graphs:
+    """Programs that are taken up within some fifty steps, later than any loss is checked that eager gives."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    hasten(monkeypatch)
+    monkeypatch.setattr(auto, "WARM_STEPS", 2 * CHECKED_STEPS)
+    return Graphs(monkeypatch, tmp_path)
+
+
+def auto_job() -> Job:
+    return mlp_job(torch.device("cpu"), 20 * 128)
+
+
+def test_what_auto_has_settled_on_gives_the_checked_losses(graphs: Graphs) -> None:
+    job = auto_job()
+    textbook, arm = TextbookArm(job), LoopArm(job, engine="auto")
+    run(textbook, CHECKED_STEPS)
+    assert arm.step() == 1
+    parameters = [id(parameter) for parameter in arm._loop.model.parameters()]
+    assert arm.step() == 1
+    assert arm.engine.startswith("compiled: ")
+    assert len(arm.losses()) == 2  # from the start again
+    before = graphs.replayed
+    run(arm, CHECKED_STEPS - 2)
+    assert graphs.replayed - before == CHECKED_STEPS - 2
+    assert check_losses(running_means(arm.losses()), running_means(textbook.losses()), job.tolerance) < job.tolerance
+    assert [id(parameter) for parameter in arm._loop.model.parameters()] == parameters
+
+
+def test_a_program_of_autos_that_gives_wrong_numbers_is_not_timed(graphs: Graphs) -> None:
+    graphs.spoil = lambda loss: loss * (1.01 if graphs.replayed > 1 else 1.0)  # it is right where it is proven
+    job = auto_job()
+    textbook, arm = TextbookArm(job), LoopArm(job, engine="auto")
+    for each in (textbook, arm):
+        run(each, CHECKED_STEPS)
+    assert graphs.replayed > CHECKED_STEPS
+    with pytest.raises(DataError, match="leave the reference's"):
+        check_losses(running_means(arm.losses()), running_means(textbook.losses()), job.tolerance)
+
+
+def test_a_job_is_put_back_with_its_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "MAX_SETTLING_STEPS", 3)
+    job = replace(small_mlp(), network=lambda: nn.Sequential(nn.Linear(64, 10), nn.Dropout(0.5), nn.BatchNorm1d(10)))
+    found: list[list[float]] = []
+    for engine in ("eager", "auto"):
+        torch.manual_seed(7)
+        arm = LoopArm(job, engine=engine)
+        run(arm, CHECKED_STEPS)
+        found.append(arm.losses())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("make_arm", [TextbookArm, TunedArm])
+def test_no_data_are_made_in_the_first_step(make_arm: Callable[[Job], Arm], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = review_job(torch.device("cpu"), generate_reviews(300).table)
+    made: list[str] = []
+    of_frame, repeat = TextbookDataset.from_dataframe, np.repeat
+    monkeypatch.setattr(TextbookDataset, "from_dataframe", lambda table: (made.append("textbook"), of_frame(table))[1])
+    monkeypatch.setattr(arms.np, "repeat", lambda *given: (made.append("one-hot rows"), repeat(*given))[1])
+    arm = make_arm(job)
+    assert len(made) == 1
+    arm.step()
+    assert len(made) == 1
 
 
 def test_graphs_need_a_gpu() -> None:

@@ -16,6 +16,7 @@ from fasttrain import ConfigError, DataError, EngineError
 from fasttrain.measure.bench import block
 from fasttrain.measure.bench.sources import check_source, find_factory
 from fasttrain.measure.bench.task import BlockResult, BlockTask
+from fasttrain.workloads.mlp import mlp_job
 
 USERS = "tests.measure.bench.user_arms"
 
@@ -146,6 +147,10 @@ def test_the_example_of_the_readme_is_an_arm(
     monkeypatch.syspath_prepend(tmp_path)
     result = block.run_task(task("my_code:make_arm", reference), time.time())
     assert result.figures is not None
+    arm = find_factory("my_code:make_arm")(mlp_job(torch.device("cpu"), 1_000))
+    for _ in range(30):
+        arm.step()
+    assert len(arm.losses() or []) == 20  # nothing grows while it is timed
 
 
 def test_an_arm_of_other_losses_is_not_timed(reference: tuple[float, ...]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain import ConfigError, FasttrainError
-from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, log_ratios, orders, run_bench
+from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, log_ratios, measured_noise, orders, run_bench
 from fasttrain.measure.bench.record import BenchRecord
 from fasttrain.measure.bench.task import BlockResult, BlockTask
 from fasttrain.measure.verdict.stats import Noise
@@ -88,6 +88,13 @@ def test_a_block_that_stays_flagged_is_kept_with_its_flag() -> None:
     assert len(record.arms["eager"].repeated) == 2
 
 
+def test_an_arms_own_threads_count_as_load() -> None:
+    machine = FakeMachine()
+    specs = (ArmSpec(label="one", source="eager", threads=1), ArmSpec(label="four", source="eager", threads=4))
+    run(plan("x", arms=specs, blocks=1), FakeRunner({"eager": [1e-3]}), machine)
+    assert sorted(wanted or 0 for wanted in machine.wanted) == [2 + 1, 2 + 4]
+
+
 def test_what_a_process_says_of_itself_is_a_flag_too() -> None:
     waited = BlockResult(figures=figures(0, 9.0, flags=("waited",)), tolerance=1e-5)
     record, _ = run(plan("eager", blocks=1), FakeRunner({"eager": [waited, 1e-3]}), FakeMachine(("load",)))
@@ -151,6 +158,16 @@ def test_an_interrupt_keeps_what_was_reached() -> None:
     assert record.notes == ("interrupted: fewer blocks than planned",)
 
 
+def test_an_interrupt_before_anything_was_timed_is_one() -> None:
+    def interrupt(task: BlockTask) -> BlockResult:
+        if task.reference is not None:
+            raise KeyboardInterrupt
+        return FakeRunner({})(task)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan("eager"), interrupt)
+
+
 def test_an_arm_against_itself_tells_the_noise() -> None:
     specs = tuple(ArmSpec(label=label, source="eager", threads=1) for label in ("eager A", "eager B"))
     aa = plan("x", arms=specs, aa=("eager A", "eager B"), blocks=10)
@@ -158,6 +175,15 @@ def test_an_arm_against_itself_tells_the_noise() -> None:
     assert record.noise is not None
     assert record.noise.pairs == 10
     assert 0 < record.noise.floor < 0.03
+
+
+def test_an_arm_that_dies_against_itself_tells_nothing() -> None:
+    specs = tuple(ArmSpec(label=label, source="eager", threads=1) for label in ("eager A", "eager B"))
+    known = Noise(floor=0.02, smallest_effect=0.05, pairs=10)
+    aa = plan("x", arms=specs, aa=("eager A", "eager B"), blocks=10, noise=known)
+    record, _ = run(aa, FakeRunner({"eager": [*[1e-3] * 8, *[BlockResult(died="killed")] * 99]}))
+    assert measured_noise(aa, record.arms) is None
+    assert record.noise == known
 
 
 def test_known_noise_is_recorded() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain import DataError
-from fasttrain.measure.bench.record import read_record, write_record
+from fasttrain.measure.bench.record import check_target, read_record, write_record
 from fasttrain.measure.verdict.stats import Noise
 from tests.measure.bench.bench_fakes import arm, figures, record
 
@@ -116,3 +116,18 @@ def test_a_record_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
         write_record(record({"fast": arm(1e-3)}), tmp_path / "file" / "record.json")
+
+
+def test_a_target_is_checked_before_there_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "new.json", tmp_path / "a" / "b" / "new.json", tmp_path / "file", Path("new.json")):
+        check_target(path)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "a" / "new.json", "file is no folder")):
+        with pytest.raises(DataError, match=message) as raised:
+            check_target(path)
+        assert raised.value.file == str(path)
+    monkeypatch.setattr("fasttrain.measure.bench.record.os.access", lambda *_: False)
+    for path in (tmp_path / "new.json", tmp_path / "file"):
+        with pytest.raises(DataError, match="read-only"):
+            check_target(path)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from fasttrain import cli
+from fasttrain.measure.bench.noise import known_noise, remember_noise
 from fasttrain.measure.bench.record import read_record
 from fasttrain.measure.bench.runner import BlockRunner, fresh_caches
-from fasttrain.measure.bench.task import BlockTask
-from tests.measure.bench.bench_fakes import FakeMachine
+from fasttrain.measure.bench.task import BlockResult, BlockTask
+from fasttrain.measure.environment import environment
+from fasttrain.measure.verdict.stats import Noise
+from fasttrain.step.cache import ProgramCache, Verdict, default_folder
+from tests.measure.bench.bench_fakes import FakeMachine, FakeRunner
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -38,6 +44,115 @@ def test_compilers_find_an_empty_cache() -> None:
         assert list(folders[0].iterdir()) == []
         assert folders[1].parent == folders[0]
     assert not folders[0].exists()
+
+
+def test_each_process_decides_anew_but_finds_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = Verdict(eager_us=2.0, program_us=1.0, trace_s=0.5, compile_s=20.0, refused="not faster")
+
+    def kept(*_: Any, **given: Any) -> None:
+        kept_files.append(sorted(path.name for path in folder.iterdir()))
+        raise NotImplementedError
+
+    with fresh_caches() as variables:
+        folder = default_folder(variables)
+        cache = ProgramCache(folder)
+        cache.remember("job", verdict)
+        (folder / "program.pt2").touch()
+        kept_files: list[list[str]] = []
+        monkeypatch.setattr("fasttrain.measure.bench.runner.subprocess.Popen", kept)
+        with pytest.raises(NotImplementedError):
+            BlockRunner(variables)(task("textbook"))
+        assert kept_files == [["program.pt2"]]
+
+
+def test_the_users_own_cache_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **given: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = ProgramCache(default_folder())
+    cache.remember("job", Verdict(eager_us=2.0, program_us=1.0, trace_s=0.5, compile_s=20.0, refused=None))
+    monkeypatch.setattr("fasttrain.measure.bench.runner.subprocess.Popen", fail)
+    with pytest.raises(NotImplementedError):
+        BlockRunner({})(task("textbook"))
+    assert cache.verdict("job") is not None
+
+
+@pytest.fixture
+def no_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRunner:
+    """A bench in an empty folder whose processes are made up."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fasttrain.commands.bench.Machine", lambda _: FakeMachine())
+    runner = FakeRunner({"eager": [1e-3]})
+    monkeypatch.setattr("fasttrain.commands.bench.BlockRunner", lambda _: runner)
+    return runner
+
+
+BENCH = ["bench", "--workload", "mlp", "--device", "cpu", "--blocks", "7"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--out", "."], "is a folder"),
+        (["--out", "file/record.json"], "is no folder"),
+        (["--markdown", "file/table.md"], "is no folder"),
+        (["--module", "nope:f"], "there is no module 'nope'"),
+        (["--module", "tests.measure.bench.user_arms:nope"], "has no function 'nope'"),
+    ],
+)
+def test_what_could_only_fail_afterwards_is_refused_before(
+    options: list[str], said: str, no_blocks: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    assert cli.main([*BENCH, "--arms", "eager", *options]) == 2
+    assert said in capsys.readouterr().err
+    assert no_blocks.tasks == []
+
+
+def test_what_cannot_be_kept_is_shown(
+    no_blocks: FakeRunner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fasttrain.commands.bench.check_target", lambda _: None)  # it is in the way since
+    assert cli.main([*BENCH, "--arms", "eager", "--out", ".", "--json"]) == 2
+    found = capsys.readouterr()
+    assert json.loads(found.out)["arms"]["eager"]["blocks"][6]["step_s"] == 1e-3
+    assert "cannot be written" in found.err
+
+
+def test_a_table_goes_to_a_folder_that_is_made(no_blocks: FakeRunner) -> None:
+    assert cli.main([*BENCH, "--arms", "eager", "--markdown", "new/table.md"]) == 0
+    assert "| eager |" in Path("new/table.md").read_text()
+
+
+def test_ctrl_c_before_the_first_block_is_told(monkeypatch: pytest.MonkeyPatch, no_blocks: FakeRunner) -> None:
+    def interrupt(given: BlockTask) -> BlockResult:
+        if given.reference is None:
+            return FakeRunner({})(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasttrain.commands.bench.BlockRunner", lambda _: interrupt)
+    assert cli.main([*BENCH, "--arms", "eager"]) == 130
+    assert not Path("bench-mlp-cpu.json").exists()
+
+
+@pytest.mark.parametrize(("dies", "is_kept"), [(False, True), (True, False)])
+def test_noise_is_kept_where_it_was_measured(
+    dies: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch, no_blocks: FakeRunner
+) -> None:
+    here = environment(torch.device("cpu"))
+    old = Noise(floor=0.25, smallest_effect=0.5, pairs=10)
+    remember_noise(here, "cnn", old)
+    given = [*[1e-3] * 4, *[BlockResult(died="killed")] * 99] if dies else [1e-3, 1.01e-3, 1.02e-3]
+    monkeypatch.setattr("fasttrain.commands.bench.BlockRunner", lambda _: FakeRunner({"eager": given}))
+    assert cli.main([*BENCH, "--aa", "eager"]) == 0
+    remember_noise(here, "cnn", Noise(floor=0.75, smallest_effect=1.5, pairs=10))  # what mlp takes if it has none
+    known = known_noise(here, "mlp")
+    assert known is not None
+    assert (known.floor < 0.25) == is_kept
+    assert (known.floor == 0.75) != is_kept
 
 
 def test_bench_leaves_a_record_and_tables(

@@ -60,6 +60,15 @@ def test_a_table_tells_all_that_is_known() -> None:
     assert markdown(found, "A title").startswith("## A title\n\n| arm | samples/s |")
 
 
+def test_all_that_ran_the_steps_is_told() -> None:
+    said = ["compiled: 9 us", "eager: not faster: 8 us", "compiled: 10 us", "compiled: 11 us"]
+    auto = arm(blocks=tuple(figures(block, 1e-3, engine=engine) for block, engine in enumerate(said)))
+    (summary,) = summarise(record({"auto": auto}))
+    assert summary.engines == (("compiled: 11 us", 3), ("eager: not faster: 8 us", 1))
+    shown = terminal(record({"auto": auto}))
+    assert "auto: ran in 3 of 4 blocks compiled: 11 us; in 1 of 4 blocks eager: not faster: 8 us" in shown
+
+
 def test_nothing_is_said_to_be_known_that_is_not() -> None:
     shown = terminal(record({"mine": arm(1e-3, agreement=None)}))
     assert "another algorithm" in shown

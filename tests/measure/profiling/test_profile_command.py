@@ -88,6 +88,15 @@ def test_bad_options_are_refused(
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_file_in_the_way_of_the_folder_is_named(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["profile", "--workload", "mlp", "--device", "cpu", "--out", str(tmp_path / out)]) == 2
+    said = capsys.readouterr().err
+    assert "the folder cannot be made" in said
+    assert str(tmp_path / out) in said
+
+
 def test_the_text_says_what_the_profile_holds() -> None:
     text = profile_text(a_profile())
     assert "auto: 100.0 us a step (150.0 us while traced)" in text

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain import FastLoop, profile, resident
-from fasttrain.errors import ConfigError
+from fasttrain.errors import ConfigError, DataError
 from fasttrain.measure.profiling.file import read_profile
 from fasttrain.measure.profiling.passes import CleanPass
 from fasttrain.measure.profiling.phases import STEP, Phases, gap_phase
-from fasttrain.measure.profiling.profiler import Schedule, Span
+from fasttrain.measure.profiling.profiler import Schedule, Session, Span
 from fasttrain.measure.profiling.record import PHASES, Profile
 from tests.measure.profiling.planted.parts import BATCH, Parts, Rows, endless, loader, loss_func
 
@@ -160,6 +160,17 @@ def test_too_few_steps_and_bad_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="block"):
         _ = profile("x", out=tmp_path).result
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="the folder cannot be made"), profile("x", out=tmp_path / "file"):
+        pass
+
+
+def test_the_clean_pass_may_be_longer_than_the_others() -> None:
+    session = Session(trace=None, warm_up=Span(calls=1), span=Span(calls=2), clean=Span(calls=5))
+    assert session.schedule.calls_left == 1 + 5 + 2
 
 
 def test_phases_of_a_fast_loop(tmp_path: Path) -> None:
