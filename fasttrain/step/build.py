@@ -28,7 +28,7 @@ from fasttrain.device import total_bytes
 from fasttrain.errors import EngineError
 from fasttrain.step.kernels import define_operators
 from fasttrain.step.program import compile_graph
-from fasttrain.step.torch_private import unpickle_with_graph
+from fasttrain.step.torch_private import lacks_resources, unpickle_with_graph
 from fasttrain.step.trace import InputKind, TracedPart
 
 __all__ = ["Build", "ChildEndedError", "GraphJob"]
@@ -40,8 +40,15 @@ MEMORY_SHARE = 0.5
 """Of the machine's memory, what a child may take."""
 
 
+REFUSED = 65
+"""The child's exit code where torch cannot compile the step (`EX_DATAERR`); every other one is of the surroundings."""
+
+
 class ChildEndedError(EngineError):
-    """The child was killed or took too long: that says nothing of the step, and a later run may try again."""
+    """The child was killed, took too long, or lacked something (memory, a disk that is not full, a C++ compiler).
+
+    That says nothing of the step, and a later run may try again.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +108,8 @@ class Build:
         """The finished package, None while it is under way.
 
         Raises:
-            ChildEndedError: the child was killed, or took too long.
-            EngineError: it could not compile the step; the message holds what it said last.
+            ChildEndedError: the child was killed, took too long, or failed because of its surroundings.
+            EngineError: it could not compile the step. The message holds what it said last.
         """
         status = self._child.poll()
         if status is None:
@@ -116,7 +123,7 @@ class Build:
         _kill_group(self._child.pid)  # where it was killed, the C++ compiler that it had started runs on
         said = self._last_words()
         self.close()
-        kind = ChildEndedError if status < 0 else EngineError
+        kind = EngineError if status == REFUSED else ChildEndedError
         raise kind(f"the compiling child {_how_it_ended(status)}{said}")
 
     def wait(self) -> Path:
@@ -193,7 +200,7 @@ def main(folder: Path) -> int:
         compile_graph(job.graph, job.inputs, job.open_dims, partial)
     except EngineError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
-        return 1
+        return 1 if lacks_resources(error) else REFUSED
     partial.rename(folder / "step.pt2")
     return 0
 

@@ -16,9 +16,16 @@ from torch import Tensor, get_default_dtype, is_grad_enabled
 
 from fasttrain.data.ragged import Ragged
 from fasttrain.errors import EngineError
+from fasttrain.step.optimizer import has_own_step
 from fasttrain.step.options import GroupOptions
 from fasttrain.step.spec import StepSpec
-from fasttrain.step.torch_private import NO_GRADIENT_HOOKS, module_tables, optimizer_hooks, scaler_tensors
+from fasttrain.step.torch_private import (
+    NO_GRADIENT_HOOKS,
+    global_module_hooks,
+    module_tables,
+    optimizer_hooks,
+    scaler_tensors,
+)
 
 __all__ = ["BatchLayout", "Guards"]
 
@@ -211,6 +218,12 @@ def _groups_facts(spec: StepSpec, facts: _Facts) -> None:
 def _optimizer_facts(spec: StepSpec, options: GroupOptions, facts: _Facts) -> None:
     optimizer = spec.optimizer
     facts.add_tables("a hook of the optimizer", optimizer_hooks(optimizer))
+    own = vars(optimizer)
+    facts.add("the optimizer's step was replaced", "{}.get('step') is {}", own, own.get("step"))
+    facts.values.append(has_own_step(optimizer))  # a scheduler's wrapper may come and go
+    for name, value in own.items():
+        if isinstance(value, _PLAIN) and name not in _NOTES:
+            facts.add_value("an attribute of the optimizer", "{}[{}] == {}", own, name, value)
     for number, group in enumerate(optimizer.param_groups):
         _options_facts(number, group, options, facts)
     facts.add("the optimizer's state", "{}.state is {}", optimizer, optimizer.state)
@@ -219,6 +232,13 @@ def _optimizer_facts(spec: StepSpec, options: GroupOptions, facts: _Facts) -> No
     entries = list(optimizer.state.values())
     facts.add("the optimizer's state", "{}(map({}, {}.values(), {}))", all, is_, optimizer.state, entries)
     facts.add_tables("the optimizer's state", optimizer.state.values())
+
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+_NOTES = frozenset(
+    {"_opt_called", "_step_count", "_need_device_dtype_check_for_fused", "_warned_capturable_if_run_uncaptured"}
+)
+"""Attributes in which torch keeps notes of its own; they change nothing that is computed."""
 
 
 def _options_facts(number: int, group: dict[str, Any], options: GroupOptions, facts: _Facts) -> None:
@@ -238,6 +258,7 @@ def _options_facts(number: int, group: dict[str, Any], options: GroupOptions, fa
 
 
 def _model_facts(spec: StepSpec, facts: _Facts) -> None:
+    facts.add_tables("a hook of all modules", global_module_hooks())
     for module in spec.model.modules():
         facts.add_tables("a module, parameter, buffer or hook of the model", module_tables(module))
     for module in spec.model.modules():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.data.batch import tensors
 from fasttrain.data.ragged import Ragged
@@ -44,7 +46,11 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
     leaves = [leaf.offsets if isinstance(leaf, Ragged) else leaf for leaf in tensors(batch)]
     return _hash(
         repr(spec.model),
-        [(name, value.shape, value.dtype) for name, value in spec.model.state_dict().items()],
+        [
+            (name, value.shape, value.dtype)
+            for name, value in spec.model.state_dict().items()
+            if isinstance(value, Tensor)  # a module's extra state may be anything
+        ],
         type(spec.optimizer).__qualname__,
         options,
         [(leaf.shape, leaf.dtype) for leaf in leaves],
@@ -57,25 +63,42 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
     )
 
 
-def _code_of(value: Any) -> object:
-    """What a function, or an object that can be called, computes as far as its code and plain values tell."""
+def _code_of(value: Any, seen: set[int] | None = None) -> object:
+    """What a function, or an object that can be called, computes as far as its code and plain values tell.
+
+    Args:
+        value: the function or object.
+        seen: the ids of those that were met before: it may hold itself, or a loop that holds it.
+    """
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return "met before"
+    seen.add(id(value))
     if isinstance(value, CodeType):
-        constants = [_code_of(each) if isinstance(each, CodeType) else repr(each) for each in value.co_consts]
+        constants = [_code_of(each, seen) if isinstance(each, CodeType) else repr(each) for each in value.co_consts]
         return value.co_code, value.co_names, constants
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        known = [each.__code__ if isinstance(each, FunctionType) else each for each in cells]  # it may hold itself
-        return _code_of(value.__code__), [_code_of(each) for each in (*(value.__defaults__ or ()), *known)]
+        held = [*(value.__defaults__ or ()), *_contents(value.__closure__ or ())]
+        return _code_of(value.__code__, seen), [_code_of(each, seen) for each in held]
     if isinstance(value, MethodType):
-        return _code_of(value.__func__)
+        return _code_of(value.__func__, seen)
     if isinstance(value, nn.Module):
-        return repr(value), _code_of(type(value).forward), _plain(vars(value))
+        return repr(value), _code_of(type(value).forward, seen), _plain(vars(value))
     if isinstance(value, partial):
-        return _code_of(cast("Any", value).func), _plain(cast("Any", value).keywords)
+        return _code_of(cast("Any", value).func, seen), _plain(cast("Any", value).keywords)
     kind: Any = type(value)
     if kind.__module__.startswith(_OWN):
-        return kind.__qualname__, [_code_of(each) for each in vars(value).values()]
-    return repr(value) if isinstance(value, _PLAIN) else getattr(value, "__qualname__", kind.__qualname__)
+        return kind.__qualname__, [_code_of(each, seen) for each in getattr(value, "__dict__", {}).values()]
+    return getattr(value, "__qualname__", kind.__qualname__)
+
+
+def _contents(cells: Iterable[CellType]) -> Iterator[Any]:
+    """What a function closes over and was given a value already."""
+    for cell in cells:
+        with suppress(ValueError):
+            yield cell.cell_contents
 
 
 def _plain(values: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fasttrain.errors import EngineError
+from fasttrain.step.attributes import Attributes
 from fasttrain.step.options import GroupOptions
 from fasttrain.step.state import StepState
 from fasttrain.step.torch_private import optimizer_hooks, reported_as_compiling
 
-__all__ = ["OptimizerNotTracedError", "OptimizerStep", "first_line"]
+__all__ = ["OptimizerNotTracedError", "OptimizerStep", "first_line", "has_own_step"]
 
 _BRANCHES_ON_VALUES = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
 """Their default code branches on values of tensors; their `capturable` code computes the same without."""
@@ -43,7 +44,7 @@ class OptimizerStep:
         inputs: stand-ins for those of the options.
 
     Raises:
-        OptimizerNotTracedError: it has hooks.
+        OptimizerNotTracedError: it has hooks, or a `step` that was replaced.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class OptimizerStep:
     ) -> None:
         if any(optimizer_hooks(optimizer)):
             raise OptimizerNotTracedError("it has hooks, which a compiled step would not call")
+        if has_own_step(optimizer):
+            raise OptimizerNotTracedError("its step was replaced on the object, which a compiled step would not call")
         self._optimizer = optimizer
         self._state = state
         self._tensors = tensors
@@ -78,6 +81,8 @@ class OptimizerStep:
             OptimizerNotTracedError: its code cannot be recorded, or changes what a graph does not see.
         """
         before = {parameter: dict(entries) for parameter, entries in self._twin.state.items()}
+        # The twin shares lists and dicts with the user's optimizer.
+        attributes = Attributes(vars(self._twin), ignored=("param_groups", "state"))
         try:
             with reported_as_compiling(), _TensorsForNumbers(self._numbers, self._options.fix_sign):
                 type(self._optimizer).step(self._twin)
@@ -85,6 +90,13 @@ class OptimizerStep:
             raise
         except Exception as error:
             raise OptimizerNotTracedError(f"the step of {self._name} cannot be traced: {first_line(error)}") from error
+        finally:
+            changed = attributes.changed()
+            attributes.put_back()
+        if changed:
+            raise OptimizerNotTracedError(
+                f"{self._name} changes its attribute {changed[0]!r} in every step: a graph would not see that"
+            )
         if any(dict.__ne__(group, old) for group, old in zip(self._twin.param_groups, self._groups, strict=True)):
             raise OptimizerNotTracedError(
                 f"{self._name} changes its parameter groups in every step: a graph would not see that"
@@ -127,6 +139,13 @@ class OptimizerStep:
         home = self._tensors[slots[key]]
         if new is not home:
             home.copy_(new)
+
+
+def has_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """True where `step` was replaced on the object, by more than a scheduler's wrapper, which notes the call."""
+    own: Any = vars(optimizer).get("step")
+    is_scheduler = hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is type(optimizer).step
+    return own is not None and not is_scheduler
 
 
 class _WatchedGroup(dict[str, Any]):

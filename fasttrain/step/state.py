@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -56,19 +56,46 @@ class StepState:
         return self.names, metadata, self.parameters, self.groups, self.buffers, self.slots, self.totals, self.scaler
 
     def refuse_overlaps(self) -> None:
-        """Checks that no two tensors share memory, which a graph could not know.
+        """Checks that each tensor is plain memory and that no two share any, which a graph could not know.
 
         Raises:
-            EngineError: two do.
+            EngineError: one is sparse or the like, or two share memory.
         """
-        spans = sorted(
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            if tensor.layout != torch.strided:
+                raise EngineError(f"{name!r} has the layout {tensor.layout}: only dense (strided) tensors are traced")
+        for (_, end, first), (begin, _, second) in pairwise(self._spans()):
+            if begin < end:
+                raise EngineError(f"{first!r} and {second!r} share memory without being one tensor")
+
+    def refuse_closed_over(self, tensors: Sequence[Tensor]) -> None:
+        """Checks that what forward or a metric reads without being given it is plain memory and no part of the state.
+
+        A graph takes it as an input of its own, and would not see there what the step has changed in the state.
+
+        Raises:
+            EngineError: one of these tensors is sparse or the like, or shares memory with the state.
+        """
+        spans = self._spans()
+        for tensor in tensors:
+            if tensor.layout != torch.strided:
+                raise EngineError(f"forward holds a tensor of the layout {tensor.layout}: only dense ones are traced")
+            begin = tensor.data_ptr()
+            end = begin + _extent(tensor) if tensor.numel() else begin
+            for first, last, name in spans:
+                if first < end and begin < last:
+                    raise EngineError(
+                        f"forward or a metric holds {name!r} directly: take it from the model that forward is given, "
+                        "or return from forward what the metric needs"
+                    )
+
+    def _spans(self) -> list[tuple[int, int, str]]:
+        """Where each tensor's memory begins and ends, in rising order."""
+        return sorted(
             (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
             for name, tensor in zip(self.names, self.tensors, strict=True)
             if tensor.numel()
         )
-        for (_, end, first), (begin, _, second) in pairwise(spans):
-            if begin < end:
-                raise EngineError(f"{first!r} and {second!r} share memory without being one tensor")
 
     def _add(self, name: str, kind: str, tensor: Tensor) -> int:
         place = self._places.get(id(tensor))

@@ -9,14 +9,16 @@ Where the optimizer's step cannot be recorded there is the first of these alone,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain.errors import EngineError
+from fasttrain.step.attributes import Attributes
 from fasttrain.step.function import Part, StepFunction
 from fasttrain.step.gradients import Gradients
 from fasttrain.step.guards import BatchLayout, Guards
@@ -221,8 +223,18 @@ def trace_step(spec: StepSpec, batch: Batch) -> TracedStep:
     Raises:
         EngineError: the step cannot be traced; the message says why.
     """
-    _refuse_unsupported(spec)
-    StepState(spec).refuse_overlaps()
+    try:
+        _refuse_unsupported(spec)
+        StepState(spec).refuse_overlaps()
+        return _trace(spec, batch)
+    except EngineError:
+        raise
+    except Exception as error:  # of the user's code, or of torch's over what it was not made for
+        raise EngineError(f"this step cannot be traced: {first_line(error)}") from error
+
+
+def _trace(spec: StepSpec, batch: Batch) -> TracedStep:
+    """The step as far as it can be recorded."""
     parts: list[Part] = ["whole"] if spec.accumulate == 1 else ["gather", "last"]
     try:
         return _trace_parts(spec, batch, parts, MOVED)
@@ -252,13 +264,9 @@ def _trace_part(
     before = list(state.tensors) if part == "gather" else [*state.tensors, *options.examples]
     gradients = [] if part == "whole" else [torch.zeros_like(state.tensors[place]) for place in function.trained]
     fixed: list[frozenset[int]] = [frozenset()] * (len(before) + len(gradients))
-    try:
-        graph = _record(function, [*before, *gradients, *leaves], [*fixed, *layout.open_dims])
-    except EngineError:
-        raise
-    except Exception as error:
-        raise EngineError(f"this step cannot be traced: {first_line(error)}") from error
+    graph = _record(spec, function, [*before, *gradients, *leaves], [*fixed, *layout.open_dims])
     closed_over = _lift_closed_over(graph)
+    state.refuse_closed_over(closed_over)
     if part != "whole":
         gradients = _drop_unreached(graph, function, len(before), gradients)
     use_kernels(graph)
@@ -269,15 +277,51 @@ def _trace_part(
 
 
 def _record(
-    function: StepFunction, inputs: Sequence[Tensor], open_dims: Sequence[frozenset[int]]
+    spec: StepSpec, function: StepFunction, inputs: Sequence[Tensor], open_dims: Sequence[frozenset[int]]
 ) -> torch.fx.GraphModule:
-    graph = trace_graph(function, inputs, open_dims)
+    with _unchanged_modules(spec):
+        graph = trace_graph(function, inputs, open_dims)
     if not has_onednn_lstm(graph):
         return graph
     # Its backward cannot be compiled; without oneDNN, torch records the cell's own operators. Only where it must be:
     # without oneDNN torch also takes the results of convolutions for contiguous that are channels_last when they run.
-    with without_onednn():
+    with without_onednn(), _unchanged_modules(spec):
         return trace_graph(function, inputs, open_dims)
+
+
+@contextmanager
+def _unchanged_modules(spec: StepSpec) -> Generator[None]:
+    """Puts the modules' attributes back after a trace, which leaves tensors in them that hold no values.
+
+    Raises:
+        EngineError: forward has changed one: a graph would not, and later steps may read it.
+    """
+    before = [(name, module, Attributes(vars(module))) for name, module in _modules(spec)]
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        for name, module, attributes in before:
+            remade = _REMADE if isinstance(module, nn.RNNBase) else ()
+            changed += [f"{name}.{each}".lstrip(".") for each in attributes.changed() if each not in remade]
+            attributes.put_back()
+    if changed:
+        raise EngineError(
+            f"forward changes {changed[0]!r}, an attribute of a module, which a compiled step would not do: if it is "
+            "to be kept from step to step, make it a buffer (register_buffer), else do not keep it on the module"
+        )
+
+
+_REMADE = ("_flat_weights", "_flat_weight_refs")
+"""torch's own lists of a recurrent module's weights, which its forward makes anew where other weights are put in."""
+
+
+def _modules(spec: StepSpec) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a step runs through: the model's, and those of the loss and the metrics."""
+    yield from spec.model.named_modules()
+    for name, value in {**vars(spec.forward), **spec.metrics.user_metrics}.items():
+        if isinstance(value, nn.Module):
+            yield from value.named_modules(prefix=name.lstrip("_"))
 
 
 def _drop_unreached(
@@ -297,6 +341,8 @@ def _drop_unreached(
 
 def _refuse_unsupported(spec: StepSpec) -> None:
     """Raises EngineError for what a trace would silently get wrong."""
+    if any(isinstance(module, DistributedDataParallel) for module in spec.model.modules()):
+        raise EngineError("the model is wrapped by DistributedDataParallel: a compiled step would not share gradients")
     for parameter in (*spec.model.parameters(), *spec.trained()):
         if type(parameter) not in (Tensor, nn.Parameter):
             raise EngineError(

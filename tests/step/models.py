@@ -233,6 +233,11 @@ def started(
     return spec, batch
 
 
+def with_forward(spec: StepSpec, forward: Callable[[nn.Module, Any], Any]) -> StepSpec:
+    """The step with another forward."""
+    return StepSpec(**{**vars(spec), "forward": normalise_forward(forward, None)})
+
+
 def everything(spec: StepSpec) -> dict[str, Any]:
     """All that a step changes."""
     return {"model": spec.model.state_dict(), "optimizer": spec.optimizer.state_dict(), "metrics": spec.metrics.totals}

@@ -20,7 +20,7 @@ import torch
 
 from fasttrain.errors import EngineError
 from fasttrain.step import build as build_module
-from fasttrain.step.build import Build, GraphJob
+from fasttrain.step.build import REFUSED, Build, ChildEndedError, GraphJob
 
 StandIn = Callable[[str], None]
 
@@ -85,20 +85,25 @@ def test_while_it_runs_there_is_no_package_and_close_ends_it(stand_in: StandIn, 
 
 
 @pytest.mark.parametrize(
-    ("script", "reason"),
+    ("script", "reason", "is_refused"),
     [
-        ("echo begun; echo no compiler here >&2; exit 3", "failed with exit code 3: no compiler here$"),
-        ("exit 1", "failed with exit code 1$"),
-        ("exit 0", "failed with exit code 0$"),
-        ("kill -9 $$", "was ended by SIGKILL$"),
-        ('printf "\\377\\n" >&2; exit 1', "failed with exit code 1: \ufffd$"),
+        ("echo begun; echo no such operator >&2; exit 65", "failed with exit code 65: no such operator$", True),
+        ("echo begun; echo no compiler here >&2; exit 3", "failed with exit code 3: no compiler here$", False),
+        ("exit 1", "failed with exit code 1$", False),
+        ("exit 0", "failed with exit code 0$", False),
+        ("kill -9 $$", "was ended by SIGKILL$", False),
+        ('printf "\\377\\n" >&2; exit 1', "failed with exit code 1: \ufffd$", False),
     ],
 )
-def test_a_child_that_fails_says_why(script: str, reason: str, stand_in: StandIn, temporary: Path) -> None:
+def test_a_child_that_fails_says_why(
+    script: str, reason: str, is_refused: bool, stand_in: StandIn, temporary: Path
+) -> None:
+    """Only what torch refuses is told of the step: all else is of the surroundings, and may be tried again."""
     stand_in(script)
     build = Build(job())
-    with pytest.raises(EngineError, match=reason):
+    with pytest.raises(EngineError, match=reason) as caught:
         build.wait()
+    assert isinstance(caught.value, ChildEndedError) != is_refused
     assert not any(temporary.iterdir())
 
 
@@ -201,9 +206,14 @@ CHILD = """
 import json, os, resource, sys, threading
 from pathlib import Path
 import torch
+from fasttrain.errors import EngineError
 from fasttrain.step import build
 
+FAILURES = {"refuse": NotImplementedError("no such operator"), "lack": MemoryError()}
+
 def compile_graph(graph, inputs, open_dims, package):
+    if sys.argv[2] in FAILURES:
+        raise EngineError("this step cannot be compiled") from FAILURES[sys.argv[2]]
     if sys.argv[2] == "hang":
         print("ready", flush=True)
         threading.Event().wait()
@@ -247,6 +257,16 @@ def test_the_child_compiles_within_its_bounds(tmp_path: Path) -> None:
         "open_dims": [[]],
     }
     assert not (tmp_path / "partial.pt2").exists()
+
+
+@pytest.mark.parametrize(("manner", "status"), [("refuse", REFUSED), ("lack", 1)])
+def test_the_child_tells_a_step_that_cannot_be_compiled_from_a_lack_of_memory(
+    manner: str, status: int, tmp_path: Path
+) -> None:
+    with real_child(tmp_path, manner) as child:
+        child.wait()
+    assert child.returncode == status
+    assert not (tmp_path / "step.pt2").exists()
 
 
 def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fasttrain.step.identity import job_signature, program_key
 from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.torch_private import prepare_for_inductor, trace_graph
 from fasttrain.step.trace import trace_step
+from fasttrain.step.train_step import TrainStep
 from tests.step.jobs import batches, model, train_step
 from tests.step.models import ASKED
 
@@ -150,6 +151,52 @@ def test_what_forward_closes_over_is_part_of_the_signature() -> None:
         for values in ((1.0, 0.0), (2.0, 0.0), (1.0, 0.1), (1.0, 0.0))
     }
     assert len(found) == 3
+
+
+def test_a_value_that_is_not_there_yet_is_no_part_of_the_signature() -> None:
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return later(model(batch[0]), batch[1])
+
+    [batch] = batches(1)
+    spec = altered(forward=normalise_forward(forward, None))(train_step("eager").spec)
+    before = job_signature(spec, batch)
+    later = F.cross_entropy
+    assert job_signature(spec, batch) != before
+
+
+def test_forward_may_close_over_the_step_that_it_is_of() -> None:
+    [batch] = batches(1)
+
+    def signature(factor: float) -> str:
+        def forward(model: nn.Module, batch: Any) -> Tensor:
+            assert step.spec.model is model
+            return F.cross_entropy(model(batch[0]), batch[1]) * factor
+
+        net = model()
+        step = TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.1), forward, engine="eager")
+        return job_signature(step.spec, batch)
+
+    assert signature(1.0) == signature(1.0) != signature(2.0)
+
+
+def test_a_function_may_close_over_itself() -> None:
+    def fold(model: nn.Module, batch: Any, times: int = 2) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1]) if times == 0 else fold(model, batch, times - 1)
+
+    [batch] = batches(1)
+    assert job_signature(altered(forward=normalise_forward(fold, None))(train_step("eager").spec), batch)
+
+
+class Remembering(nn.Linear):
+    """Has state that is no tensor in its `state_dict`."""
+
+    def get_extra_state(self) -> Any:
+        return {"seen": 1}
+
+
+def test_extra_state_of_a_module_may_be_anything() -> None:
+    [batch] = batches(1)
+    assert job_signature(altered(model=Remembering(6, 3))(train_step("eager").spec), batch)
 
 
 def test_the_version_is_part_of_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:

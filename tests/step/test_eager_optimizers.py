@@ -58,11 +58,60 @@ class Hooked(optim.SGD):
                 parameter.grad *= 0.5
 
 
+class Shrinking(optim.SGD):
+    """Counts its steps in an attribute, notes them in a list, and shrinks the parameters now and then."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.calls = 0
+        self.notes: list[int] = []
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.calls += 1
+        self.notes.append(self.calls)
+        if self.calls % 5 == 0:
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.mul_(0.5)
+
+
+class Noting(optim.SGD):
+    """Notes its steps in a list alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.notes: list[int] = []
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.notes.append(1)
+
+
+class Wrapped(optim.SGD):
+    """Its step is replaced on the object, as wrappers from elsewhere do, by one that shrinks the parameters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        plain = self.step
+
+        def step(*args: Any) -> None:
+            plain(*args)
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.mul_(0.9)
+
+        self.step = step
+
+
 OPTIMIZERS_OF_THEIR_OWN: dict[str, tuple[type[optim.Optimizer], str]] = {
     "a count in the state": (Counting, "keeps 'count' as a Python value"),
     "a count in the groups": (CountingInGroup, "changes its parameter groups"),
     "a look at values": (Cautious, "step of Cautious cannot be traced"),
     "a hook": (Hooked, "it has hooks"),
+    "a count in an attribute": (Shrinking, "Shrinking changes its attribute 'calls'"),
+    "a list": (Noting, "Noting changes its attribute 'notes'"),
+    "a step of the object": (Wrapped, "its step was replaced on the object"),
 }
 
 
@@ -81,10 +130,28 @@ def test_finding_out_leaves_no_trace(name: str) -> None:
     spec, batch = started(MLP, (OPTIMIZERS_OF_THEIR_OWN[name][0], SGD_OPTIONS))
     before = copy.deepcopy(everything(spec))
     groups = [dict(group) for group in spec.optimizer.param_groups]
+    attributes = {name: copy.copy(value) for name, value in vars(spec.optimizer).items() if name in ("calls", "notes")}
     trace_step(spec, batch)
+    assert attributes == {name: vars(spec.optimizer)[name] for name in attributes}
     torch.testing.assert_close(everything(spec), before, rtol=0, atol=0)
     assert groups == spec.optimizer.param_groups
     assert not torch.compiler.is_compiling()
+
+
+def test_a_scheduler_leaves_the_step_traced() -> None:
+    """Its wrapper around the optimizer's step is known, and may come after the trace."""
+    spec, batch = started(MLP, OPTIMIZERS["sgd-momentum"])
+    for _ in range(2):
+        optim.lr_scheduler.ConstantLR(spec.optimizer)
+        traced = trace_step(spec, batch)
+        assert traced.is_whole
+        assert not isinstance(traced.inputs(batch), Mismatch)
+    spec, batch = started(MLP, OPTIMIZERS["sgd-momentum"])
+    traced = trace_step(spec, batch)
+    optim.lr_scheduler.ConstantLR(spec.optimizer)
+    if isinstance(traced.inputs(batch), Mismatch):
+        assert traced.rebind()
+    assert not isinstance(traced.inputs(batch), Mismatch)
 
 
 def test_parameters_that_get_no_gradient_keep_none() -> None:

@@ -195,3 +195,4 @@ def test_without_gxx_on_the_path(
     assert_as_eager(step, batches(20), at_child)
     assert "the compiling child failed with exit code 1: this step cannot be compiled" in step.engine.reason
     assert not any(temporary.iterdir())
+    assert not any(own_programs.glob("*.verdict")), "a later run may find a compiler"

@@ -12,6 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 
 from fasttrain.data.ragged import Ragged
 from fasttrain.device import Choice
@@ -32,9 +38,11 @@ CPU = torch.device("cpu")
 def step(optimizer: type[torch.optim.Optimizer] = torch.optim.Adam) -> StepSpec:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    made = optimizer(model.parameters(), lr=0.1)
+    vars(made)["horizon"] = 5
     return StepSpec(
         model=model,
-        optimizer=optimizer(model.parameters(), lr=0.1),
+        optimizer=made,
         forward=normalise_forward(None, nn.CrossEntropyLoss()),
         device=CPU,
         precision="fp32",
@@ -124,6 +132,11 @@ def leave_gradient(spec: StepSpec) -> None:
     weight(spec).grad = torch.zeros(4, 4)
 
 
+def replace_step(spec: StepSpec) -> None:
+    plain = spec.optimizer.step
+    spec.optimizer.step = lambda *args: plain(*args)  # pyright: ignore
+
+
 CHANGES: list[tuple[Callable[[StepSpec], Any], str]] = [
     (change_eps, "option"),
     (replace_state, "optimizer's state"),
@@ -147,6 +160,9 @@ CHANGES: list[tuple[Callable[[StepSpec], Any], str]] = [
     (lambda spec: spec.optimizer.register_step_pre_hook(lambda *_: None), "hook of the optimizer"),
     (lambda spec: spec.metrics.user_metrics.update(more=lambda *_: torch.ones(())), "metrics"),
     (lambda spec: setattr(spec.metrics, "rule", None), "rule"),
+    (replace_step, "step was replaced"),
+    (lambda spec: setattr(spec.optimizer, "horizon", 10), "attribute of the optimizer"),
+    (lambda spec: delattr(spec.optimizer, "horizon"), "attribute of the optimizer"),
 ]
 
 
@@ -191,6 +207,26 @@ def test_modes_of_torch_are_noticed(traced: TracedStep) -> None:
     assert isinstance(traced.inputs(batch()), list)
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        register_module_forward_hook,
+        register_module_forward_pre_hook,
+        register_module_full_backward_hook,
+        register_module_full_backward_pre_hook,
+    ],
+)
+def test_a_hook_of_all_modules_is_noticed(traced: TracedStep, register: Callable[[Any], Any]) -> None:
+    hook = register(lambda *_: None)
+    try:
+        mismatch = traced.inputs(batch())
+    finally:
+        hook.remove()
+    assert isinstance(mismatch, Mismatch)
+    assert "hook" in mismatch.reason
+    assert isinstance(traced.inputs(batch()), list)
+
+
 def test_what_a_step_may_change_is_not_noticed(traced: TracedStep) -> None:
     inputs = traced.inputs(batch())
     assert isinstance(inputs, list)
@@ -231,6 +267,8 @@ def test_guards_agree_where_only_tensors_and_groups_differ(change: Callable[[Ste
         lambda spec: spec.optimizer.register_step_post_hook(lambda *_: None),
         lambda spec: spec.metrics.user_metrics.update(more=lambda *_: torch.ones(())),
         lambda spec: spec.model[2].eval(),  # pyright: ignore
+        replace_step,
+        lambda spec: setattr(spec.optimizer, "horizon", 10),
     ],
 )
 def test_guards_disagree_where_another_step_is_computed(change: Callable[[StepSpec], Any]) -> None:

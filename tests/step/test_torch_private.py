@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+from torch.nn.modules import module
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fasttrain.errors import EngineError
 from fasttrain.step import torch_private as private
 
 
@@ -292,6 +295,56 @@ def test_module_tables_see_members_and_hooks() -> None:
         handle = getattr(module, name)(lambda *_: None)
         assert sum(map(len, private.module_tables(module))) == count + 1
         handle.remove()
+
+
+def test_global_module_hooks_see_every_kind() -> None:
+    for register in (
+        module.register_module_forward_pre_hook,
+        module.register_module_forward_hook,
+        module.register_module_full_backward_pre_hook,
+        module.register_module_full_backward_hook,
+    ):
+        count = sum(map(len, private.global_module_hooks()))
+        handle = register(lambda *_: None)
+        assert sum(map(len, private.global_module_hooks())) == count + 1
+        handle.remove()
+
+
+def caused_by(cause: BaseException) -> Exception:
+    error = RuntimeError("this step cannot be compiled")
+    error.__cause__ = cause
+    return error
+
+
+def test_lacks_resources_tells_the_surroundings_from_the_step() -> None:
+    for cause in (
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        InductorError(CppCompileError(["g++"], "cannot execute"), None),
+        InductorError(InvalidCxxCompiler(), None),
+    ):
+        assert private.lacks_resources(caused_by(cause))
+    assert not private.lacks_resources(caused_by(InductorError(NotImplementedError("no such operator"), None)))
+
+
+def test_trace_graph_refuses_what_is_decided_by_an_open_size() -> None:
+    def step(x: Tensor) -> Tensor:
+        return x.sum() if x.shape[0] > 3 else x.prod()
+
+    with pytest.raises(EngineError, match="decided by the number of values"):
+        private.trace_graph(step, [torch.ones(5)], [frozenset({0})])
+    private.trace_graph(step, [torch.ones(5)], [frozenset()])
+    private.trace_graph(lambda x: x / x.shape[0] if x.shape[0] > 1 else x, [torch.ones(5)], [frozenset({0})])
+
+
+def test_tensor_check_refuses_an_open_size_below_two() -> None:
+    twice = torch.ones(3)
+    for tensors in ([torch.ones(3), torch.ones(3)], [twice, twice]):
+        differ = private.tensor_check(tensors, [frozenset({0}), frozenset()])
+        assert differ([torch.ones(2), torch.ones(3)]) is None
+        assert "fewer than two" in str(differ([torch.ones(1), torch.ones(3)]))
+        assert "fewer than two" in str(differ([torch.ones(0), torch.ones(3)]))
 
 
 def test_tensor_check_sees_what_a_program_trusts() -> None:

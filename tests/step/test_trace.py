@@ -14,8 +14,9 @@ from torch import Tensor, nn, optim
 
 from fasttrain.errors import EngineError
 from fasttrain.metrics import RunningMetrics
+from fasttrain.step import trace as trace_module
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.spec import StepSpec, normalise_forward
+from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, trace_step
 from tests.step.agreement import run_graph, steps_agree
 from tests.step.models import (
@@ -30,6 +31,7 @@ from tests.step.models import (
     make,
     numbers,
     started,
+    with_forward,
 )
 
 pytestmark = pytest.mark.usefixtures("in_double")
@@ -127,10 +129,6 @@ def test_where_nothing_was_replaced_there_is_nothing_to_take_up() -> None:
     assert not trace_step(spec, batch).rebind()
 
 
-def with_forward(spec: StepSpec, forward: Callable[[nn.Module, Any], Any]) -> StepSpec:
-    return StepSpec(**{**vars(spec), "forward": normalise_forward(forward, None)})
-
-
 def test_a_tensor_that_forward_closes_over_is_an_input() -> None:
     spec, batch = started(MLP, SGD)
     weights = torch.tensor([1.0, 2.0, 3.0])
@@ -204,12 +202,57 @@ def scaled_product(model: nn.Module, batch: Any) -> Tensor:
     return torch.addmm(torch.ones(3), batch[0], torch.ones(4, 3), alpha=0.5).sum() + model(batch[0]).sum()
 
 
+def holding_a_buffer(spec: StepSpec) -> StepSpec:
+    norm = nn.BatchNorm1d(3)
+    model = nn.Sequential(spec.model, norm)
+    mean = norm.running_mean
+    assert mean is not None
+    metrics = RunningMetrics(CPU, {"mean": lambda loss, predictions, targets: mean.norm()})
+    return StepSpec(**{**vars(spec), "model": model, "metrics": metrics})
+
+
+def sparse_buffer(spec: StepSpec) -> StepSpec:
+    spec.model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    return spec
+
+
+MATRIX = torch.eye(5, dtype=torch.float64).to_sparse()
+
+
+def by_a_sparse_matrix(model: nn.Module, batch: Any) -> Tensor:
+    return torch.sparse.mm(MATRIX, model(batch[0])).sum()
+
+
+def raising(model: nn.Module, batch: Any) -> Tensor:
+    raise LookupError("no such thing")
+
+
+class Parallel(nn.parallel.DistributedDataParallel):
+    """As the real one, without the processes that it needs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self.module(*inputs, **kwargs)
+
+
+def in_parallel(spec: StepSpec) -> StepSpec:
+    return StepSpec(**{**vars(spec), "model": Parallel(spec.model)})
+
+
 REFUSED: dict[str, tuple[Callable[[], tuple[StepSpec, Any]], str]] = {
     "a branch on a value": (lambda: with_started(lambda spec: with_forward(spec, branching)), "cannot be traced"),
     "a product with a factor": (lambda: with_started(lambda spec: with_forward(spec, scaled_product)), "167313"),
     "a parameter from outside": (lambda: with_started(lambda spec: with_forward(spec, outside)), "requires a gradient"),
     "a gradient hook": (lambda: with_started(hooked_parameter), "gradient hooks"),
     "shared memory": (lambda: with_started(shared_memory), "share memory"),
+    "a buffer that a metric holds": (lambda: with_started(holding_a_buffer), "holds '1.running_mean' directly"),
+    "a sparse buffer": (lambda: with_started(sparse_buffer), "'adjacency' has the layout torch.sparse_coo"),
+    "a sparse matrix": (lambda: with_started(lambda spec: with_forward(spec, by_a_sparse_matrix)), "torch.sparse_coo"),
+    "an error of forward": (lambda: with_started(lambda spec: with_forward(spec, raising)), "LookupError: no such"),
+    "several processes": (lambda: with_started(in_parallel), "DistributedDataParallel"),
     "an object in the batch": (lambda: (started(MLP, SGD)[0], (object(), torch.zeros(1))), "object"),
 }
 
@@ -223,6 +266,19 @@ def test_where_the_optimizer_has_no_state_yet_its_step_is_not_recorded() -> None
     why = trace_step(make(MLP, ADAM), batches(MLP, 1)[0]).why_eager
     assert why is not None
     assert "run one step eagerly" in why
+
+
+@pytest.mark.parametrize("where", ["StepState", "use_kernels", "prepare_for_inductor", "BatchLayout"])
+def test_an_error_anywhere_in_a_trace_is_an_engine_error(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `auto` trains on."""
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError("torch was not made for this")
+
+    spec, batch = started(MLP, SGD)
+    monkeypatch.setattr(trace_module, where, fails)
+    with pytest.raises(EngineError, match="ZeroDivisionError: torch was not"):
+        trace_step(spec, batch)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -4,6 +4,7 @@ Each function has a canary in tests/step/test_torch_private.py or test_kernels.p
 """
 
 from fasttrain.step.torch_private.graphs import (
+    global_module_hooks,
     has_onednn_lstm,
     prepare_for_inductor,
     reported_as_compiling,
@@ -22,7 +23,14 @@ from fasttrain.step.torch_private.objects import (
     step_optimizer,
     was_step_taken,
 )
-from fasttrain.step.torch_private.programs import Compilation, compilations, compile_package, flat_runner, tensor_check
+from fasttrain.step.torch_private.programs import (
+    Compilation,
+    compilations,
+    compile_package,
+    flat_runner,
+    lacks_resources,
+    tensor_check,
+)
 
 __all__ = [
     "NO_GRADIENT_HOOKS",
@@ -30,8 +38,10 @@ __all__ = [
     "compilations",
     "compile_package",
     "flat_runner",
+    "global_module_hooks",
     "has_gradient_hooks",
     "has_onednn_lstm",
+    "lacks_resources",
     "module_tables",
     "note_step",
     "optimizer_hooks",

@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from fasttrain.errors import EngineError
 
 __all__ = [
+    "global_module_hooks",
     "has_onednn_lstm",
     "prepare_for_inductor",
     "reported_as_compiling",
@@ -37,13 +44,19 @@ def trace_graph(
 
     Returns:
         A graph with one placeholder an input. Real tensors that the function met are its attributes (`get_attr` nodes).
+
+    Raises:
+        EngineError: what the function computes depends on an open size otherwise than through operators.
     """
     from torch._dynamo.source import ConstantSource
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
+    if any(tensor.shape[dim] < 2 for tensor, dims in zip(inputs, dynamic_dims, strict=True) for dim in dims):
+        raise EngineError("a batch of fewer than two values does not show what a longer one needs: trace another")
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes, static_shapes=False, allow_non_fake_inputs=True)
     fakes: list[Tensor] = []
     for index, (tensor, dims) in enumerate(zip(inputs, dynamic_dims, strict=True)):
         sizes = [DimDynamic.DYNAMIC if dim in dims else DimDynamic.STATIC for dim in range(tensor.dim())]
@@ -52,7 +65,15 @@ def trace_graph(
         fakes.append(mode.from_tensor(tensor.detach(), symbolic_context=context, source=source))
     # "symbolic" decomposes more than it must where all shapes are fixed.
     tracing_mode = "symbolic" if any(dynamic_dims) else "fake"
-    return make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*fakes)
+    graph = make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*fakes)
+    # What follows from a size of two or more is no guard; what is one was decided for this example alone.
+    if shapes.guards:
+        decided = ", ".join(str(guard.expr) for guard in shapes.guards)
+        raise EngineError(
+            f"what forward computes is decided by the number of values of a batch ({decided}), which is another for "
+            "each: use operators on tensors in place of Python's numbers and branches"
+        )
+    return graph
 
 
 def unpickle_with_graph(pickled: bytes) -> Any:
@@ -149,6 +170,11 @@ def reported_as_compiling() -> Generator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = previous
+
+
+def global_module_hooks() -> list[dict[int, Any]]:
+    """The dicts that hold the hooks of all modules' forward and backward."""
+    return [_global_forward_pre_hooks, _global_forward_hooks, _global_backward_pre_hooks, _global_backward_hooks]
 
 
 def has_onednn_lstm(graph: torch.fx.GraphModule) -> bool:

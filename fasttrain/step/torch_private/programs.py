@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Compilation", "compilations", "compile_package", "flat_runner", "tensor_check"]
+__all__ = ["Compilation", "compilations", "compile_package", "flat_runner", "lacks_resources", "tensor_check"]
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
@@ -27,6 +28,24 @@ def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
+def lacks_resources(error: BaseException) -> bool:
+    """True where compiling failed because of memory, disk, permissions or the C++ compiler, by the error's causes.
+
+    Code that the C++ compiler refuses cannot be told from a compiler that does not work, and counts as the latter.
+    """
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    cause: Any = error
+    while cause is not None:
+        kinds = (MemoryError, OSError, subprocess.SubprocessError, CppCompileError, InvalidCxxCompiler)
+        if isinstance(cause, kinds) or "can't allocate memory" in str(cause):
+            return True
+        before = None if cause.__suppress_context__ else cause.__context__
+        # Inductor keeps what it wraps, and cuts the chain.
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__ or before
+    return False
 
 
 def flat_runner(package: str, device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -59,21 +78,36 @@ def tensor_check(
 
     Returns:
         A function of as many tensors that gives None, or says what differs. It takes 0.1 us a tensor; it also notices
-        autocast and inference mode.
+        autocast and inference mode. An open size below two differs: a trace takes for granted that there is none.
     """
+    check_open = _open_sizes(open_dims)
     places = {id(tensor): place for place, tensor in reversed(list(enumerate(tensors)))}
     first = sorted(places.values())
     again = [place for place in range(len(tensors)) if place not in first]
     check_first = _tensor_guards([tensors[place] for place in first], [open_dims[place] for place in first])
     check_again = [(place, _tensor_guards([tensors[place]], [open_dims[place]])) for place in again]
     if not again:
-        return check_first
+        return check_first if check_open is None else lambda found: check_first(found) or check_open(found)
 
     def check(found: Sequence[Tensor]) -> str | None:
         reasons = (differ([found[place]]) for place, differ in check_again)
-        return check_first([found[place] for place in first]) or next(filter(None, reasons), None)
+        differs = check_first([found[place] for place in first]) or next(filter(None, reasons), None)
+        return differs or (None if check_open is None else check_open(found))
 
     return check
+
+
+def _open_sizes(open_dims: Sequence[frozenset[int]]) -> Callable[[Sequence[Tensor]], str | None] | None:
+    """A check that no open size is below two, None where none is open."""
+    places = [(place, dim) for place, dims in enumerate(open_dims) for dim in sorted(dims)]
+
+    def check(found: Sequence[Tensor]) -> str | None:
+        for place, dim in places:
+            if found[place].shape[dim] < 2:
+                return f"input {place} has fewer than two entries in dimension {dim}, whose size is open"
+        return None
+
+    return check if places else None
 
 
 def _tensor_guards(tensors: list[Tensor], open_dims: list[frozenset[int]]) -> Callable[[Sequence[Tensor]], str | None]:
