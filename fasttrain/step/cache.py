@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -107,10 +108,11 @@ class ProgramCache:
         partial = _partial(home)
         try:
             shutil.copyfile(package, partial)  # the folder for temporary files may be another file system
+            digest = _sha256(partial)  # not of what is there afterwards: another process may be at work on it
             os.replace(partial, home)
         finally:
             partial.unlink(missing_ok=True)
-        _write(record, {"format": FORMAT, "sha256": _sha256(home), "what": what})
+        _write(record, {"format": FORMAT, "sha256": digest, "what": what})
         self._keep_to_size(key)
         return home
 
@@ -213,4 +215,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _partial(path: Path) -> Path:
     """A name beside `path` that no other process or thread uses."""
-    return path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
+    return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{time.monotonic_ns()}.partial")

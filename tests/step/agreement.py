@@ -19,6 +19,8 @@ Change = Callable[[StepSpec], Any]
 def run_graph(traced: TracedStep, batch: Any) -> Tensor:
     """One step by the graph that is due, and by the optimizer itself where that is not in it."""
     inputs = traced.inputs(batch)
+    if isinstance(inputs, Mismatch) and traced.rebind():  # as an engine does, where an object was replaced by its like
+        inputs = traced.inputs(batch)
     assert not isinstance(inputs, Mismatch), inputs.reason
     loss = traced.run(inputs)
     traced.finish()
