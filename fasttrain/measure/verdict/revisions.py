@@ -196,7 +196,9 @@ def extracted(revision: Revision) -> Generator[Path]:
         raise ConfigError(f"git cannot export revision {revision.label}: is this a partial clone?")
     with tempfile.TemporaryDirectory(prefix="fasttrain-revision-") as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(folder, filter="data")
+            # Python before 3.11.4 has no filters; what git exports of the user's own repository needs none.
+            options: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            files.extractall(folder, **options)
         yield Path(folder)
 
 
