@@ -155,20 +155,24 @@ def run_bench(
         command=command,
         created=created,
         environment=environment,
-        design=Design(
-            blocks=plan.blocks,
-            extended=is_extended,
-            warmup_s=plan.warmup_s,
-            timed_s=plan.timed_s,
-            threads=plan.threads,
-            seed=plan.seed,
-        ),
+        design=_design(plan, is_extended),
         arms=arms,
         refused=progress.refused,
         noise=measured_noise(plan, arms) or plan.noise,
         notes=(*progress.notes, *(("interrupted: fewer blocks than planned",) if is_interrupted else ())),
     )
     return record, is_interrupted
+
+
+def _design(plan: BenchPlan, is_extended: bool) -> Design:
+    return Design(
+        blocks=plan.blocks,
+        extended=is_extended,
+        warmup_s=plan.warmup_s,
+        timed_s=plan.timed_s,
+        threads=plan.threads,
+        seed=plan.seed,
+    )
 
 
 def orders(labels: Sequence[str], seed: int) -> Iterator[list[str]]:

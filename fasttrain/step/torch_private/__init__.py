@@ -1,6 +1,6 @@
 """Every private torch API that the compiled step needs, in one room, for torch 2.11 to 2.13.
 
-Each function has a canary in tests/step/test_torch_private.py or test_kernels.py.
+Each function has a canary in tests/step/test_torch_private.py, test_torch_objects.py or test_kernels.py.
 """
 
 from fasttrain.step.torch_private.graphs import (
