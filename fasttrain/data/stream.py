@@ -37,6 +37,9 @@ __all__ = ["Prefetcher", "prefetch"]
 
 T = TypeVar("T")
 
+COLLECTED_S = 5.0
+"""How long a pass that nobody refers to any more waits for its worker to end."""
+
 
 def prefetch(batches: Iterable[T], device: torch.device | str, *, depth: int = 2) -> Prefetcher[T]:
     """Yields the same batches, with their tensors on `device` before they are asked for.
@@ -247,13 +250,19 @@ class _Worker:
         self._thread = threading.Thread(target=self._run, name="fasttrain-prefetch", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the pass from the consumer's side and raises what closing the iterable's iterator raised."""
+    def stop(self, timeout: float | None = None) -> None:
+        """Ends the pass from the consumer's side and raises what closing the iterable's iterator raised.
+
+        Args:
+            timeout: seconds to wait for the worker's end, which it comes to by itself; None: as long as it takes.
+        """
         self._is_stopped = True
         self.credits.put(self._begin)  # wakes a worker that waits for room
         if threading.current_thread() is self._thread:
             return  # the garbage collector came by in the worker itself, which ends on its own
-        self._thread.join()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            return
         self.error = None  # of a batch that nobody asked for
         while not self.ready.empty():
             self.ready.get()
@@ -306,15 +315,17 @@ class _Pass(Iterator[T]):
     def __init__(self, worker: _Worker) -> None:
         self._worker = worker
         self._owes_credit = False
-        self._stop = weakref.finalize(self, worker.stop)
+        # The collector may come by while this thread holds a lock that the worker needs to end (`threading.enumerate`
+        # holds one), so that it must not wait for ever.
+        self._finalizer = weakref.finalize(self, worker.stop, COLLECTED_S)
 
     def __next__(self) -> T:
-        if not self._stop.alive:
+        if not self._finalizer.alive:
             raise StopIteration
         try:
             item = self._take()
         except BaseException:  # a KeyboardInterrupt, above all
-            self._stop()
+            self.close()
             raise
         if item is None:
             self._finish()
@@ -322,7 +333,8 @@ class _Pass(Iterator[T]):
 
     def close(self) -> None:
         """Ends the pass, as a generator's `close` does; the worker has ended when this returns."""
-        self._stop()
+        if self._finalizer.detach() is not None:
+            self._worker.stop()
 
     def _take(self) -> _Loaded | None:
         worker = self._worker
@@ -338,7 +350,7 @@ class _Pass(Iterator[T]):
     def _finish(self) -> NoReturn:
         error = self._worker.error
         try:
-            self._stop()
+            self.close()
         finally:
             try:
                 raise error if error is not None else StopIteration

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-import time
 import subprocess
 import sys
+import threading
+import time
 import traceback
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from fasttrain.data import stream
 from tests.data.late_copies import LateCopies, LateEvent, Source, checksums, late, numbered, workers
 
 
@@ -174,6 +176,28 @@ def test_a_pass_in_a_reference_cycle_is_ended_by_the_collector(lane: LateCopies)
         gc.collect()  # which does nothing where the worker's own thread is collecting at this moment
     assert workers() == []
     assert source.closed_by == ["fasttrain-prefetch"]
+
+
+def test_a_pass_that_is_dropped_does_not_wait_for_ever_for_a_worker_that_cannot_end(
+    lane: LateCopies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the collector ends it while this thread holds a lock that the worker needs."""
+    monkeypatch.setattr(stream, "COLLECTED_S", 0.05)
+    held = threading.Lock()
+
+    def guarded() -> Iterator[Tensor]:
+        try:
+            yield from numbered(9)
+        finally:
+            with held:
+                pass
+
+    with held:
+        iterator = iter(late(guarded(), lane))
+        next(iterator)
+        del iterator
+        [worker] = workers()
+    worker.join()
 
 
 def test_an_exhausted_source_is_not_closed(lane: LateCopies) -> None:
