@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "autocast_dtype",
     "choose_precision",
     "cpp_compiler",
+    "cpu_features",
     "cpu_name",
     "device_name",
     "free_bytes",
@@ -34,6 +36,9 @@ __all__ = [
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionOrAuto = Literal["auto", "fp32", "bf16", "fp16"]
+
+CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux tells of the processor."""
 
 _AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -89,14 +94,27 @@ def device_name(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """The processor's model, or its architecture where the system does not tell."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> str:
+    """The processor's instruction set, word by word ("avx2 avx512f ..."); empty where the system does not tell.
+
+    A virtual machine may hide some of it: processors of one name then differ, and code for one is illegal on another.
+    """
+    return _cpuinfo("flags") or _cpuinfo("Features") or ""  # on x86, on ARM
+
+
+def _cpuinfo(name: str) -> str | None:
+    """A line of what Linux tells of the first processor."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with CPUINFO.open(encoding="utf-8") as lines:
             for line in lines:
-                if line.startswith("model name"):
+                if line.startswith(name):
                     return line.partition(":")[2].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return None
 
 
 def total_bytes(device: torch.device) -> int | None:

@@ -17,6 +17,7 @@ from fasttrain.device import (
     versions,
 )
 from fasttrain.step.plan import explain_auto
+from fasttrain.step.threads import candidates
 
 __all__ = ["describe_machine"]
 
@@ -35,7 +36,15 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "precision auto": f"{precision.value}: {precision.reason}",
         "engine auto": f"{engine.value}: {engine.reason}",
+        "threads auto": _threads(device),
     }
+
+
+def _threads(device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"{torch.get_num_threads()}: torch's own; steps on {device.type} are not measured"
+    counts = ", ".join(map(str, candidates(torch.get_num_threads())))
+    return f"the fastest of {counts}: a copy of the job is timed before training, where it is long enough"
 
 
 def _memory(device: torch.device) -> str:

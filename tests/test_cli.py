@@ -26,7 +26,7 @@ from tests.commands import FILES, command, small, strict_json
 SUMMARY = {
     *("test_loss", "test_accuracy", "best_epoch", "epochs", "engine", "engine_reason", "device", "precision"),
     *("samples_per_s", "compile_s", "total_s", "vocabulary_size", "data_sha256", "versions", "workload", "stopped"),
-    "receipt",
+    *("receipt", "threads", "threads_reason"),
 }
 HISTORY = ["epoch", "split", "loss", "accuracy", "lr", "samples", "seconds", "samples_per_s"]
 

@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from fasttrain import device as module
-from fasttrain.device import choose_precision, cpp_compiler, resolve_device, versions
+from fasttrain.device import choose_precision, cpp_compiler, cpu_features, cpu_name, resolve_device, versions
 from fasttrain.errors import ConfigError, DeviceError
 
 CPU = torch.device("cpu")
@@ -55,6 +57,27 @@ def test_a_cpu_without_the_units_refuses(monkeypatch: pytest.MonkeyPatch, precis
     monkeypatch.setattr(module, "_cpu_has", lambda *_: False)
     with pytest.raises(DeviceError, match=f"no {precision} units"):
         choose_precision(precision, CPU)
+
+
+@pytest.mark.parametrize(
+    ("lines", "features"),
+    [
+        ("processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2\nvmx flags\t: vnmi\n", "fpu avx2"),
+        ("processor\t: 0\nBogoMIPS\t: 50\nFeatures\t: fp asimd sve\n", "fp asimd sve"),
+        ("processor\t: 0\n", ""),
+    ],
+)
+def test_the_instruction_set_as_linux_tells_it(
+    lines: str, features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text(lines)
+    monkeypatch.setattr(module, "CPUINFO", told)
+    assert cpu_features() == features
+    assert (cpu_name() == "A CPU") == ("model name" in lines)
+    told.unlink()
+    assert cpu_features() == ""
+    assert cpu_name()
 
 
 def test_unknown_precision() -> None:

@@ -27,6 +27,7 @@ def test_a_cpu_is_described_in_plain_facts() -> None:
         "versions",
         "precision auto",
         "engine auto",
+        "threads auto",
     ]
     assert machine["device"].startswith("cpu (")
     assert machine["threads"] == torch.get_num_threads()
@@ -40,6 +41,11 @@ def test_auto_choices_come_with_their_reasons() -> None:
         value, _, reason = machine[option].partition(": ")
         assert value in allowed
         assert len(reason) > 20
+
+
+def test_the_threads_that_auto_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert describe_machine(CPU)["threads auto"].startswith("the fastest of 1, 2, 4, 6: ")
 
 
 def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,11 @@ __all__ = ["set_up_process"]
 
 
 def set_up_process(config: TrainConfig) -> None:
-    """Sets torch's threads and TF32 as the options say."""
-    if config.threads is not None or resolve_device(config.device).type == "cpu":
-        torch.set_num_threads(config.threads or 1)
+    """Sets torch's threads and TF32 as the options say; threads that are to be measured are the job's to set."""
+    if isinstance(config.threads, int):
+        torch.set_num_threads(config.threads)
+    elif config.threads is None and resolve_device(config.device).type == "cpu":
+        torch.set_num_threads(1)
     if config.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

@@ -164,5 +164,6 @@ def _print_outcome(outcome: ReviewsOutcome) -> None:
         print_line(f"{rating}: {' '.join(word for word, _ in words)}")
     for note in outcome.notes:
         print_line(f"note: {note}")
+    print_line(f"threads {summary['threads']}: {summary['threads_reason']}")
     print_line(f"engine {summary['engine']}: {summary['engine_reason']}")
     print_line(f"run: {outcome.path} (open {outcome.path / 'report.html'})")

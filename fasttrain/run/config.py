@@ -57,8 +57,10 @@ class TrainConfig:
     precision: PrecisionOrAuto = "auto"
     """Of the forward pass; auto is bf16 on CUDA hardware that is good at it, else fp32."""
 
-    threads: int | None = None
-    """CPU threads of a step. By default 1 on the CPU: a step on sparse reviews is too small to share."""
+    threads: int | Literal["auto"] | None = None
+    """CPU threads of a step, or auto: before training, the job's own steps are timed (eagerly) with 1, 2, 4 ...
+    By default 1 on the CPU: a step on sparse reviews is too small to share, and other counts round otherwise, so that
+    two runs under auto may differ in their last digits."""
 
     tf32: bool = False
     """Let fp32 matrix products use TF32 on CUDA: faster, with 10 bits of mantissa."""
@@ -81,7 +83,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a positive number")
         _require(0 < self.lr_factor < 1, "lr_factor", self.lr_factor, "a number between 0 and 1")
-        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+        is_enough = not isinstance(self.threads, int) or self.threads >= 1
+        _require(is_enough, "threads", self.threads, "1 or more, or auto")
         for name in ("data", "out"):
             _require(_is_utf8(getattr(self, name)), name, getattr(self, name), "a name in UTF-8")
 
@@ -117,9 +120,10 @@ def _is_stored(value: object, kind: Any) -> bool:
     """Whether a value from JSON can be one of an option of this type."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    kinds = get_args(kind) or (kind,)
+    if get_args(kind):
+        return any(_is_stored(value, each) for each in get_args(kind))
     stored_as = {Path: (str,), float: (float, int)}
-    return any(type(value) in stored_as.get(each, (each,)) for each in kinds)
+    return type(value) in stored_as.get(kind, (kind,))
 
 
 def _require(is_met: bool, name: str, value: object, allowed: str) -> None:

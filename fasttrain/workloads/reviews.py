@@ -27,6 +27,7 @@ from fasttrain.pages.report import RunReport, render_report
 from fasttrain.run.checkpoint import pack_tree, write_atomically
 from fasttrain.run.config import TrainConfig
 from fasttrain.run.folder import RunFolder
+from fasttrain.step.threads import ThreadChoice, choose_threads
 from fasttrain.workloads.common import seeded
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.onehot import ReviewClassifier, review_forward
@@ -74,6 +75,8 @@ def train_reviews(
 ) -> ReviewsOutcome:
     """Trains the classifier and leaves a run folder; no folder stays if it fails.
 
+    With `threads="auto"` it sets torch's threads for the process; with any other value, its caller has set them.
+
     Args:
         config: the options; when resuming, those of the run (`resumed_config`).
         resume: folder of an earlier run to go on with, from its last finished epoch.
@@ -93,12 +96,13 @@ def train_reviews(
         job = _Job(config, data, device)
         if resume:
             job.restore(folder.read_checkpoint())
+        threads = job.settle_threads()
         folder.write_json("config.json", config.to_dict())
         data.vectorizer.save(folder.path / "vectorizer.json")
         history = job.fit(folder, progress=progress, check_interrupt=check_interrupt)
         test = job.test()
         words = influential_words(job.model, data.vectorizer)
-        summary = _summary(job, history, test, total_s=time.perf_counter() - begin)
+        summary = _summary(job, threads, history, test, total_s=time.perf_counter() - begin)
         if any(not math.isfinite(row.loss) for row in history.rows):
             notes = (*notes, "The loss was not a finite number in some epochs: lower --learning-rate.")
         if history.stopped == "interrupted":
@@ -124,7 +128,7 @@ def warm_reviews(config: TrainConfig) -> Choice:
     """Compiles the step of a job ahead, for jobs that are too short to do so themselves. Leaves no run.
 
     Args:
-        config: the options of the job.
+        config: the options of the job; for its threads, see `train_reviews`.
 
     Returns:
         What `auto` will run, and why.
@@ -134,6 +138,7 @@ def warm_reviews(config: TrainConfig) -> Choice:
     """
     data, _ = _load(config)
     job = _Job(replace(config, engine="auto"), data, resolve_device(config.device))
+    job.settle_threads()
     job.loop.step.settle(batch for _ in itertools.count() for batch in job.batches)
     return job.loop.step.engine
 
@@ -173,6 +178,17 @@ class _Job:
         )
         self.state = FitState()
         self.batches = self._train_batches(data.splits["train"])
+
+    def settle_threads(self) -> ThreadChoice:
+        """How many CPU threads the steps have, and why; where the options leave it to measuring, it is done and set."""
+        given = self.config.threads
+        if given != "auto":
+            return ThreadChoice(count=torch.get_num_threads(), reason="the default" if given is None else "asked for")
+        epoch, epochs_left = self.batches.epoch, self.config.epochs - self.state.history.epochs
+        chosen = choose_threads(self.loop.step.spec, self.batches, steps=epochs_left * len(self.batches))
+        self.batches.set_epoch(epoch)
+        torch.set_num_threads(chosen.count)
+        return chosen
 
     def fit(self, folder: RunFolder, *, progress: bool, check_interrupt: Callable[[], None] | None) -> History:
         """Trains; the state after the last finished epoch is on disk at the end, and every few seconds before."""
@@ -283,7 +299,9 @@ def _load(config: TrainConfig) -> tuple[EncodedReviews, tuple[str, ...]]:
     return data, (note, *data.notes)
 
 
-def _summary(job: _Job, history: History, test: EpochResult | None, *, total_s: float) -> dict[str, Any]:
+def _summary(
+    job: _Job, threads: ThreadChoice, history: History, test: EpochResult | None, *, total_s: float
+) -> dict[str, Any]:
     rates = [row.samples_per_s for row in history.rows if row.split == "train"]
     step = job.loop.step
     return {
@@ -297,6 +315,8 @@ def _summary(job: _Job, history: History, test: EpochResult | None, *, total_s: 
         "engine_reason": step.engine.reason,
         "device": device_name(job.device),
         "precision": step.precision.value,
+        "threads": threads.count,
+        "threads_reason": threads.reason,
         "samples_per_s": statistics.median(rates[1:] or rates) if rates else None,
         "compile_s": step.compile_s,
         "total_s": total_s,

@@ -33,7 +33,7 @@ configs = st.builds(
     device=st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
     engine=st.sampled_from(["auto", "eager", "compiled"]),
     precision=st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
-    threads=st.none() | st.integers(1, 256),
+    threads=st.none() | st.just("auto") | st.integers(1, 256),
     tf32=st.booleans(),
     channels_last=st.booleans(),
     cache=st.booleans(),
@@ -66,7 +66,7 @@ def test_options_that_a_stored_config_lacks_have_their_defaults() -> None:
         ("cutoff", -1, "0 or more"),
         ("seed", -1, "0 or more"),
         ("lr_patience", -1, "0 or more"),
-        ("threads", 0, "1 or more"),
+        ("threads", 0, "1 or more, or auto"),
         ("learning_rate", 0.0, "a positive number"),
         ("learning_rate", float("nan"), "a positive number"),
         ("learning_rate", float("inf"), "a positive number"),
@@ -86,7 +86,18 @@ def test_an_unknown_option_is_refused() -> None:
         TrainConfig.from_dict({"nesterov": True, "momentum": 0.9, "epochs": 1})
 
 
-@pytest.mark.parametrize("stored", [{"epochs": "two"}, {"data": 5}, {"cutoff": None}, {"epochs": 2.5}, {"seed": [1]}])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"epochs": "two"},
+        {"data": 5},
+        {"cutoff": None},
+        {"epochs": 2.5},
+        {"seed": [1]},
+        {"threads": "all"},
+        {"threads": 1.0},
+    ],
+)
 def test_a_stored_value_of_the_wrong_type_is_refused(stored: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"--{next(iter(stored))}"):
         TrainConfig.from_dict(stored)
