@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import errors
+from benchmarks.errors import ErrorRecord
 from benchmarks.places import REPOSITORY, log
 from benchmarks.records import Record, Series, read_record
 from fasttrain.errors import DataError, FasttrainError
@@ -52,6 +54,8 @@ date. Measure on a machine that does nothing else.
   writes `results/swap-reviews-cpu.json`.
 - `python -m fasttrain bench --aa eager --workload mlp --out benchmarks/results/noise/mlp-cpu.json`: an arm against
   itself, the blocks on which a test tries the verdicts.
+- `python -m tests.step.errors`: how far compiled steps are from exact ones, beside eager steps; writes
+  `results/errors-cpu.json`.
 - `python -m benchmarks.gpu`: all of it on a machine with a CUDA GPU, in under nine minutes.
 - `python -m benchmarks.tables`: writes this file and the table in the top README; with `--check` it writes nothing and
   exits with 1 if they are not up to date.
@@ -73,7 +77,7 @@ threads, one or torch's own, at which it is faster, "times jax" the faster of JA
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
 
-Found = tuple[list[BenchRecord], list[Record]]
+Found = tuple[list[BenchRecord], list[Record], list[ErrorRecord]]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -120,20 +124,24 @@ def update(root: Path, *, is_check: bool) -> list[Path]:
 
 
 def read_results(folder: Path) -> Found:
-    """Records of `bench` in the order of their workloads, and those of other measurements.
+    """Records of `bench` in the order of their workloads, those of other measurements, and those of errors.
 
     Raises:
-        DataError: a file is neither.
+        DataError: a file is none of these.
     """
     trainings: list[BenchRecord] = []
     others: list[Record] = []
+    exactness: list[ErrorRecord] = []
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
-        if isinstance(content, dict) and content.get("kind") == "bench":
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if kind == "bench":
             trainings.append(bench.read_record(path))
+        elif kind == errors.KIND:
+            exactness.append(errors.read_record(path))
         else:
             others.append(read_record(path))
-    return sorted(trainings, key=place), others
+    return sorted(trainings, key=place), others, exactness
 
 
 def place(record: BenchRecord) -> tuple[int, str, str]:
@@ -150,14 +158,18 @@ def title(record: BenchRecord) -> str:
 
 def benchmarks_page(found: Found) -> str:
     """The whole of benchmarks/README.md."""
-    trainings, others = found
-    sections = [*(f"\n{markdown(each, title(each))}" for each in trainings), *(section(each) for each in others)]
+    trainings, others, exactness = found
+    sections = [
+        *(f"\n{markdown(each, title(each))}" for each in trainings),
+        *(section(each) for each in others),
+        *(f"\n{errors.markdown(each)}" for each in exactness),
+    ]
     return INTRODUCTION + ("".join(sections) or NO_RECORDS)
 
 
 def headline(found: Found) -> str:
     """The tables of the top README: one of all trainings, and one of each other record."""
-    trainings, others = found
+    trainings, others, _ = found
     parts = [summary(trainings)] if trainings else []
     for record in others:
         rows = [figures(record, name) for name in record.series]

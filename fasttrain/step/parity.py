@@ -12,6 +12,7 @@ from torch import Tensor
 from fasttrain.data.batch import tensors as tensors_of
 from fasttrain.data.ragged import Ragged
 from fasttrain.device import autocast_dtype, free_bytes
+from fasttrain.step.changes import distance, gradients_seen, is_judged, other_change
 from fasttrain.step.spec import StepSpec
 
 __all__ = ["METRICS", "PARAMETERS", "Snapshot", "compare_steps", "fits_in_memory"]
@@ -85,8 +86,10 @@ def compare_steps(
     program: Callable[[Any], Tensor],
     batch: Any,
     spec: StepSpec | None = None,
-    is_excused: Callable[[Snapshot, Tensor], bool] | None = None,
+    is_excused: Callable[[Snapshot, Tensor, Sequence[Tensor | None]], bool | None] | None = None,
     current: Callable[[], Sequence[Tensor]] | None = None,
+    followed: Sequence[Tensor | None] | None = None,
+    slack: Sequence[float] | None = None,
 ) -> tuple[Tensor, str | None]:
     """Runs one step both ways from the same state, and leaves the state as eager made it. Waits for the device.
 
@@ -98,8 +101,11 @@ def compare_steps(
         program: one step, the candidate.
         batch: what both are given.
         spec: whose gradients and precision count too, None for a step that keeps no gradients.
-        is_excused: asked where something differs, with the state before the step and eager's loss.
+        is_excused: asked where something differs, with the state before the step, eager's loss and `followed`; where it
+            cannot tell (None), the rules for kinds decide.
         current: the state after eager's step, whose forward may have put other tensors in place of these.
+        followed: the gradient that each tensor follows, see `gradients_seen`; None: seen in eager's step, by `spec`.
+        slack: by how much each entry of these may differ besides; None: 0.
 
     Returns:
         Eager's loss, and what differs beyond the tolerance (None if nothing does).
@@ -114,16 +120,25 @@ def compare_steps(
     got = Snapshot.of(tensors, device, spec)
     before.restore(tensors, device, spec)
     _put_back(batch, given)
-    loss = eager(batch)
+    with gradients_seen(spec, tensors) as seen:
+        loss = eager(batch)
+    followed = seen if followed is None else followed
     gradients = [] if spec is None else [parameter.grad for parameter in spec.trained()]
     wanted = [*(tensors if current is None else current()), *_or_nothing(gradients)]
     old, new = [[*each.copies, *_or_nothing(each.gradients)] for each in (before, got)]
     kinds = [*kinds, *[GRADIENTS] * len(gradients)]
     precision = None if spec is None else autocast_dtype(spec.precision)
-    difference = _difference(old, new, wanted, kinds, program_loss, loss, precision or loss.dtype)
-    if difference is not None and is_excused is not None and is_excused(before, loss):
-        return loss, None
-    return loss, difference
+    slack = [0.0] * len(tensors) if slack is None else slack
+
+    def differs(finely: Sequence[Tensor | None]) -> str | None:
+        return _difference(old, new, wanted, kinds, program_loss, loss, precision or loss.dtype, finely, slack)
+
+    # Gradients of half precision are too uncertain to tell more than the rules for kinds do.
+    difference = differs(followed if precision is None else [])
+    if difference is None or is_excused is None:
+        return loss, difference
+    is_right = is_excused(before, loss, followed)
+    return loss, differs([]) if is_right is None else None if is_right else difference
 
 
 def _leaves(batch: Any) -> list[Tensor]:
@@ -151,6 +166,8 @@ def _difference(
     got_loss: Tensor,
     wanted_loss: Tensor,
     precision: torch.dtype,
+    followed: Sequence[Tensor | None],
+    slack: Sequence[float],
 ) -> str | None:
     """HOST READ: all of it; it runs once when a program is taken up, and at each audit."""
     tolerance = max(
@@ -163,33 +180,34 @@ def _difference(
         if kind == METRICS and not _is_close(got[place][:1], wanted[place][:1], tolerance * wanted_loss.double().abs()):
             return f"the total of the loss is {got[place][0].item():.9g}, eager's is {wanted[place][0].item():.9g}"
         # Nor may the user's own hide behind accuracy's.
-        changes = _distance(wanted[place][2:], before[place][2:]) if kind == METRICS else torch.zeros(0)
+        changes = distance(wanted[place][2:], before[place][2:]) if kind == METRICS else torch.zeros(0)
         if changes.numel() and not _is_close(got[place][2:], wanted[place][2:], METRICS_TOLERANCE * changes + 1e-4):
             return "the totals of the user's metrics differ"
-    groups = [(kind, tensor.dtype) for kind, tensor in zip(kinds, wanted, strict=True)]
-    for group in dict.fromkeys(groups):  # by dtype, too: a count of batches must not set the scale of running means
-        members = [index for index, each in enumerate(groups) if each == group]
+    finely = {place for place, gradient in enumerate(followed) if is_judged(wanted[place], gradient)}
+    groups = {place: (kinds[place], wanted[place].dtype) for place in range(len(kinds)) if place not in finely}
+    for group in dict.fromkeys(groups.values()):  # by dtype, too: a count of batches must not set the scale of means
+        members = [place for place, each in groups.items() if each == group]
         old, new, right = [[side[index] for index in members] for side in (before, got, wanted)]
         allowed = max(STATE_TOLERANCE.get(dtype, 0.0) for dtype in (group[1], precision))
         reason = _kind_differs(group[0], old, new, right, allowed)
         if reason:
             return f"{group[0]}: {reason}"
-    return None
+    return other_change(before, got, wanted, kinds, followed, slack)
 
 
 def _kind_differs(
     kind: str, before: Sequence[Tensor], got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float
 ) -> str | None:
     for old, after, right in zip(before, got, wanted, strict=True):
-        change = _largest(_distance(right, old))
+        change = _largest(distance(right, old))
         if change > 1e-6 * _largest(right.double().abs()) and torch.equal(after, old):
             return f"a tensor of shape {list(old.shape)} stays as it is, eager changes it by {change:.3g}"
-    largest = max(_largest(_distance(after, old)) for after, old in zip(wanted, before, strict=True))
+    largest = max(_largest(distance(after, old)) for after, old in zip(wanted, before, strict=True))
     is_exact = not wanted[0].is_floating_point()
     rounding = 0.0 if is_exact else 1e-6 * max(_largest(right.double().abs()) for right in wanted)
     tolerance = METRICS_TOLERANCE if kind == METRICS else 0.0 if is_exact else tolerance
     bound = tolerance * largest * (PARAMETER_SLACK if kind == PARAMETERS else 1.0) + rounding
-    errors = [_distance(after, right) for after, right in zip(got, wanted, strict=True)]
+    errors = [distance(after, right) for after, right in zip(got, wanted, strict=True)]
     count, beyond = sum(error.numel() for error in errors), sum(int((~(error <= bound)).sum()) for error in errors)
     worst = max((error.max().item() for error in errors if error.numel()), default=0.0)
     allowed = NOISE_SHARE * count if kind == PARAMETERS else 0
@@ -199,14 +217,7 @@ def _kind_differs(
 
 
 def _is_close(got: Tensor, wanted: Tensor, bound: Tensor) -> bool:
-    return not (_distance(got, wanted) > bound + 1e-9 * wanted.abs()).any()
-
-
-def _distance(tensor: Tensor, other: Tensor) -> Tensor:
-    """Of each entry, in double precision; 0 where both are the same infinity (a mask's) or both no number."""
-    tensor, other = tensor.double(), other.double()
-    is_same = (tensor == other) | (tensor.isnan() & other.isnan())
-    return (tensor - other).abs().masked_fill(is_same, 0.0)
+    return not (distance(got, wanted) > bound + 1e-9 * wanted.abs()).any()
 
 
 def _largest(distances: Tensor) -> float:

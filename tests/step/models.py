@@ -125,7 +125,7 @@ class Case:
 
 
 def bce(predictions: Tensor, targets: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(predictions, targets.double())
+    return F.binary_cross_entropy_with_logits(predictions, targets.to(predictions.dtype))
 
 
 def mlp() -> nn.Module:
@@ -193,11 +193,13 @@ def make(
     case: Case,
     optimizer: tuple[type[optim.Optimizer], dict[str, Any]],
     make_scaler: Callable[[], torch.amp.GradScaler | None] = lambda: None,
+    seed: int = 7,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> StepSpec:
     """A step over a fresh, equally initialised model; its optimizer has two groups, the second at half the rate."""
-    torch.manual_seed(7)
-    model = case.build()
+    torch.manual_seed(seed)
+    model = case.build().to(dtype)
     kind, kwargs = optimizer
     parameters = list(model.parameters())
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": kwargs["lr"] / 2}]
@@ -218,8 +220,8 @@ def make(
     )
 
 
-def batches(case: Case, count: int = NUM_STEPS + 1) -> list[Any]:
-    generator = torch.Generator().manual_seed(3)
+def batches(case: Case, count: int = NUM_STEPS + 1, seed: int = 3) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
     return [(case.inputs(generator), case.targets(generator)) for _ in range(count)]
 
 
