@@ -91,7 +91,7 @@ class Timing:
         high: upper end, likewise.
         margin: relative; what is within it counts as the same.
         noise_floor: of the machine, relative; None where it was not measured.
-        blocks_needed: about so many further ones would decide it; None where it is decided or hopeless.
+        blocks_needed: about so many further ones would decide it; None where it is decided, or it would take too many.
         through: the arm that both results share and both times are divided by; None where pairs are direct.
         pairs: in order of their blocks.
     """

@@ -14,7 +14,9 @@ import tyro
 from fasttrain.commands.shared import print_json, print_line
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, DataError
-from fasttrain.measure.verdict.compare import compare
+from fasttrain.measure.bench.record import check_target, write_record
+from fasttrain.measure.verdict.compare import compare, compare_stored
+from fasttrain.measure.verdict.revision_record import RevisionRecord
 from fasttrain.measure.verdict.text import comparison_lines
 from fasttrain.pages.comparison import render_comparison
 
@@ -31,7 +33,8 @@ class Compare:
     """
 
     sides: tyro.conf.Positional[tuple[str, ...]] = ()
-    """A and B, each a file or FILE:ARM. A benchmark's file without an arm stands for its arm `auto`."""
+    """A and B, each a file or FILE:ARM. A benchmark's file without an arm stands for its arm `auto`. Or one file that
+    --rev has left with --out."""
 
     rev: tuple[str, str] | None = None
     """Measure two git revisions instead, in blocks that alternate. Your checkout is not touched."""
@@ -55,6 +58,9 @@ class Compare:
     cpu_threads: int = 1
     """With --rev: torch's threads in every process."""
 
+    out: Path | None = None
+    """With --rev: file for the record of both, JSON, from which `compare FILE` reaches the same verdict."""
+
     profiles: tuple[Path, Path] | None = None
     """A profile of A and one of B, to explain the difference of two arms."""
 
@@ -72,27 +78,48 @@ class Compare:
 
     def execute(self, arguments: list[str]) -> int:
         """Compares; returns the exit code."""
-        if self.html is not None:
-            _check_writable(self.html)
-        found = self._found(shlex.join(["python", "-m", "fasttrain", *arguments]))
+        self._check_targets()
+        found, record = self._found(shlex.join(["python", "-m", "fasttrain", *arguments]))
         if self.json:
             print_json(found.to_dict())
         else:
             for line in comparison_lines(found):
                 print_line(line)
-        if self.html is not None:  # last: what was measured is told even if the page finds no room
-            _write(self.html, render_comparison(found))
+        try:  # after it is told: what was measured is seen even if a file finds no room
+            if self.out is not None and record is not None:
+                write_record(record, self.out)
+                _log(f"written: {self.out}")
+        finally:
+            if self.html is not None:
+                _write(self.html, render_comparison(found))
         return found.exit_code
 
-    def _found(self, command: str) -> Comparison:
+    def _check_targets(self) -> None:
+        """Refuses, before minutes of measuring, files that could not be written after them."""
+        if self.html is not None:
+            _check_writable(self.html)
+        if self.out is None:
+            return
+        if self.rev is None:
+            raise ConfigError("--out keeps what --rev measures: files are kept already")
+        if self.html is not None and self.out.resolve() == self.html.resolve():
+            raise ConfigError(f"--out and --html are both {self.out}: name two files")
+        check_target(self.out)
+
+    def _found(self, command: str) -> tuple[Comparison, RevisionRecord | None]:
+        """What is found, and what was measured for it, if anything was."""
         if self.rev is not None:
             return self._measured(self.rev, command)
+        if len(self.sides) == 1:
+            if self.profiles is not None or self.through is not None:
+                raise ConfigError("a record of two revisions is compared alone: leave --profiles and --through out")
+            return compare_stored(Path(self.sides[0]), command=command), None
         if len(self.sides) != 2:
             raise ConfigError(f"{len(self.sides)} files or arms were given: give two, A and B")
         a, b = self.sides
-        return compare(a, b, command=command, profiles=self.profiles, through=self.through)
+        return compare(a, b, command=command, profiles=self.profiles, through=self.through), None
 
-    def _measured(self, revisions: tuple[str, str], command: str) -> Comparison:
+    def _measured(self, revisions: tuple[str, str], command: str) -> tuple[Comparison, RevisionRecord]:
         # Imports torch, which a comparison of files does without.
         from fasttrain.device import resolve_device
         from fasttrain.measure.verdict.revisions import Live, compare_revisions

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from fasttrain.errors import ConfigError, FasttrainError
 from fasttrain.measure.bench.record import ArmRecord, BenchRecord, BlockFigures, Design
 from fasttrain.measure.bench.task import BlockResult, BlockTask
-from fasttrain.measure.verdict.stats import FEWEST_PAIRS, Noise, margin_for, noise_of, verdict
+from fasttrain.measure.verdict.stats import FEWEST_PAIRS, MOST_PAIRS, Noise, margin_for, noise_of, verdict
 
 __all__ = ["ArmSpec", "BenchPlan", "Watcher", "log_ratios", "measured_noise", "orders", "run_bench"]
 
@@ -60,7 +60,7 @@ class BenchPlan:
         workload: name of the job.
         device: where every arm trains.
         arms: each label once.
-        blocks: how many; twice as many when it is extended.
+        blocks: how many; when it is extended, twice as many, but no more than can be judged.
         extend: make the extension in any case.
         against: label of the arm that the others are asked to be compared with: the extension is made if one of these
             comparisons is inconclusive after the blocks. None: no question is asked.
@@ -98,6 +98,8 @@ class BenchPlan:
             raise ConfigError(f"against {self.against!r}: it must be one of the arms {', '.join(labels)}")
         if self.blocks < 1 or self.threads < 1 or self.seed < 0:
             raise ConfigError(f"blocks {self.blocks}, threads {self.threads}, seed {self.seed}: use 1, 1, 0 or more")
+        if self.blocks > MOST_PAIRS:
+            raise ConfigError(f"blocks {self.blocks}: {MOST_PAIRS} pairs are the most that are judged")
         if self.aa is not None and self.blocks < FEWEST_PAIRS:
             raise ConfigError(f"blocks {self.blocks}: noise needs {FEWEST_PAIRS} or more")
         if not (0 <= self.warmup_s < math.inf and 0 < self.timed_s < math.inf):
@@ -138,10 +140,11 @@ def run_bench(
     is_extended = is_interrupted = False
     try:
         progress.run(range(plan.blocks))
-        is_extended = plan.extend or progress.is_undecided()
+        extension = range(plan.blocks, min(2 * plan.blocks, MOST_PAIRS))
+        is_extended = len(extension) > 0 and (plan.extend or progress.is_undecided())
         if is_extended:
-            log(f"the extension: {plan.blocks} blocks more")
-            progress.run(range(plan.blocks, 2 * plan.blocks))
+            log(f"the extension: {len(extension)} blocks more")
+            progress.run(extension)
     except KeyboardInterrupt:
         is_interrupted = True
     arms = progress.records()

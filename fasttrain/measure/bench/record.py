@@ -10,7 +10,7 @@ import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fasttrain.errors import DataError
 from fasttrain.measure.strict import Node, read_json
@@ -21,6 +21,7 @@ __all__ = [
     "BenchRecord",
     "BlockFigures",
     "Design",
+    "Storable",
     "check_target",
     "noise_from",
     "read_record",
@@ -251,7 +252,15 @@ def check_target(path: Path) -> None:
         raise DataError(f"cannot be written: {found} is read-only for this user", file=str(path))
 
 
-def write_record(record: BenchRecord, path: Path) -> None:
+class Storable(Protocol):
+    """A record that `write_record` writes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        ...
+
+
+def write_record(record: Storable, path: Path) -> None:
     """Writes a record as JSON, in place of an older one. Folders above it are made.
 
     Raises:

@@ -30,6 +30,8 @@ _ADVICE = {
     "extra copy": "the copy has the same values, dtype and device: use the tensor itself",
     "growing container": "it keeps every tensor, and each with its graph unless detached: sum up in place, or keep "
     "detached scalars of an epoch in one preallocated tensor",
+    "memory grows": "let go of what a step has made before the next one ends: carry on detached values only, sum up in "
+    "place, and give a cache a limit",
     "slow __getitem__": "make the rows before training: fasttrain.resident keeps them on the device, "
     "fasttrain.prefetch loads them beside the steps",
     "loader over tensors": "the rows are in memory already: fasttrain.resident gathers a batch in one operator",
@@ -50,6 +52,9 @@ class Observations:
         read_us: by place, in clean steps.
         outputs, copies: over `watched_steps` steps.
         grown: entries that lines add to containers, over `grown_steps` steps.
+        growing_bytes: of tensor memory that a step leaves behind; None: it does not grow in every step.
+        staying: bytes that lines have made and that stay.
+        joining: lines that join every step's graph to that of the step before.
         item_us: in datasets' `__getitem__`, by where it begins.
         loops: where loaders are looped over.
         compiled: see there.
@@ -65,6 +70,9 @@ class Observations:
     watched_steps: int
     grown: Mapping[Place, int]
     grown_steps: int
+    growing_bytes: float | None
+    staying: Mapping[Place, int]
+    joining: list[Place]
     item_us: Mapping[Place, float]
     loops: list[Place]
     compiled: CompileEvents
@@ -112,9 +120,16 @@ def _copies(seen: Observations) -> Iterable[Finding]:
 
 
 def _growth(seen: Observations) -> Iterable[Finding]:
-    for place, entries in seen.grown.items():
-        if entries >= MIN_PER_STEP * seen.grown_steps:
-            yield _finding("growing container", place, None)
+    """What holds the memory where that is known, else what has made most of it."""
+    told = "" if seen.growing_bytes is None else f"{seen.growing_bytes:,.0f} bytes of tensors a step stay in use: "
+    containers = [place for place, entries in seen.grown.items() if entries >= MIN_PER_STEP * seen.grown_steps]
+    for place in containers:
+        yield _finding("growing container", place, None, told)
+    for place in seen.joining:
+        yield _finding("memory grows", place, None, f"{told}here, each step's graph is joined to all those before it: ")
+    if seen.growing_bytes is not None and seen.staying and not containers and not seen.joining:
+        place = max(seen.staying, key=lambda each: seen.staying[each])
+        yield _finding("memory grows", place, None, f"{told}most of them are made here: ")
 
 
 def _data(seen: Observations) -> Iterable[Finding]:

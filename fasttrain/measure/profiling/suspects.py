@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -22,12 +22,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from fasttrain.measure.places import Place, innermost_of_user, is_of_user, user_place
+from fasttrain.measure.profiling.growth import GraphWatch, StayWatch
 
-__all__ = ["CallWatch", "CopyWatch", "GrowthWatch", "Loaders", "Seen"]
+__all__ = ["CallWatch", "CopyWatch", "GrowthWatch", "Loaders", "Seen", "TorchCalls"]
 
 MIN_COPY_BYTES = 4096
 """Copies of less cost what any operator costs; scalars are cloned for good reasons."""
@@ -133,35 +135,65 @@ def _is_output(function: Any) -> bool:
     return getattr(function, "__name__", "") in _WRITES and isinstance(getattr(function, "__self__", None), _OUTPUTS)
 
 
-class CopyWatch(TorchFunctionMode):
+class TorchCalls(TorchFunctionMode):
+    """Shows each call of torch's Python API to those who watch.
+
+    Args:
+        copies: is shown how long it took.
+        graphs: is shown what came out.
+        staying: is there while it runs; None: nothing grows, so that nobody need look what stays.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        copies: CopyWatch,
+        graphs: GraphWatch,
+        staying: StayWatch | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__()
+        self._copies = copies
+        self._graphs = graphs
+        self._staying = staying
+        self._clock = clock
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the call, and shows it."""
+        if isinstance(func, OpOverload):  # what `StayWatch` runs in a backward pass comes by here again
+            return func(*args, **(kwargs or {}))
+        begin = self._clock()
+        with self._staying or nullcontext():
+            result = func(*args, **(kwargs or {}))
+        seconds = self._clock() - begin
+        frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+        self._copies.seen(func, args, result, seconds, frame)
+        self._graphs.seen(args, result, frame)
+        return result
+
+
+class CopyWatch:
     """Sees copies that change nothing: clones, conversions to what a tensor is already, and there and back again.
 
     Attributes:
         copies: by place.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        super().__init__()
+    def __init__(self) -> None:
         self.copies: defaultdict[Place, Seen] = defaultdict(Seen)
-        self._clock = clock
         self._origins: dict[int, tuple[Tensor, Tensor]] = {}
 
     def step(self) -> None:
         """After a step: what was converted in it is of no more interest."""
         self._origins.clear()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the call, and looks at it if it can be a copy."""
-        begin = self._clock()
-        result = func(*args, **(kwargs or {}))
-        seconds = self._clock() - begin
+    def seen(self, func: Any, args: tuple[Any, ...], result: Any, seconds: float, frame: FrameType) -> None:
+        """After a call of torch, which is looked at if it can be a copy."""
         if func in _COPIERS and args and isinstance(args[0], Tensor) and result is not args[0]:
-            frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
             if is_of_user(frame.f_code.co_filename) and self._is_needless(args[0], result):
                 seen = self.copies[frame.f_code.co_filename, frame.f_lineno]
                 seen.count += 1
                 seen.seconds += seconds
-        return result
 
     def _is_needless(self, source: Tensor, result: Tensor) -> bool:
         if result.nbytes < MIN_COPY_BYTES:
@@ -198,11 +230,11 @@ class GrowthWatch:
 
     def look(self) -> None:
         """Notes the size of every container there is."""
-        self._sizes = {id(each): len(each) for each in gc.get_objects() if type(each) in _CONTAINERS}
+        self._sizes = {id(each): len(each) for each in gc.get_objects() if _takes_up(each)}
 
     def follow(self, calls: int) -> None:
         """Begins to follow, line by line, the containers of tensors that have grown in each of so many calls."""
-        grown = [each for each in gc.get_objects() if type(each) in _CONTAINERS and self._has_grown(each, calls)]
+        grown = [each for each in gc.get_objects() if _takes_up(each) and self._has_grown(each, calls)]
         self._followed = [(each, [len(each)]) for each in grown if _holds_tensors(each)]
         self._sizes.clear()
         if not self._followed:
@@ -249,6 +281,11 @@ class GrowthWatch:
 
 
 _CONTAINERS = (list, dict, deque)
+
+
+def _takes_up(thing: Any) -> bool:
+    """Whether it is a container that can grow for ever: a `deque` of limited length, full or not, cannot."""
+    return type(thing) in _CONTAINERS and (type(thing) is not deque or thing.maxlen is None)
 
 
 def _holds_tensors(container: Any) -> bool:

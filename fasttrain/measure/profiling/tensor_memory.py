@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fasttrain.measure.profiling.growth import inner_calls
 from fasttrain.measure.profiling.phases import MARK, STEP
 from fasttrain.measure.profiling.record import Memory, MemoryPoint
 from fasttrain.measure.profiling.trace_file import trace_events
 
-__all__ = ["AllocationTrace", "live_bytes"]
+__all__ = ["AllocationTrace", "Allocations", "live_bytes"]
 
 MAX_POINTS = 100
 
@@ -59,6 +62,37 @@ def _storage_bytes(tensors: Iterable[Any], device_type: str, seen: set[int]) -> 
     return total
 
 
+def _num_live(device_type: str) -> int:
+    """How many storages the tensors have that Python holds now."""
+    seen: set[int] = set()
+    _storage_bytes((each for each in gc.get_objects() if issubclass(type(each), Tensor)), device_type, seen)
+    return len(seen)
+
+
+class _Change(NamedTuple):
+    """An allocation, or (of a negative size) a release."""
+
+    time: float
+    num_bytes: int
+    address: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocations:
+    """What an `AllocationTrace` has seen.
+
+    Attributes:
+        memory: what was in use.
+        per_step: allocations of a step.
+        growing_bytes: that a step leaves behind; None unless it grows: every call, but at the edges of the trace, has
+            allocated what is still there at its end, and so many more tensors are there than were at its begin.
+    """
+
+    memory: Memory
+    per_step: float
+    growing_bytes: float | None
+
+
 class AllocationTrace:
     """Follows every allocation of tensor memory, from `start` to `stop`."""
 
@@ -68,9 +102,12 @@ class AllocationTrace:
         self._profiler = profile(activities=activities, profile_memory=True)
         self._steps = [0]
         self._live: dict[str, int] = {}
+        self._num_more = 0
 
     def start(self) -> None:
         """Begins."""
+        gc.collect()
+        self._num_more = -_num_live(self._device_type)
         self._profiler.start()
         self.step(0)
         self._steps = [0]
@@ -83,21 +120,26 @@ class AllocationTrace:
 
     def stop(self) -> None:
         """Ends, and looks at what is in use."""
+        gc.collect()  # before the end: garbage that waits for it does not stay
         self._profiler.stop()
-        gc.collect()
         self._live = live_bytes(self._device_type)
+        self._num_more += _num_live(self._device_type)
 
-    def result(self) -> tuple[Memory, float]:
-        """What was in use, and the allocations of a step; at least two calls must have been seen."""
+    def result(self) -> Allocations:
+        """What was seen: of at least two calls."""
         with tempfile.TemporaryDirectory(prefix="fasttrain-") as folder:
             path = Path(folder) / "memory.json"
             self._profiler.export_chrome_trace(str(path))
             changes, marks = self._read(path)
-        return self._memory(self._live, changes, marks), self._allocations(changes, marks)
+        return Allocations(
+            memory=self._memory(self._live, changes, marks),
+            per_step=self._allocations(changes, marks),
+            growing_bytes=self._growing(changes, marks),
+        )
 
-    def _read(self, path: Path) -> tuple[list[tuple[float, int]], list[float]]:
-        """(time, bytes) of each allocation and release, and the times of the steps' ends, in order."""
-        changes: list[tuple[float, int]] = []
+    def _read(self, path: Path) -> tuple[list[_Change], list[float]]:
+        """Each allocation and release, and the times of the begin and of the steps' ends, in order."""
+        changes: list[_Change] = []
         marks: list[float] = []
         for event in trace_events(path):
             if event.get("name") == MARK + STEP and event.get("ph") == "X":
@@ -105,16 +147,16 @@ class AllocationTrace:
             elif event.get("name") == "[memory]":
                 details = event["args"]
                 if details["Device Type"] == _DEVICE_TYPES[self._device_type]:
-                    changes.append((event["ts"], details["Bytes"]))
+                    changes.append(_Change(event["ts"], details["Bytes"], details["Addr"]))
         return sorted(changes), sorted(marks)
 
-    def _memory(self, live: dict[str, int], changes: list[tuple[float, int]], marks: list[float]) -> Memory:
+    def _memory(self, live: dict[str, int], changes: list[_Change], marks: list[float]) -> Memory:
         """Levels, counted back from what is live at the end.
 
         What was there before the pass is let go unseen: the first call shows it, and is left out.
         """
-        times = np.array([time for time, _ in changes])
-        levels = np.concatenate([[0], np.cumsum([size for _, size in changes])])
+        times = np.array([change.time for change in changes])
+        levels = np.concatenate([[0], np.cumsum([change.num_bytes for change in changes])])
         after = np.searchsorted(times, marks, side="right")
         at_end = sum(live.values())
         levels += at_end - levels[after[-1]]
@@ -122,9 +164,29 @@ class AllocationTrace:
         timeline = list(_thinned(zip(self._steps[1:], (int(level) for level in levels[after][1:]), strict=True)))
         return Memory(peak_bytes=peak, by_kind={**live, "other": peak - at_end}, timeline=timeline)
 
-    def _allocations(self, changes: list[tuple[float, int]], marks: list[float]) -> float:
-        count = sum(size > 0 and time >= marks[0] for time, size in changes)
+    def _allocations(self, changes: list[_Change], marks: list[float]) -> float:
+        count = sum(change.num_bytes > 0 and change.time >= marks[0] for change in changes)
         return count / self._steps[-1]
+
+    def _growing(self, changes: list[_Change], marks: list[float]) -> float | None:
+        """See `Allocations.growing_bytes`.
+
+        What a ring of tensors takes up stays too, but so many others go: that these go is not seen on the CPU, where
+        they were made before the trace, hence the count of tensors.
+        """
+        alive: dict[int, _Change] = {}
+        for change in changes:
+            if change.num_bytes > 0:
+                alive[change.address] = change
+            else:
+                alive.pop(change.address, None)
+        left = [0] * (len(marks) + 1)
+        for change in alive.values():
+            left[bisect_right(marks, change.time)] += change.num_bytes
+        inner = [call + 1 for call in inner_calls(len(marks) - 1)]  # before the first mark it has not begun
+        if not all(left[call] for call in inner) or self._num_more < len(inner):
+            return None
+        return sum(left[call] for call in inner) / (self._steps[inner[-1]] - self._steps[inner[0] - 1])
 
 
 def _thinned(points: Iterable[tuple[int, int]]) -> Iterator[MemoryPoint]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from fasttrain.comparison import Comparison, Outcome, Pair, Side, Timing
 from fasttrain.errors import ConfigError, DataError
 from fasttrain.measure.verdict.explain import compare_counters, explain, memory_use
+from fasttrain.measure.verdict.revision_record import RevisionRecord, read_revisions
 from fasttrain.measure.verdict.sides import (
     BenchArm,
     StoredProfile,
@@ -18,9 +19,9 @@ from fasttrain.measure.verdict.sides import (
     open_profile,
     open_side,
 )
-from fasttrain.measure.verdict.stats import FEWEST_PAIRS, margin_for, verdict
+from fasttrain.measure.verdict.stats import FEWEST_PAIRS, MOST_PAIRS, margin_for, verdict
 
-__all__ = ["compare", "compare_arms", "compare_profiles"]
+__all__ = ["compare", "compare_arms", "compare_profiles", "compare_record", "compare_stored"]
 
 TEXTBOOK = "textbook"
 PEERS = ("jax-scan", "jax-step", "native", "scikit-learn", "lightning", "lightning-barebones", "accelerate")
@@ -97,6 +98,27 @@ def compare_arms(
     for stored, side in zip(profiles, (a, b), strict=True):
         _check_is_of_arm(stored, side.label)
     return _explained(found, *profiles)
+
+
+def compare_stored(path: Path, *, command: str) -> Comparison:
+    """Compares the two revisions of a stored record.
+
+    Raises:
+        DataError: the file cannot be read, or is no such record.
+    """
+    return compare_record(read_revisions(path), (path, path), command=command)
+
+
+def compare_record(record: RevisionRecord, sources: tuple[Path, Path], *, command: str) -> Comparison:
+    """Compares two revisions that were measured in the same blocks.
+
+    Args:
+        record: of both.
+        sources: where A and B are said to be from.
+        command: what repeats this comparison.
+    """
+    found = compare_arms(*record.sides(sources), command=command)
+    return replace(found, reasons=(*found.reasons, *record.bench.notes))
 
 
 def compare_profiles(a: StoredProfile, b: StoredProfile, *, command: str) -> Comparison:
@@ -183,7 +205,10 @@ def _judged(pairs: Sequence[Pair], a: BenchArm, b: BenchArm, *, through: str | N
 def _advice(num_pairs: int, blocks_needed: int | None, *, is_extended: bool) -> str:
     """What would decide an open question. A benchmark looks twice at most: its one extension may have been made."""
     if blocks_needed is None:
-        return "no sensible number of further blocks would decide it"
+        return (
+            f"more than {MOST_PAIRS} pairs would be needed, which is the most that are judged: beside the noise of "
+            "these, the difference is too small, or too near the margin"
+        )
     if is_extended:
         return f"measure anew with --blocks {num_pairs + blocks_needed} to decide it"
     return f"about {blocks_needed} further blocks would decide it"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fasttrain.comparison import OTHER, Change, CounterChange, MemoryUse, Why
-from fasttrain.measure.profiling.record import PHASES, Counters, Operator, Profile
+from fasttrain.measure.profiling.origins import in_order
+from fasttrain.measure.profiling.record import PHASES, PROGRAM, Counters, Operator, Profile
 
 __all__ = ["compare_counters", "explain", "memory_use"]
 
@@ -17,10 +18,21 @@ def explain(a: Profile, b: Profile) -> Why:
     ]
     return Why(
         step=Change(name="step", a_us=a.step_us, b_us=b.step_us),
-        phases=tuple(Change(name=name, a_us=a.phases[name], b_us=b.phases[name]) for name in PHASES if name != OTHER),
+        phases=tuple(change for name in PHASES if name != OTHER for change in _changes(name, a, b)),
         operators=tuple(sorted(operators, key=lambda change: (-abs(change.us), change.name, change.phase))),
         is_complete=not any(_is_rest(operator) for profile in (a, b) for operator in profile.operators),
     )
+
+
+def _changes(phase: str, a: Profile, b: Profile) -> list[Change]:
+    """Of a phase; of each part of the phase `program` where both profiles know them."""
+    are_split = all(side.program or not side.phases[PROGRAM] for side in (a, b))
+    if phase != PROGRAM or not are_split or not {**a.program, **b.program}:
+        return [Change(name=phase, a_us=a.phases[phase], b_us=b.phases[phase])]
+    return [
+        Change(name=f"{PROGRAM}: {origin}", a_us=a.program.get(origin, 0.0), b_us=b.program.get(origin, 0.0))
+        for origin in in_order({**a.program, **b.program})
+    ]
 
 
 def compare_counters(a: Profile, b: Profile) -> tuple[CounterChange, ...]:

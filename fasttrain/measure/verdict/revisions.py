@@ -9,7 +9,7 @@ import io
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +22,11 @@ from fasttrain.errors import ConfigError, EngineError
 from fasttrain.measure.bench.machine import Machine
 from fasttrain.measure.bench.noise import known_noise
 from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, RunBlock, Watcher, run_bench
-from fasttrain.measure.bench.record import BenchRecord
 from fasttrain.measure.bench.runner import BlockRunner, fresh_caches
 from fasttrain.measure.bench.task import BlockResult, BlockTask
-from fasttrain.measure.environment import environment, now
-from fasttrain.measure.verdict.compare import compare_arms
-from fasttrain.measure.verdict.sides import BenchArm
+from fasttrain.measure.environment import clock_mhz, environment, load_average, now
+from fasttrain.measure.verdict.compare import compare_record
+from fasttrain.measure.verdict.revision_record import RevisionArm, RevisionRecord
 from fasttrain.workloads.common import data_dir
 
 __all__ = ["Live", "Revision", "compare_revisions", "extracted", "find_revision", "measure_revisions"]
@@ -76,7 +75,9 @@ class Revision:
         return f"{self.name} ({self.commit[:10]})"
 
 
-def compare_revisions(names: tuple[str, str], live: Live, *, command: str, log: Callable[[str], None]) -> Comparison:
+def compare_revisions(
+    names: tuple[str, str], live: Live, *, command: str, log: Callable[[str], None]
+) -> tuple[Comparison, RevisionRecord]:
     """Measures two revisions of the repository around this folder, and compares them.
 
     Args:
@@ -84,6 +85,9 @@ def compare_revisions(names: tuple[str, str], live: Live, *, command: str, log: 
         live: what to measure.
         command: what repeats this comparison.
         log: told how far it is.
+
+    Returns:
+        What was found, and what it was found from: `compare_stored` finds the same in its file.
 
     Raises:
         ConfigError: there is no repository here, no such revision, or nothing to measure in it.
@@ -119,7 +123,7 @@ def measure_revisions(
     about: dict[str, Any],
     command: str,
     log: Callable[[str], None],
-) -> Comparison:
+) -> tuple[Comparison, RevisionRecord]:
     """Runs the blocks of two revisions in turn; `runners` run a task with the code of each.
 
     Raises:
@@ -148,29 +152,21 @@ def measure_revisions(
         timed_s=live.timed_s,
         threads=live.threads,
     )
-    record, is_interrupted = run_bench(plan, run_block, watcher, log, environment=about, command=command, created=now())
-    if is_interrupted and not {*record.arms, *record.refused} >= {*labels}:
+    bench, is_interrupted = run_bench(plan, run_block, watcher, log, environment=about, command=command, created=now())
+    if is_interrupted and not {*bench.arms, *bench.refused} >= {*labels}:
         raise KeyboardInterrupt
-    sides = [_side(record, label, works, revision) for label, revision in zip(labels, revisions, strict=True)]
-    found = compare_arms(*sides, command=command)
-    early = ("interrupted: fewer blocks than planned",) if is_interrupted else ()
-    return replace(found, reasons=(*found.reasons, *early), is_interrupted=is_interrupted)
-
-
-def _side(record: BenchRecord, label: str, works: Mapping[str, dict[str, Any]], revision: Revision) -> BenchArm:
-    """A revision's side of the comparison: the common figures, with its own work and commit.
-
-    Raises:
-        EngineError: it was not timed.
-    """
-    if label not in record.arms:
-        raise EngineError(f"revision {label} was not timed: {record.refused.get(label, '; '.join(record.notes))}")
-    environment = {**record.environment, "commit": revision.commit, "has_uncommitted_changes": False}
-    return BenchArm(
-        path=revision.repository,
-        label=label,
-        record=replace(record, workload=works[label], environment=environment),
+    for label in labels:
+        if label not in bench.arms:
+            raise EngineError(f"revision {label} was not timed: {bench.refused.get(label, '; '.join(bench.notes))}")
+    first, second = (
+        RevisionArm(label=label, commit=revision.commit, workload=works[label])
+        for label, revision in zip(labels, revisions, strict=True)
     )
+    after = {"load_average_after": load_average(), "clock_mhz_after": clock_mhz()}
+    bench = replace(bench, environment={**about, **after})
+    record = RevisionRecord(revisions=(first, second), bench=bench)
+    found = compare_record(record, (revisions[0].repository, revisions[1].repository), command=command)
+    return replace(found, is_interrupted=is_interrupted), record
 
 
 def find_revision(name: str, folder: Path) -> Revision:

@@ -15,7 +15,7 @@ from fasttrain.measure.profiling.file import read_profile
 from fasttrain.measure.profiling.record import Profile
 from fasttrain.measure.strict import read_json
 
-__all__ = ["BenchArm", "StoredProfile", "contradictions", "differences_of", "open_profile", "open_side"]
+__all__ = ["REVISIONS", "BenchArm", "StoredProfile", "contradictions", "differences_of", "open_profile", "open_side"]
 
 HARDWARE = ("cpu", "cores", "device")
 VERSIONS = ("python", "torch", "numpy", "cuda", "driver")
@@ -26,6 +26,9 @@ WHO_WORKS = ("arm", "engine")
 
 ALWAYS_DIFFERENT = ("load_average", "load_average_after")
 """Of the environment: says nothing by being different."""
+
+REVISIONS = "revisions"
+"""Kind of a record that holds both sides: two revisions, measured live."""
 
 DEFAULT_ARM = "auto"
 """Of a benchmark's record that is given without an arm: what a user gets who asks for nothing."""
@@ -91,7 +94,7 @@ def open_side(given: str) -> BenchArm | StoredProfile:
 
     Raises:
         DataError: there is no such file, or it is no record.
-        ConfigError: the record has no such arm.
+        ConfigError: the record has no such arm, or is of both sides.
     """
     path, label = _split(given)
     content = read_json(path)
@@ -100,6 +103,8 @@ def open_side(given: str) -> BenchArm | StoredProfile:
         return open_profile(path)
     if kind == "profile":
         raise ConfigError(f"{given}: a profile has no arms; give the file alone")
+    if kind == REVISIONS:
+        raise ConfigError(f"{given} holds two revisions, which are A and B: give the file alone")
     if kind != "bench":
         raise DataError("is neither a benchmark's record nor a profile", file=str(path))
     record = read_record(path)

@@ -25,6 +25,7 @@ from fasttrain.errors import DataError
 
 __all__ = [
     "FEWEST_PAIRS",
+    "MOST_PAIRS",
     "Interval",
     "Noise",
     "Verdict",
@@ -48,10 +49,7 @@ LEAST_MARGIN = 0.01
 """A difference of less than 1% is none that anybody would act on."""
 
 MOST_PAIRS = 500
-"""Of more, the exact distribution would take seconds, and no benchmark has them."""
-
-MOST_BLOCKS_NEEDED = 10_000
-"""Beyond this, "so many blocks more" is no advice."""
+"""Of more, the exact distribution would take seconds, and no benchmark has them: none is advised to have."""
 
 
 class Interval(NamedTuple):
@@ -74,7 +72,7 @@ class Verdict:
         pairs: how many pairs there were.
         margin: relative; 0.01 is 1%.
         blocks_needed: about so many further blocks decide it, if they spread as these do; None where it is decided, or
-            where no sensible number would.
+            where it would take more than `MOST_PAIRS` in all.
     """
 
     kind: VerdictKind
@@ -184,9 +182,9 @@ def noise_of(log_ratios: Sequence[float]) -> Noise:
 def _kind(centre: float, interval: Interval | None, tolerated: float) -> VerdictKind:
     if interval is None:
         return "INCONCLUSIVE"
-    if interval.low > 0 and centre > tolerated:
+    if math.exp(interval.low) > 1 and centre > tolerated:  # what is told is the ratio: 1e-217 beyond it is nothing
         return "FASTER"
-    if interval.high < 0 and centre < -tolerated:
+    if math.exp(interval.high) < 1 and centre < -tolerated:
         return "SLOWER"
     return "SAME" if -tolerated <= interval.low and interval.high <= tolerated else "INCONCLUSIVE"
 
@@ -197,11 +195,10 @@ def _blocks_needed(centre: float, interval: Interval | None, tolerated: float, n
         return FEWEST_PAIRS - num_pairs
     effect = abs(centre)
     asked = effect if effect > tolerated else tolerated - effect
-    half_width = (interval.high - interval.low) / 2
-    if asked * math.sqrt(MOST_BLOCKS_NEEDED / num_pairs) <= half_width:
-        return None
+    times_too_wide = (interval.high - interval.low) / 2 / asked if asked else math.inf
     # An interval that is not symmetric about its centre can be undecided while it is narrow enough: one more, then.
-    return max(1, math.ceil(num_pairs * (half_width / asked) ** 2) - num_pairs)
+    pairs_needed = max(num_pairs + 1, num_pairs * times_too_wide * times_too_wide)
+    return None if pairs_needed > MOST_PAIRS else math.ceil(pairs_needed) - num_pairs
 
 
 def _ratio(logarithm: float) -> float:

@@ -145,6 +145,13 @@ def test_the_extension_is_made_where_the_question_is_open(
     assert len(record.arms["eager"].blocks) == len(record.arms["tuned"].blocks) == blocks
 
 
+@pytest.mark.parametrize(("planned", "made"), [(300, 500), (500, 500)])
+def test_no_more_blocks_are_measured_than_can_be_judged(planned: int, made: int) -> None:
+    record, _ = run(plan("eager", blocks=planned, extend=True), FakeRunner({"eager": STEADY}))
+    assert len(record.arms["eager"].blocks) == made
+    assert record.design.extended == (made > planned)
+
+
 def test_an_interrupt_keeps_what_was_reached() -> None:
     class Interrupting(FakeRunner):
         def __call__(self, task: BlockTask) -> BlockResult:
@@ -206,6 +213,7 @@ def test_known_noise_is_recorded() -> None:
         ({"arms": ()}, "none"),
         ({"arms": (ArmSpec(label="a", source="a", threads=1),) * 2}, "each once"),
         ({"aa": ("a", "b"), "blocks": 6}, "noise needs 7"),
+        ({"blocks": 501}, "500 pairs are the most that are judged"),
     ],
     ids=str,
 )

@@ -24,6 +24,9 @@ def observed(**changes: Any) -> Observations:
         "watched_steps": 100,
         "grown": {},
         "grown_steps": 100,
+        "growing_bytes": None,
+        "staying": {},
+        "joining": [],
         "item_us": {},
         "loops": [],
         "compiled": CompileEvents(breaks=[], recompiled=Counter()),
@@ -101,3 +104,28 @@ def test_recompilations_are_counted_by_reason() -> None:
     [found] = events.recompilations()
     assert (found.reason, found.count) == ("size of x", 3)
     assert [each.kind for each in find(observed(compiled=events))] == ["recompilation"]
+
+
+def test_what_grows_names_what_holds_it_before_what_made_it() -> None:
+    holder, joiner, maker, lesser = (("/train.py", line) for line in (3, 4, 5, 6))
+    growing = {"growing_bytes": 5120.4, "staying": {lesser: 100, maker: 40_000}}
+    for changes, expected in (
+        (growing, ("memory grows", 5)),
+        ({**growing, "joining": [joiner]}, ("memory grows", 4)),
+        ({**growing, "grown": {holder: 100}}, ("growing container", 3)),
+    ):
+        [found] = find(observed(**changes))
+        assert (found.kind, found.line) == expected
+        assert found.advice.startswith("5,120 bytes of tensors a step stay in use: ")
+        assert found.cost_us is None
+
+
+def test_a_chain_of_graphs_is_found_though_no_tensor_of_it_stays() -> None:
+    [found] = find(observed(joining=[("/train.py", 4)]))
+    assert (found.kind, found.line) == ("memory grows", 4)
+    assert found.advice.startswith("here, each step's graph is joined to all those before it: let go")
+
+
+@pytest.mark.parametrize("changes", [{"growing_bytes": 8.0}, {"staying": {("/train.py", 5): 100}}])
+def test_growth_that_only_one_pass_has_seen_is_none(changes: dict[str, Any]) -> None:
+    assert kinds(**changes) == []

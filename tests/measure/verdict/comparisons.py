@@ -75,7 +75,12 @@ def stored(path: Path, arms: Mapping[str, ArmRecord], **changes: Any) -> Path:
 
 
 def profile(
-    operators: Mapping[tuple[str, str], float], *, name: str = "auto", other_us: float = 3.0, **counters: Any
+    operators: Mapping[tuple[str, str], float],
+    *,
+    name: str = "auto",
+    other_us: float = 3.0,
+    program: Mapping[str, float] | None = None,
+    **counters: Any,
 ) -> Profile:
     """A profile whose phases are the sums of its operators, by (name, phase), beside `other_us` of the phase other."""
     phases = {each: sum(us for (_, phase), us in operators.items() if phase == each) for each in PHASES}
@@ -104,6 +109,7 @@ def profile(
         step_us=step_us,
         traced_step_us=1.3 * step_us,
         phases=phases,
+        program=dict(program or {}),
         operators=[*rows, rest] if other_us else rows,
         counters=Counters(**{**counted, **counters}),
         memory=Memory(

@@ -17,7 +17,9 @@ import benchmarks.peers
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, DataError, FasttrainError
 from fasttrain.measure.profiling.record import HostRead, Recompilation
-from fasttrain.measure.verdict.compare import PEERS, compare
+from fasttrain.measure.verdict.compare import PEERS, compare, compare_arms
+from fasttrain.measure.verdict.sides import BenchArm
+from fasttrain.measure.verdict.stats import MOST_PAIRS
 from tests.measure.verdict.comparisons import (
     ENVIRONMENT,
     SPREAD,
@@ -70,6 +72,38 @@ def test_an_open_question_says_how_many_blocks_would_settle_it(tmp_path: Path) -
     assert found.timing is not None
     assert found.timing.blocks_needed is not None
     assert f"about {found.timing.blocks_needed} further blocks would decide it" in found.reasons
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    b_us=st.floats(480, 520),
+    width=st.floats(0.1, 40),
+    times=st.integers(1, 4),
+    is_extended=st.booleans(),
+)
+def test_no_advice_asks_for_more_pairs_than_are_judged(
+    b_us: float, width: float, times: int, is_extended: bool
+) -> None:
+    spread = [width * each for each in SHUFFLED * times]
+    arms = {"eager": arm(500, SPREAD * times), "auto": arm(b_us, spread)}
+    design = replace(record(arms).design, extended=is_extended)
+    sides = [BenchArm(path=Path("r.json"), label=label, record=record(arms, design=design)) for label in arms]
+    found = compare_arms(*sides, command="")
+    [advice] = [reason for reason in found.reasons if "further blocks" in reason or "--blocks" in reason] or [None]
+    too_many = [
+        reason for reason in found.reasons if reason.startswith(f"more than {MOST_PAIRS} pairs would be needed")
+    ]
+    assert (found.outcome == "INCONCLUSIVE") == (advice is not None) + len(too_many)
+    if advice is not None:
+        [number] = [int(word) for word in advice.split() if word.isdecimal()]
+        assert (0 if is_extended else 10 * times) + number <= MOST_PAIRS
+
+
+def test_a_question_that_too_many_blocks_would_decide_names_the_limit(tmp_path: Path) -> None:
+    found = arms_of_one(tmp_path, 500, 494.9, [30 * each for each in SHUFFLED])
+    assert found.timing is not None
+    assert found.timing.blocks_needed is None
+    assert found.reasons[0].startswith("more than 500 pairs would be needed, which is the most that are judged")
 
 
 def test_a_benchmark_that_was_extended_is_to_be_measured_anew(tmp_path: Path) -> None:

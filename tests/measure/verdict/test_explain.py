@@ -46,6 +46,25 @@ def test_operators_gained_and_lost() -> None:
     assert not explain(profile(OPERATORS), profile(fused)).is_complete
 
 
+def test_programs_are_compared_by_where_their_time_comes_from() -> None:
+    a = profile({("generated code", "program"): 90.0}, program={"forward": 30.0, "not attributed": 60.0})
+    b = profile(
+        {("generated code", "program"): 70.0}, program={"metrics": 5.0, "forward": 30.0, "not attributed": 35.0}
+    )
+    why = explain(a, b)
+    changes = [(phase.name, phase.us) for phase in why.phases if phase.name.startswith("program")]
+    assert changes == [("program: forward", 0.0), ("program: metrics", 5.0), ("program: not attributed", -25.0)]
+    assert why.unexplained_by_phases_us == 0
+
+
+def test_a_program_beside_none_is_split_and_one_of_unknown_parts_is_not() -> None:
+    split = profile({("generated code", "program"): 90.0}, program={"forward": 30.0, "not attributed": 60.0})
+    eager, whole = profile(OPERATORS), profile({("generated code", "program"): 80.0})
+    names = [phase.name for phase in explain(eager, split).phases if phase.b_us]
+    assert names == ["program: forward", "program: not attributed"]
+    assert [(each.name, each.us) for each in explain(whole, split).phases if each.us] == [("program", 10.0)]
+
+
 amounts = st.floats(0, 1e4).map(lambda us: round(us, 2))
 operators = st.dictionaries(
     st.tuples(st.sampled_from(["a", "b", "c"]), st.sampled_from(["forward", "backward", "program"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from fasttrain.cli import main
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, EngineError
 from fasttrain.measure.bench.record import BlockFigures
 from fasttrain.measure.bench.task import BlockResult, BlockTask
+from fasttrain.measure.verdict.compare import compare_record
+from fasttrain.measure.verdict.revision_record import RevisionRecord
 from fasttrain.measure.verdict.revisions import (
     Live,
     Revision,
@@ -24,7 +28,8 @@ from fasttrain.measure.verdict.revisions import (
     find_revision,
     measure_revisions,
 )
-from tests.measure.verdict.comparisons import ENVIRONMENT, SPREAD, WORKLOAD, arm
+from tests.commands import strict_json
+from tests.measure.verdict.comparisons import ENVIRONMENT, SPREAD, WORKLOAD, arm, stored
 
 LIVE = Live(workload="mlp", arm="eager", device=torch.device("cpu"), blocks=10, timed_s=0.1, threads=1)
 REVISIONS = (
@@ -59,9 +64,15 @@ class FakeCode:
 
 
 def measured(first: FakeCode, second: FakeCode, revisions: tuple[Revision, Revision] = REVISIONS) -> Comparison:
-    return measure_revisions(
-        revisions, LIVE, (first, second), QuietMachine(), about=ENVIRONMENT, command="compare --rev", log=lambda _: None
-    )
+    about: dict[str, Any] = {"about": ENVIRONMENT, "command": "compare --rev", "log": lambda _: None}
+    found, record = measure_revisions(revisions, LIVE, (first, second), QuietMachine(), **about)
+    again = compare_record(through_json(record), (Path("repository"), Path("repository")), command="compare --rev")
+    assert again == replace(found, is_interrupted=False), "what is stored gives the same comparison"
+    return found
+
+
+def through_json(record: RevisionRecord) -> RevisionRecord:
+    return RevisionRecord.from_dict(json.loads(json.dumps(record.to_dict())))
 
 
 def test_each_revision_runs_its_own_blocks_in_turn() -> None:
@@ -226,7 +237,101 @@ def test_each_revision_runs_in_a_folder_of_its_own_code(repository: Path, monkey
     monkeypatch.setattr("fasttrain.measure.verdict.revisions.BlockRunner", Runner)
     monkeypatch.setattr("fasttrain.measure.verdict.revisions.Machine", lambda _: QuietMachine())
     live = replace(LIVE, arm="code:make_arm")
-    found = compare_revisions(("main~1", "main"), live, command="", log=lambda _: None)
+    found, _ = compare_revisions(("main~1", "main"), live, command="", log=lambda _: None)
     assert found.outcome == "FASTER"
     assert seen == {"VERSION = 'one'\n": {"textbook", "code:make_arm"}, "VERSION = 'two'\n": {"code:make_arm"}}
     assert len(caches) == 2, "no revision runs what the other one compiled"
+
+
+@pytest.fixture
+def measurable(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository whose second revision is slower; no process is run."""
+
+    class Runner(FakeCode):
+        def __init__(self, variables: Mapping[str, str], *, folder: Path) -> None:
+            super().__init__(400 if "one" in (folder / "code.py").read_text() else 500)
+
+    monkeypatch.setattr("fasttrain.measure.verdict.revisions.BlockRunner", Runner)
+    monkeypatch.setattr("fasttrain.measure.verdict.revisions.Machine", lambda _: QuietMachine())
+    return repository
+
+
+LIVE_COMMAND = ["compare", "--rev", "main~1", "main", "--arm", "code:make_arm"]
+
+
+def test_what_was_measured_is_kept_and_compares_the_same(
+    measurable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "new" / "live.json", tmp_path / "page.html"
+    assert main([*LIVE_COMMAND, "--out", str(out), "--json", "--html", str(page)]) == 1
+    printed = capsys.readouterr()
+    live = strict_json(printed.out)
+    assert f"written: {out}" in printed.err
+    assert "SLOWER" in page.read_text(encoding="utf-8")
+    assert main(["compare", str(out), "--json"]) == 1
+    stored = strict_json(capsys.readouterr().out)
+    assert live["verdict"] == "SLOWER"
+    assert live["timing"]["pairs"][0]["speedup"] == pytest.approx(0.8)
+    differing = {name for name in live if live[name] != stored[name]}
+    assert differing == {"a", "b", "command"}
+    assert stored["a"] == {**live["a"], "source": str(out)}
+    assert stored["command"] == f"python -m fasttrain compare {out} --json"
+    assert main([*LIVE_COMMAND, "--out", str(out)]) == 1, "an older record makes room, as bench's does"
+
+
+def test_a_record_that_cannot_be_kept_is_refused_before_anything_is_measured(
+    measurable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is to be measured")
+
+    monkeypatch.setattr("fasttrain.measure.verdict.revisions.measure_revisions", measure)
+    (tmp_path / "file").touch()
+    both = str(tmp_path / "both")
+    for options, said in (
+        (["--out", str(tmp_path)], f"{tmp_path}: is a folder: name a file"),
+        (["--out", str(tmp_path / "file" / "live.json")], "is no folder"),
+        (["--out", both, "--html", both], "--out and --html are both"),
+    ):
+        assert main([*LIVE_COMMAND, *options]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["compare", "a.json", "b.json", "--out", both]) == 2
+    assert "--out keeps what --rev measures" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, which is a disk without room")
+def test_verdict_and_page_are_there_though_the_record_finds_no_room(
+    measurable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert main([*LIVE_COMMAND, "--out", "/dev/full", "--html", str(page)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("SLOWER")
+    assert "the record cannot be written: No space left on device" in printed.err
+    assert "SLOWER" in page.read_text(encoding="utf-8")
+
+
+def test_files_that_hold_no_two_revisions(measurable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = stored(tmp_path / "bench.json", {"eager": arm(500), "auto": arm(400)})
+    live = tmp_path / "live.json"
+    assert main([*LIVE_COMMAND, "--out", str(live)]) == 1
+    content = json.loads(live.read_text())
+    for name, changes in (
+        ("newer", {"schema_version": 2}),
+        ("twice", {"revisions": content["revisions"][:1] * 2}),
+        ("strange", {"revisions": [{**each, "label": "x" + each["label"]} for each in content["revisions"]]}),
+        ("empty", {"bench": None}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**content, **changes}))
+    capsys.readouterr()
+    for arguments, said in (
+        (["bench.json"], "bench.json: is a record of kind 'bench', not of two revisions: give two files or arms"),
+        (["newer.json"], "newer.json: is not a record of two revisions of schema version 1"),
+        (["twice.json"], "twice.json: needs two revisions, each with an arm of its own"),
+        (["strange.json"], "strange.json: needs two revisions, each with an arm of its own"),
+        (["empty.json"], "empty.json: the record, 'bench' must be an object"),
+        (["live.json", str(bench)], "live.json holds two revisions, which are A and B: give the file alone"),
+        (["live.json", "--through", "textbook"], "a record of two revisions is compared alone"),
+    ):
+        assert main(["compare", str(tmp_path / arguments[0]), *arguments[1:]]) == 2
+        assert said in capsys.readouterr().err

@@ -16,6 +16,7 @@ from fasttrain.errors import DataError
 from fasttrain.measure.verdict.stats import (
     FEWEST_PAIRS,
     LEVEL,
+    MOST_PAIRS,
     VerdictKind,
     hodges_lehmann,
     margin_for,
@@ -138,6 +139,7 @@ def test_the_blocks_that_are_needed() -> None:
     assert found.blocks_needed is not None
     more = np.random.default_rng(1).choice(spread, size=10 + 2 * found.blocks_needed)
     assert verdict(more.tolist(), 0.01).kind == "FASTER"
+    assert verdict([0.05] * 9 + [-0.08], 0.01).blocks_needed == 1, "narrow enough, but not about its centre"
     at_the_margin = [math.log1p(0.01) * (1 + 1e-9 * each) + 0.1 * each for each in range(-5, 6)]
     assert verdict(at_the_margin, 0.01).blocks_needed != 0
 
@@ -191,6 +193,28 @@ def test_noise_of_quiet_and_of_loud_pairs() -> None:
 def test_pairs_that_are_none(values: list[float]) -> None:
     with pytest.raises(DataError, match="give 1 to 500 finite pairs"):
         verdict(values, 0.01)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    enough_pairs.map(lambda values: [0.01 * value for value in values]),
+    st.integers(1, MOST_PAIRS // 20),
+    st.floats(0.001, 0.5),
+)
+def test_no_more_pairs_are_asked_for_than_are_judged(values: list[float], times: int, margin: float) -> None:
+    found = verdict(values * times, margin)
+    if found.blocks_needed is not None:
+        num_pairs = len(values) * times + found.blocks_needed
+        assert num_pairs <= MOST_PAIRS
+        assert verdict([0.05] * num_pairs, margin).kind != "INCONCLUSIVE"
+
+
+def test_the_last_number_of_pairs_that_is_asked_for() -> None:
+    """Pairs of 1 and -1 about a centre: the interval ends 1 beside it, so it asks for 1 / centre**2 times as many."""
+    asked = [
+        verdict([centre + sign for sign in (1.0, -1.0)] * 5, 1e-9).blocks_needed for centre in (0.21, 0.1415, 0.14)
+    ]
+    assert asked == [217, 490, None]
 
 
 def test_as_many_pairs_as_are_allowed() -> None:

@@ -1,5 +1,6 @@
 """Loops in which there is nothing to find."""
 
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 
@@ -87,6 +88,69 @@ def losses_of_an_epoch_in_one_tensor(prof: Profiler) -> None:
     losses = torch.zeros(8)
     for step, (x, y) in enumerate(endless(parts.batches(), prof)):
         losses[step % 8] = parts.train_on(x, y)
+
+
+@clean
+def cache_that_is_full_after_an_epoch(prof: Profiler) -> None:
+    parts, cache = Parts(), {}
+    for step, (x, y) in enumerate(endless(parts.batches(), prof)):
+        place = step % len(parts.batches())
+        if place not in cache:
+            cache[place] = x.tanh()
+        parts.train_on(cache[place], y)
+
+
+@clean
+def window_of_the_last_losses(prof: Profiler) -> None:
+    """Of limited length: that it is not yet full is no fault."""
+    parts, losses = Parts(), deque(maxlen=500)
+    for x, y in endless(parts.batches(), prof):
+        losses.append(parts.train_on(x, y))
+
+
+@clean
+def full_ring_of_tensors(prof: Profiler) -> None:
+    """Longer than a pass: of all that a pass has put in, nothing is let go in it."""
+    parts = Parts()
+    ring = [torch.zeros(128, 10) for _ in range(64)]
+    for step, (x, y) in enumerate(endless(parts.batches(), prof)):
+        parts.train_on(x, y)
+        with torch.no_grad():
+            ring[step % 64] = parts.model(x)
+
+
+@clean
+def loss_of_some_batches_at_once(prof: Profiler) -> None:
+    """A graph that is joined to those before it, and let go after five steps."""
+    parts, total = Parts(), torch.zeros(())
+    for step, (x, y) in enumerate(endless(parts.batches(), prof)):
+        total = total + loss_func(parts.model(x), y)
+        if step % 5 == 4:
+            total.backward()
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+            total = torch.zeros(())
+
+
+@clean
+def batches_that_become_longer(prof: Profiler) -> None:
+    """In use is a little more after each step, of which nothing stays."""
+    parts = Parts()
+    for step in count():
+        rows = min(32 + step, 1024)
+        parts.train_on(torch.zeros(rows, 64) + step, parts.y[:rows])
+        prof.step()
+        if prof.is_done:
+            return
+
+
+@clean
+def garbage_in_cycles(prof: Profiler) -> None:
+    """It stays until Python collects its garbage, and no longer."""
+    parts = Parts()
+    for x, y in endless(parts.batches(), prof):
+        cycle: list[object] = [parts.train_on(x, y), x.tanh()]
+        cycle.append(cycle)
 
 
 @clean

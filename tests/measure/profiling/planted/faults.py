@@ -1,13 +1,15 @@
 """Loops with one fault each; the line is marked with what a profile must call it."""
 
 import csv
+import functools
 import io
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain import FastLoop
 from fasttrain.measure.profiling.profiler import Profiler
@@ -167,6 +169,107 @@ def dict_of_predictions(prof: Profiler) -> None:
         with torch.no_grad():
             predictions = parts.model(x)
         kept[step] = (predictions, y)  # FAULT: growing container
+
+
+@fault
+def sum_of_losses_with_their_graphs(prof: Profiler) -> None:
+    parts = Parts()
+
+    class Meter:
+        total = torch.zeros(())
+
+        def update(self, loss: Tensor) -> None:
+            self.total = self.total + loss  # FAULT: memory grows
+
+    meter = Meter()
+    for x, y in endless(parts.batches(), prof):
+        meter.update(parts.attached_loss(x, y))
+
+
+@fault
+def losses_in_place_in_one_tensor_with_their_graphs(prof: Profiler) -> None:
+    parts = Parts()
+    losses = torch.zeros(8)
+    for step, (x, y) in enumerate(endless(parts.batches(), prof)):
+        loss = parts.attached_loss(x, y)
+        losses[step % 8] = loss  # FAULT: memory grows
+
+
+@fault
+def moving_average_of_validation_with_its_graphs(prof: Profiler) -> None:
+    """No backward pass lets the activations go."""
+    parts, average = Parts(), torch.zeros(())
+    for x, y in endless(parts.batches(), prof):
+        parts.train_on(x, y)
+        loss = loss_func(parts.model(x), y)
+        average = 0.9 * average + 0.1 * loss  # FAULT: memory grows
+
+
+@fault
+def module_that_keeps_its_activations(prof: Profiler) -> None:
+    parts = Parts()
+
+    class Recorded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recent: deque[Tensor] = deque()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.recent.append(x.detach())  # FAULT: growing container
+            return x
+
+    parts.model.append(Recorded())
+    for x, y in endless(parts.batches(), prof):
+        parts.train_on(x, y)
+
+
+@fault
+def module_with_a_cache_that_never_hits(prof: Profiler) -> None:
+    parts = Parts()
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache: dict[int, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            key = x._version * 10_000 + len(self.cache)
+            if key not in self.cache:
+                self.cache[key] = torch.tanh(x.detach())  # FAULT: growing container
+            return x + self.cache[key]
+
+    parts.model.append(Cached())
+    for x, y in endless(parts.batches(), prof):
+        parts.train_on(x, y)
+
+
+@fault
+def chain_of_closures(prof: Profiler) -> None:
+    """No container holds it, and no graph."""
+    parts = Parts()
+
+    def kept(predictions: Tensor, before: Callable[[], object]) -> Callable[[], object]:
+        return lambda: (predictions, before)
+
+    history: Callable[[], object] = object
+    for x, y in endless(parts.batches(), prof):
+        parts.train_on(x, y)
+        with torch.no_grad():
+            predictions = parts.model(x).softmax(1)  # FAULT: memory grows
+        history = kept(predictions, history)
+    assert history is not object
+
+
+@fault
+def cached_function(prof: Profiler) -> None:
+    parts = Parts()
+
+    @functools.lru_cache(maxsize=100_000)
+    def mask(step: int) -> Tensor:
+        return torch.tensor([step % 2, 1] * 64)  # FAULT: memory grows
+
+    for step, (x, y) in enumerate(endless(parts.batches(), prof)):
+        parts.train_on(x * mask(step)[:, None], y)
 
 
 @fault
