@@ -15,6 +15,7 @@ from fasttrain.step.options import GroupOptions
 from fasttrain.step.scaling import LossScaling
 from fasttrain.step.spec import StepOutput, StepSpec
 from fasttrain.step.state import StepState
+from fasttrain.step.torch_private import recorded_as
 
 __all__ = ["Part", "StepFunction"]
 
@@ -67,27 +68,31 @@ class StepFunction:
         output, gradients = self._backward(state, batch, scaling)
         self.reached = list(gradients)
         with torch.no_grad():
-            for place, held in zip(self.trained, gathered, strict=False):
-                if place in gradients:
-                    gradients[place] = (held.add_ if part == "gather" else held.add)(gradients[place])
+            with recorded_as("backward"):
+                for place, held in zip(self.trained, gathered, strict=False):
+                    if place in gradients:
+                        gradients[place] = (held.add_ if part == "gather" else held.add)(gradients[place])
             if part != "gather":
-                self._apply(state, gradients, options, scaling)
-            spec.metrics.accumulate(list(state[self._state.totals].unbind()), *output, 1.0)
-        return output.loss.detach()
+                with recorded_as("optimizer"):
+                    self._apply(state, gradients, options, scaling)
+            with recorded_as("metrics"):
+                spec.metrics.accumulate(list(state[self._state.totals].unbind()), *output, 1.0)
+                return output.loss.detach()
 
     def _backward(
         self, state: list[Tensor], batch: Batch, scaling: LossScaling | None
     ) -> tuple[StepOutput, dict[int, Tensor]]:
         """Forward and backward: the output and, by place of its parameter, each gradient that there is."""
-        with torch.enable_grad():
+        with torch.enable_grad(), recorded_as("forward"):
             variables = {place: state[place].detach().requires_grad_() for place in self.trained}
             output = self._forward({**dict(enumerate(state)), **variables}, batch)
             loss = output.loss if self._spec.accumulate == 1 else output.loss / self._spec.accumulate
             loss = loss if scaling is None else scaling.scaled(loss)
+        with recorded_as("backward"):
             found = torch.autograd.grad(loss, list(variables.values()), allow_unused=True)
-        gradients = zip(self.trained, cast("Sequence[Tensor | None]", found), strict=True)
-        # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
-        return output, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
+            gradients = zip(self.trained, cast("Sequence[Tensor | None]", found), strict=True)
+            # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
+            return output, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
 
     def _apply(
         self, state: list[Tensor], gradients: dict[int, Tensor], options: list[Tensor], scaling: LossScaling | None

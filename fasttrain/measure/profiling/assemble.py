@@ -13,9 +13,11 @@ from fasttrain.measure.environment import environment, now
 from fasttrain.measure.places import Place, shown
 from fasttrain.measure.profiling.compile_events import CompileEvents
 from fasttrain.measure.profiling.findings import Observations, find
+from fasttrain.measure.profiling.origins import NOT_ATTRIBUTED
 from fasttrain.measure.profiling.passes import AllocationPass, CountPass, SuspectPass, TracePass, device_type
 from fasttrain.measure.profiling.record import (
     PHASES,
+    PROGRAM,
     Copies,
     Counters,
     Gpu,
@@ -99,7 +101,6 @@ def assemble(
     """
     summary = watched.trace.summary()
     compiled = watched.counts.compiled
-    memory, allocations = watched.allocations.result()
     gpu = timed.gpu
     if gpu is not None and summary.idle_us is not None:
         gpu = replace(gpu, idle_us={cause: us / watched.trace.steps for cause, us in summary.idle_us.items()})
@@ -112,12 +113,21 @@ def assemble(
         step_us=timed.step_us,
         traced_step_us=summary.wall_us / watched.trace.steps,
         phases=timed.phases,
+        program=_program(timed.phases[PROGRAM], summary.program),
         operators=_operators(timed.phases, summary, watched.trace.steps),
-        counters=_counters(watched, summary, allocations, programs_loaded),
-        memory=memory,
+        counters=_counters(watched, summary, programs_loaded),
+        memory=watched.allocations.found.memory,
         gpu=gpu,
         findings=find(_observations(timed, watched, loops, compiled)),
     )
+
+
+def _program(us: float, traced: Mapping[str, float]) -> dict[str, float]:
+    """The parts of the phase in the trace, scaled to its time in clean steps."""
+    total = sum(traced.values())
+    if total > 0:
+        return {origin: part * us / total for origin, part in traced.items()}
+    return {NOT_ATTRIBUTED: us} if us > 0 else {}
 
 
 def _operators(phases: Mapping[str, float], summary: TraceSummary, steps: int) -> list[Operator]:
@@ -140,11 +150,10 @@ def _operators(phases: Mapping[str, float], summary: TraceSummary, steps: int) -
     return [*rows[:MAX_OPERATORS], Operator(name="other", phase="", calls=0, self_us=rest)]
 
 
-def _counters(watched: Watched, summary: TraceSummary, allocations: float, programs_loaded: int) -> Counters:
+def _counters(watched: Watched, summary: TraceSummary, programs_loaded: int) -> Counters:
     compiled = watched.counts.compiled
     steps = watched.trace.steps
     flops = watched.counts.flops
-    ran_program = any(row.name == "generated code" for row in summary.operators)
     h2d, d2h = (summary.copies[way] for way in ("h2d", "d2h"))
     return Counters(
         dispatched_operators=summary.num_operators / steps,
@@ -157,12 +166,12 @@ def _counters(watched: Watched, summary: TraceSummary, allocations: float, progr
             h2d=Traffic(count=h2d[0] / steps, bytes=h2d[1] / steps),
             d2h=Traffic(count=d2h[0] / steps, bytes=d2h[1] / steps),
         ),
-        allocations=allocations,
+        allocations=watched.allocations.found.per_step,
         graph_breaks=len(compiled.breaks),
         recompilations=compiled.recompilations(),
         programs_loaded=programs_loaded,
-        flops=None if ran_program else flops.flops / watched.counts.steps,
-        flops_not_counted=["program"] if ran_program else sorted(flops.not_counted)[:MAX_UNCOUNTED],
+        flops=flops.flops / watched.counts.steps,
+        flops_not_counted=sorted(flops.not_counted)[:MAX_UNCOUNTED],
     )
 
 
@@ -180,6 +189,9 @@ def _observations(timed: Timed, watched: Watched, loops: list[Place], compiled: 
         watched_steps=suspects.steps,
         grown=suspects.grown,
         grown_steps=suspects.grown_steps,
+        growing_bytes=watched.allocations.found.growing_bytes,
+        staying=suspects.staying,
+        joining=suspects.joining,
         item_us=suspects.item_us,
         loops=loops,
         compiled=compiled,

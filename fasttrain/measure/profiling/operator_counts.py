@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 from unittest import mock
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fasttrain.step import eager
+from fasttrain.step.program import StepProgram
 
-__all__ = ["FlopCount"]
+__all__ = ["FlopCount", "graph_flops"]
 
 
 class FlopCount:
     """A context that counts floating-point operations.
 
-    As in `count_host_reads`, operators are seen within calls of torch's Python API, so that compiled steps still run;
-    what these compute is not seen.
+    As in `count_host_reads`, operators are seen within calls of torch's Python API, so that compiled steps still run.
+    Those of fasttrain's programs are counted in the graphs that they were compiled from; what `torch.compile` has
+    compiled is not seen.
 
     Attributes:
         flops: so far.
@@ -38,6 +42,7 @@ class FlopCount:
     def __enter__(self) -> Self:
         """Begins to count."""
         self._entered.enter_context(mock.patch.object(eager, "run_backward", self._watched(eager.run_backward)))
+        self._entered.enter_context(mock.patch.object(StepProgram, "run", self._counted(StepProgram.run)))
         self._entered.enter_context(self._calls)
         return self
 
@@ -53,6 +58,35 @@ class FlopCount:
                 function(*args)
 
         return watched
+
+    def _counted(self, run: Callable[[StepProgram, list[Tensor]], Tensor]) -> Callable[..., Tensor]:
+        """A program's run, whose graph is counted once for inputs of the same sizes."""
+        known: dict[tuple[Any, ...], FlopCount] = {}
+
+        def counted(program: StepProgram, inputs: list[Tensor]) -> Tensor:
+            graph = program.due.graph
+            sizes = (graph, *(tensor.shape for tensor in inputs))
+            found = known.get(sizes) or known.setdefault(sizes, graph_flops(graph, inputs))
+            self.flops += found.flops
+            self.not_counted |= found.not_counted
+            return run(program, inputs)
+
+        return counted
+
+
+def graph_flops(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> FlopCount:
+    """Counts what a graph of ATen operators would compute, on tensors without values.
+
+    Args:
+        graph: of a step, or of several.
+        inputs: of which nothing but the metadata is looked at.
+    """
+    counts = FlopCount()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fakes = [mode.from_tensor(tensor) for tensor in inputs]
+        with _Operators(counts):
+            graph(*fakes)
+    return counts
 
 
 class _Calls(TorchFunctionMode):

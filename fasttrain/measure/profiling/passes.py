@@ -8,7 +8,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -19,13 +21,17 @@ from fasttrain.measure.host_reads import HostReads, Read, count_host_reads, with
 from fasttrain.measure.nvml import GpuWatch, open_gpu
 from fasttrain.measure.places import Place
 from fasttrain.measure.profiling.compile_events import CompileEvents
+from fasttrain.measure.profiling.growth import GraphWatch, StayWatch
 from fasttrain.measure.profiling.operator_counts import FlopCount
 from fasttrain.measure.profiling.phases import Phases
-from fasttrain.measure.profiling.record import Gpu, Memory
-from fasttrain.measure.profiling.suspects import CallWatch, CopyWatch, GrowthWatch, Loaders, Seen
-from fasttrain.measure.profiling.tensor_memory import AllocationTrace
+from fasttrain.measure.profiling.program_kernels import loaded_programs
+from fasttrain.measure.profiling.record import Gpu
+from fasttrain.measure.profiling.suspects import CallWatch, CopyWatch, GrowthWatch, Loaders, Seen, TorchCalls
+from fasttrain.measure.profiling.tensor_memory import Allocations, AllocationTrace
 from fasttrain.measure.profiling.trace_summary import TraceSummary, summarise_trace
+from fasttrain.step.marked import with_marked_kernels
 from fasttrain.step.torch_private import compilations
+from fasttrain.step.torch_private.marking import record_empty_events
 
 __all__ = [
     "AllocationPass",
@@ -185,7 +191,9 @@ class PhasePass:
 
 
 class TracePass:
-    """Traces every operator.
+    """Traces every operator, and every kernel of the compiled programs that are there when it starts.
+
+    For these it waits until they are compiled once more, where the program cache does not have them so.
 
     Args:
         phases: marks the phases in the trace.
@@ -199,12 +207,20 @@ class TracePass:
         self.steps = 0
         self._phases = phases
         self._path = path
+        self._entered = ExitStack()
 
     def start(self) -> None:
-        """See `Pass.start`."""
+        """See `Pass.start`.
+
+        Raises:
+            EngineError: a program cannot be compiled so that its kernels are seen.
+        """
+        self._kernels = self._entered.enter_context(with_marked_kernels(loaded_programs()))
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device_type() == "cuda")
-        self._profiler = profile(activities=activities)
-        self._profiler.start()
+        profiler = profile(activities=activities)
+        profiler.start()
+        self._entered.callback(self._end, profiler)
+        record_empty_events()
         self._phases.start(is_marking=True)
 
     def step(self, count: int) -> None:
@@ -215,13 +231,16 @@ class TracePass:
 
     def stop(self) -> None:
         """See `Pass.stop`."""
+        self._entered.close()
+
+    def _end(self, profiler: profile) -> None:
         self._phases.stop()
-        self._profiler.stop()
-        self._profiler.export_chrome_trace(str(self._path))
+        profiler.stop()
+        profiler.export_chrome_trace(str(self._path))
 
     def summary(self) -> TraceSummary:
         """What the trace says."""
-        return summarise_trace(self._path)
+        return summarise_trace(self._path, self._kernels)
 
 
 class AllocationPass:
@@ -240,8 +259,9 @@ class AllocationPass:
         """See `Pass.stop`."""
         self._trace.stop()
 
-    def result(self) -> tuple[Memory, float]:
-        """What was in use, and the allocations of a step; at least two steps must have been seen."""
+    @cached_property
+    def found(self) -> Allocations:
+        """What was seen, once the pass is done; at least two steps must have been."""
         return self._trace.result()
 
 
@@ -291,6 +311,8 @@ class _Watches:
     calls: CallWatch
     copies: CopyWatch
     growth: GrowthWatch
+    graphs: GraphWatch
+    staying: StayWatch | None
 
 
 class SuspectPass:
@@ -298,28 +320,41 @@ class SuspectPass:
 
     Args:
         loaders: what was loaded from so far.
+        allocations: an earlier pass; where its memory grows, this one looks which line makes what stays.
         calls: how often `step` will be called, at least 4 times.
 
     Attributes:
         steps: that it watched.
         grown: entries that each line has added to containers of tensors, over `grown_steps` steps.
+        staying: bytes of tensors that each line has made and that stay; see `StayWatch`.
+        joining: lines that join every step's graph to that of the step before; see `GraphWatch`.
     """
 
-    def __init__(self, loaders: Loaders, calls: int) -> None:
+    def __init__(self, loaders: Loaders, allocations: AllocationPass, calls: int) -> None:
         self.steps = 0
         self.grown: dict[Place, int] = {}
         self.grown_steps = 0
+        self.staying: dict[Place, int] = {}
+        self.joining: list[Place] = []
         self._loaders = loaders
+        self._allocations = allocations
         self._half = calls // 2
         self._calls = 0
 
     def start(self) -> None:
         """See `Pass.start`."""
-        self._watches = _Watches(calls=CallWatch(set(self._loaders.items)), copies=CopyWatch(), growth=GrowthWatch())
+        self._watches = _Watches(
+            calls=CallWatch(set(self._loaders.items)),
+            copies=CopyWatch(),
+            growth=GrowthWatch(),
+            graphs=GraphWatch(),
+            staying=None if self._allocations.found.growing_bytes is None else StayWatch(),
+        )
         self._watches.growth.look()
         self._uncompiled = without_compiling()
         self._uncompiled.__enter__()
-        self._watches.copies.__enter__()
+        self._torch_calls = TorchCalls(self._watches.copies, self._watches.graphs, self._watches.staying)
+        self._torch_calls.__enter__()
         self._watches.calls.start()
 
     def step(self, count: int) -> None:
@@ -327,6 +362,9 @@ class SuspectPass:
         self.steps += count
         self._calls += 1
         self._watches.copies.step()
+        self._watches.graphs.step()
+        if self._watches.staying is not None:
+            self._watches.staying.step()
         if self._calls > self._half:
             self.grown_steps += count
         if self._calls == self._half:
@@ -336,8 +374,11 @@ class SuspectPass:
         """See `Pass.stop`."""
         self.grown = self._watches.growth.lines()
         self._watches.calls.stop()
-        self._watches.copies.__exit__(None, None, None)
+        self._torch_calls.__exit__(None, None, None)
         self._uncompiled.__exit__(None, None, None)
+        self.joining = self._watches.graphs.joining()
+        if self._watches.staying is not None:
+            self.staying = self._watches.staying.staying()
 
     @property
     def outputs(self) -> dict[Place, Seen]:

@@ -50,7 +50,8 @@ def profile(name: str, *, steps: int = 10, out: str | Path = "profiles", workloa
 
     Make the model before: the folder's name says whether it is on a GPU. The first steps warm up; then come passes that
     time, then those that trace, count and look for faults, and slow the loop down. Steps after the last pass
-    (`prof.is_done`) run as ever.
+    (`prof.is_done`) run as ever. A step that fasttrain has compiled is compiled once more before it is traced, so that
+    its kernels are seen: the loop waits for that (20 s or more) where the program cache does not have it.
 
     Args:
         name: of the profile: letters, digits, dots, dashes and underscores.
@@ -155,11 +156,12 @@ class Session:
         passes: list[tuple[Pass, Span]] = [(self.clean, clean or span), (self.phased, span)] if is_timing else []
         self.watched: Watched | None = None
         if trace is not None:
+            allocations = AllocationPass()
             self.watched = watched = Watched(
                 trace=TracePass(self.phases, trace),
-                allocations=AllocationPass(),
+                allocations=allocations,
                 counts=CountPass(begin_s=time.time()),
-                suspects=SuspectPass(self.loaders, span.calls),
+                suspects=SuspectPass(self.loaders, allocations, span.calls),
             )
             passes += [(watched.trace, short or span), (watched.allocations, span)]
             passes += [(watched.counts, short or span), (watched.suspects, span)]

@@ -12,6 +12,7 @@ from fasttrain.measure.strict import Node
 
 __all__ = [
     "PHASES",
+    "PROGRAM",
     "Copies",
     "Counters",
     "Finding",
@@ -30,6 +31,9 @@ SCHEMA_VERSION = 1
 PHASES = ("data wait", "host to device", "forward", "backward", "optimizer", "metrics", "program", "other")
 """What a step's time is divided into, in the order in which a step meets them."""
 
+PROGRAM = "program"
+"""The phase that is split further: see `Profile.program`."""
+
 SUM_TOLERANCE = 0.01
 """Relative; phases and operators are rounded to four digits each."""
 
@@ -41,8 +45,9 @@ class Operator:
     """An operator in one phase of a step; figures are per step.
 
     Attributes:
-        name: such as "aten::addmm"; "python" for what the interpreter does between operators, "generated code" for a
-            compiled program but for the operators that it calls, "other" for all that the list leaves out.
+        name: such as "aten::addmm"; "forward: cpp_fused_relu_2" for a compiled program's kernel, after the parts of the
+            step that it computes; "python" for what the interpreter does between operators, "generated code" for a
+            compiled program but for its kernels and operators, "other" for all that the list leaves out.
         phase: one of `PHASES`; "" in the row "other".
         calls: how often it runs; 0 where that has no meaning.
         self_us: without what it calls, scaled to the time of an untraced step.
@@ -278,6 +283,10 @@ class Profile:
         step_us: wall time of one step in a clean pass.
         traced_step_us: the same under the tracer, which slows it down; phases and operators are scaled to `step_us`.
         phases: us by phase; adds up to `step_us`.
+        program: us of the phase "program" by where they come from: the kernels of one part of a step ("forward",
+            "backward", "optimizer", "metrics"), those of several ("backward + optimizer"), what is beside the program,
+            and what is "not attributed"; adds up to the phase. Empty where no program ran, or a profile is from before
+            there was this split.
         operators: 40 by self time, then one row "other"; adds up to `step_us`.
         counters: exact counts.
         memory: of tensors.
@@ -293,6 +302,7 @@ class Profile:
     step_us: float
     traced_step_us: float
     phases: dict[str, float]
+    program: dict[str, float]
     operators: list[Operator]
     counters: Counters
     memory: Memory
@@ -316,6 +326,7 @@ class Profile:
         if node.text("kind") != "profile":
             raise DataError(f"is a record of kind {node.text('kind')!r:.40}, not a profile")
         phases = node.node("phases")
+        program = node.node("program") if node.has("program") else None
         profile = cls(
             name=node.text("name"),
             workload=node.plain("workload"),
@@ -325,6 +336,7 @@ class Profile:
             step_us=node.number("step_us", is_positive=True),
             traced_step_us=node.number("traced_step_us", is_positive=True),
             phases={name: phases.number(name) for name in phases.names()},
+            program={} if program is None else {name: program.number(name) for name in program.names()},
             operators=[Operator.from_node(each) for each in node.nodes("operators")],
             counters=Counters.from_node(node.node("counters")),
             memory=Memory.from_node(node.node("memory")),
@@ -364,6 +376,9 @@ def _contradiction(profile: Profile) -> str | None:
     for what, total in (("phases", sum(profile.phases.values())), ("operators", operators)):
         if abs(total - profile.step_us) > SUM_TOLERANCE * profile.step_us:
             return f"its {what} add up to {total:.4g} us, but a step takes {profile.step_us:.4g} us"
+    parts, program = sum(profile.program.values()), profile.phases["program"]
+    if profile.program and abs(parts - program) > SUM_TOLERANCE * program:
+        return f"the parts of its program add up to {parts:.4g} us, but the phase takes {program:.4g} us"
     return None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fasttrain.measure.profiling.record import PHASES, Counters, Finding, Profile
+from fasttrain.measure.profiling.origins import in_order
+from fasttrain.measure.profiling.record import PHASES, PROGRAM, Counters, Finding, Profile
 
 __all__ = ["profile_text"]
 
@@ -36,10 +37,13 @@ def _phases(profile: Profile) -> Iterable[str]:
         if us > 0:
             share = us / profile.step_us
             yield f"{phase:<15}{_us(us):>12}  {share:>6.1%}  {'#' * round(BAR * share)}"
-    unattributed = sum(each.self_us for each in profile.operators if each.name == "generated code")
-    if profile.phases["program"] > 0:
-        share = unattributed / profile.phases["program"]
-        yield f"of the program, {share:.0%} is generated code, which is not attributed to operators"
+        if phase == PROGRAM:
+            yield from _program(profile)
+
+
+def _program(profile: Profile) -> Iterable[str]:
+    for origin, us in in_order(profile.program).items():
+        yield f"{_us(us):>27}  {us / profile.phases[PROGRAM]:>6.1%} of it: {origin}"
 
 
 def _operators(profile: Profile) -> Iterable[str]:

@@ -6,16 +6,20 @@ import math
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fasttrain.measure.profiling.origins import split_program
 from fasttrain.measure.profiling.phases import MARK, STEP, gap_phase
-from fasttrain.measure.profiling.record import PHASES, Operator
+from fasttrain.measure.profiling.program_kernels import kernel_namer, without_graph
+from fasttrain.measure.profiling.record import PHASES, PROGRAM, Operator
 from fasttrain.measure.profiling.trace_file import trace_events
+from fasttrain.step.marked import KernelCall
+from fasttrain.step.torch_private.marking import EMPTY_EVENT
 
 __all__ = ["TraceSummary", "summarise_trace"]
 
@@ -37,6 +41,7 @@ class TraceSummary:
         phases: wall time of the marked thread; without marks, all is "other".
         operators: over the whole trace, by time. Of a phase, they add up to it: "python" (or what its marks name) has
             the rest.
+        program: wall time of the phase `program` by where it comes from; adds up to it.
         num_operators: that the dispatcher ran.
         launches: of kernels and graphs; None where no event is of CUDA.
         copies: (count, bytes) by "h2d" and "d2h".
@@ -46,19 +51,24 @@ class TraceSummary:
     wall_us: float
     phases: dict[str, float]
     operators: list[Operator]
+    program: dict[str, float]
     num_operators: int
     launches: int | None
     copies: dict[str, tuple[int, int]]
     idle_us: dict[str, float] | None
 
 
-def summarise_trace(path: Path) -> TraceSummary:
+def summarise_trace(path: Path, programs: Sequence[Sequence[KernelCall]] = ()) -> TraceSummary:
     """Reads a Chrome trace and sums it up; takes some 40 bytes of memory an event.
+
+    Args:
+        path: of the trace.
+        programs: the kernels of each compiled program that may have run, in the order in which a run calls them.
 
     Raises:
         DataError: it is no trace.
     """
-    events = _Events()
+    events = _Events(programs)
     for event in trace_events(path):
         events.add(event)
     return events.summary()
@@ -67,8 +77,11 @@ def summarise_trace(path: Path) -> TraceSummary:
 class _Events:
     """The events of a trace, in columns."""
 
-    def __init__(self) -> None:
+    def __init__(self, programs: Sequence[Sequence[KernelCall]]) -> None:
+        self._programs = programs
         self._names: dict[str, int] = {}
+        self._kernels: dict[int, str] = {}
+        self._empty = array("d")
         self._host = {kind: array(code) for kind, code in (("ts", "d"), ("dur", "d"), ("name", "i"), ("thread", "q"))}
         self._device = {kind: array("d") for kind in ("ts", "dur")}
         self._marks: list[tuple[float, float, str, int]] = []
@@ -86,6 +99,8 @@ class _Events:
         category = event.get("cat")
         if category == "user_annotation" and name.startswith(MARK) and isinstance(thread, int):
             self._marks.append((begin, duration, name.removeprefix(MARK), thread))
+        elif name == EMPTY_EVENT:
+            self._empty.append(begin)
         elif category in _HOST and isinstance(thread, int):
             self._add_host(category, name, begin, duration, thread)
         elif category in _DEVICE:
@@ -94,11 +109,14 @@ class _Events:
             self._add_copy(name, event.get("args"))
 
     def _add_host(self, category: str, name: str, begin: float, duration: float, thread: int) -> None:
-        name = name[:200]
-        columns = (begin, duration, self._names.setdefault(name, len(self._names)), thread)
-        for column, value in zip(self._host.values(), columns, strict=True):
+        kernel = without_graph(name) if category == "cpu_op" else None
+        name = name[:200] if kernel is None else name
+        number = self._names.setdefault(name, len(self._names))
+        for column, value in zip(self._host.values(), (begin, duration, number, thread), strict=True):
             column.append(value)
-        if category == "cpu_op":
+        if kernel is not None:
+            self._kernels[number] = kernel
+        elif category == "cpu_op":
             self._counts["operators"] += 1
         elif name.startswith(LAUNCHES):
             self._counts["launches"] += 1
@@ -117,22 +135,51 @@ class _Events:
         timeline = _Timeline(self._marks) if self._marks else _Timeline.unmarked(host["ts"], host["ts"] + host["dur"])
         phases = timeline.phases()
         has_device = len(self._device["ts"]) > 0
+        operators = self._operators(self._with_kernels(host, timeline), timeline)
         return TraceSummary(
             wall_us=timeline.end - timeline.begin,
             phases=phases,
-            operators=self._operators(host, timeline),
+            operators=operators,
+            program=split_program({row.name: row.self_us for row in operators if row.phase == PROGRAM}),
             num_operators=self._counts["operators"],
             launches=self._counts["launches"] if has_device else None,
             copies={way: (self._counts[way], self._bytes[way]) for way in ("h2d", "d2h")},
             idle_us=self._idle(timeline) if has_device else None,
         )
 
+    @property
+    def _event_us(self) -> float:
+        """What an event costs: it is paid outside of the event itself, by what holds it."""
+        return float(np.median(np.diff(np.sort(self._empty)))) if len(self._empty) > 1 else 0.0
+
+    def _with_kernels(self, host: dict[str, Any], timeline: _Timeline) -> dict[str, Any]:
+        """The host's events with a program's kernels as wholes, by what they are; `cost` is what recording has cost.
+
+        What ran within a kernel is left out, and what it has cost to record that is taken off the kernel's time.
+        """
+        host = {**host, "cost": np.zeros(len(host["ts"]))}
+        kernels = np.flatnonzero(np.isin(host["name"], list(self._kernels)))
+        if not len(kernels):
+            return host
+        kernels = kernels[np.argsort(host["ts"][kernels], kind="stable")]
+        namer, names = kernel_namer(self._programs), host["name"].copy()
+        spans = timeline.spans_at(host["ts"][kernels])
+        for run in np.split(kernels, np.flatnonzero(np.diff(spans)) + 1):
+            called = namer(tuple(self._kernels[number] for number in host["name"][run].tolist()))
+            names[run] = [self._names.setdefault(name, len(self._names)) for name in called]
+        holder = _holders(host, kernels)
+        held = self._event_us * np.bincount(holder[holder >= 0], minlength=len(host["ts"]))[kernels]
+        durations = host["dur"].copy()
+        durations[kernels] = np.maximum(durations[kernels] - held, 0.0)
+        host["cost"][kernels] = self._event_us + host["dur"][kernels] - durations[kernels]
+        return {kind: column[holder < 0] for kind, column in {**host, "name": names, "dur": durations}.items()}
+
     def _operators(self, host: dict[str, Any], timeline: _Timeline) -> list[Operator]:
         """By (name, phase): calls and own time, and for each span the rest of it, which no operator covers."""
         self_us = _self_times(host["ts"], host["dur"], host["thread"])
         spans = timeline.spans_at(host["ts"])
         inside = spans >= 0
-        spans, names, self_us = spans[inside], host["name"][inside], self_us[inside]
+        spans, names, self_us, cost = (column[inside] for column in (spans, host["name"], self_us, host["cost"]))
         phase_of_span = np.array([PHASES.index(span.phase) for span in timeline.spans])
         keys = phase_of_span[spans] * len(self._names) + names
         calls, times = np.bincount(keys), np.bincount(keys, weights=self_us)
@@ -142,7 +189,7 @@ class _Events:
         for key in np.flatnonzero(calls).tolist():
             place = known[key % len(known)], PHASES[key // len(known)]
             called[place], found[place] = int(calls[key]), float(times[key])
-        covered = np.bincount(spans, weights=self_us, minlength=len(timeline.spans)).tolist()
+        covered = np.bincount(spans, weights=self_us + cost, minlength=len(timeline.spans)).tolist()
         for span, taken in zip(timeline.spans, covered, strict=True):
             found[span.inner, span.phase] += max(0.0, span.us - taken)
         return _fitted(found, called, timeline.phases())
@@ -243,6 +290,15 @@ class _Timeline:
         begins = np.array([span.begin for span in self.spans])
         found = np.searchsorted(begins, times, side="right") - 1
         return np.where((times < self.begin) | (times >= self.end), -1, found)
+
+
+def _holders(host: dict[str, Any], outer: Any) -> Any:
+    """For each event in which of those numbered `outer`, in the order of time and not nested, it ran; -1: in none."""
+    last = np.searchsorted(host["ts"][outer], host["ts"], side="right") - 1
+    of = outer[np.maximum(last, 0)]
+    is_within = (last >= 0) & (host["ts"] < host["ts"][of] + host["dur"][of]) & (host["thread"] == host["thread"][of])
+    is_within[outer] = False
+    return np.where(is_within, of, -1)
 
 
 def _self_times(begins: Any, durations: Any, threads: Any) -> Any:

@@ -12,6 +12,7 @@ from fasttrain.step.torch_private.graphs import (
     unpickle_with_graph,
     without_onednn,
 )
+from fasttrain.step.torch_private.marking import origins_of, recorded_as
 from fasttrain.step.torch_private.objects import (
     NO_GRADIENT_HOOKS,
     has_gradient_hooks,
@@ -45,7 +46,9 @@ __all__ = [
     "module_tables",
     "note_step",
     "optimizer_hooks",
+    "origins_of",
     "prepare_for_inductor",
+    "recorded_as",
     "reported_as_compiling",
     "run_backward",
     "scaler_tensors",

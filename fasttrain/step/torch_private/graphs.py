@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.fx.traceback as fx_traceback
 from torch import Tensor
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -65,7 +66,8 @@ def trace_graph(
         fakes.append(mode.from_tensor(tensor.detach(), symbolic_context=context, source=source))
     # "symbolic" decomposes more than it must where all shapes are fixed.
     tracing_mode = "symbolic" if any(dynamic_dims) else "fake"
-    graph = make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*fakes)
+    with fx_traceback.preserve_node_meta():  # among it, what `recorded_as` notes
+        graph = make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*fakes)
     # What follows from a size of two or more is no guard; what is one was decided for this example alone.
     if shapes.guards:
         decided = ", ".join(str(guard.expr) for guard in shapes.guards)
@@ -86,7 +88,7 @@ def unpickle_with_graph(pickled: bytes) -> Any:
 def prepare_for_inductor(graph: torch.fx.GraphModule) -> None:
     """Rewrites, in place, what Inductor computes wrongly or many times over. The values stay the same.
 
-    What is left holds nothing of the trace, so that it can be pickled for a process that compiles it.
+    What is left holds nothing of the trace but `origins_of`, so that it can be pickled for a process that compiles it.
 
     Raises:
         EngineError: there is an operator that Inductor gets wrong and that is not worth rewriting.
@@ -94,7 +96,7 @@ def prepare_for_inductor(graph: torch.fx.GraphModule) -> None:
     _spell_out_factors(graph)
     _settle_scalars(graph)
     for node in graph.graph.nodes:
-        node.meta = {}
+        node.meta = {name: value for name, value in node.meta.items() if name == "custom"}
     vars(graph).pop("shape_env", None)
     graph.recompile()
 

@@ -13,56 +13,64 @@ from typing import Any
 import torch
 
 from fasttrain.step.kernels import define_operators
+from fasttrain.step.torch_private.marking import recorded_call
 
 __all__ = ["KERNEL_SOURCE", "register_lowerings"]
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t", torch.int64: "int64_t"}
 
 _HEAD = """
-extern "C" void {name}(const {real}* given, const {index}* ids, const int64_t* offsets, {real}* made,
-                       const int64_t num_given, const int64_t num_ids, const int64_t num_made)"""
+extern "C" void {name}(const {real}* given, const {index}* ids, const int64_t* offsets, {chosen}{real}* made,
+                       const int64_t num_given, const int64_t num_ids, const int64_t num_offsets,
+                       const int64_t num_made)"""
 
-# Ids and offsets are the user's data: they are checked, as index_select checks them, before anything is done by them.
-_CHECK = """ {{
-    {index} least = 0, most = -1;
-    #pragma omp simd reduction(min : least) reduction(max : most)
-    for (int64_t at = 0; at < num_ids; ++at) {{
-        least = ids[at] < least ? ids[at] : least;
-        most = ids[at] > most ? ids[at] : most;
+# Ids, offsets and rows are the user's data: a row's are checked, as index_select checks them, before anything is done
+# by them; its ids are in the first cache then. Those of rows of a table are fetched in advance. A negative id, without
+# its sign, is larger than any. Sixteen at once: a reduction that the compiler has to find takes 14 us for a batch
+# whose sums take 6.
+_ROWS = """ {{{before}
+    for (int64_t row = 0; row < {num_rows}; ++row) {{{fetch}
+        if ({place} < 0 || {place} + 1 >= num_offsets) throw std::out_of_range("index out of range in the rows");
+        int64_t at = offsets[{place}];
+        const int64_t end = offsets[{place} + 1];
+        if (at < 0 || end < at || end > num_ids) throw std::out_of_range("index out of range in the offsets of rows");
+        u{index} most[16] = {{0}};
+        int64_t entry = at;
+        for (; entry + 16 <= end; entry += 16)
+            for (int lane = 0; lane < 16; ++lane) most[lane] = std::max(most[lane], u{index}(ids[entry + lane]));
+        for (; entry < end; ++entry) most[0] = std::max(most[0], u{index}(ids[entry]));
+        for (int lane = 0; lane < 16; ++lane)
+            if (most[lane] >= u{index}({num_values}))
+                throw std::out_of_range("index out of range in the ids of rows");{body}
     }}
-    bool is_good = least >= 0 && most < {num_values} && offsets[0] >= 0 && offsets[{num_rows}] <= num_ids;
-    for (int64_t row = 0; row < {num_rows}; ++row) is_good = is_good && offsets[row] <= offsets[row + 1];
-    if (!is_good) throw std::out_of_range("index out of range in the ids or offsets of rows");"""
+}}
+"""
+
+_FETCH = """
+        if (row + 8 < {num_rows} && chosen[row + 8] >= 0 && chosen[row + 8] < num_offsets)
+            __builtin_prefetch(ids + offsets[chosen[row + 8]]);"""
 
 # Eight sums at once, since each addition waits for the one before: 5.7 us instead of 6.9 for 128 rows of 66 ids; a
 # gather by vectors takes 8.4 (Xeon with AMX).
 _SUM = """
-    for (int64_t row = 0; row < num_made; ++row) {{
-        const int64_t end = offsets[row + 1];
-        int64_t at = offsets[row];
         {real} sums[8] = {{0}}, rest = 0;
         for (; at + 8 <= end; at += 8)
             for (int lane = 0; lane < 8; ++lane) sums[lane] += given[ids[at + lane]];
         for (; at < end; ++at) rest += given[ids[at]];
-        made[row] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])) + rest;
-    }}
-}}
-"""
+        made[row] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])) + rest;"""
 
 _SPREAD = """
-    for (int64_t value = 0; value < num_made; ++value) made[value] = 0;
-    for (int64_t row = 0; row < num_given; ++row) {{
-        const {real} gradient = given[row];
-        const int64_t end = offsets[row + 1];
-        for (int64_t at = offsets[row]; at < end; ++at) made[ids[at]] += gradient;
-    }}
-}}
-"""
+        for (; at < end; ++at) made[ids[at]] += given[row];"""
 
-_BODIES = {"sum": (_SUM, "num_given", "num_made"), "spread": (_SPREAD, "num_made", "num_given")}
-"""By name: the loop, how many values there are, how many rows."""
+_CLEAR = """
+    for (int64_t value = 0; value < num_made; ++value) made[value] = 0;"""
 
-KERNEL_SOURCE = _HEAD + _CHECK + _SUM + _SPREAD
+_BODIES = {
+    "sum": {"before": "", "body": _SUM, "num_values": "num_given", "num_rows": "num_made"},
+    "spread": {"before": _CLEAR, "body": _SPREAD, "num_values": "num_made", "num_rows": "num_given"},
+}
+
+KERNEL_SOURCE = _HEAD + _ROWS + _FETCH + _SUM + _SPREAD + _CLEAR
 """What a program holds of this file: another source makes another program."""
 
 
@@ -84,11 +92,13 @@ def register_lowerings() -> None:
         layout = ir.FixedLayout(device=device, dtype=dtype, size=[size])
         return ir.TensorBox.create(kernel(layout, [flat(x) for x in inputs], body))
 
-    def sum_rows(values: Any, ids: Any, offsets: Any) -> Any:
-        return made("sum", offsets.get_size()[0] - 1, values, ids, offsets)
+    def sum_rows(values: Any, ids: Any, offsets: Any, chosen: Any = None) -> Any:
+        if chosen is None:
+            return made("sum", offsets.get_size()[0] - 1, values, ids, offsets)
+        return made("sum", chosen.get_size()[0], values, ids, offsets, chosen)
 
-    def spread_rows(gradient: Any, ids: Any, offsets: Any, num_values: Any) -> Any:
-        return made("spread", num_values, gradient, ids, offsets)
+    def spread_rows(gradient: Any, ids: Any, offsets: Any, num_values: Any, chosen: Any = None) -> Any:
+        return made("spread", num_values, gradient, ids, offsets, *([] if chosen is None else [chosen]))
 
     register_lowering(torch.ops.fasttrain.sum_rows.default, type_promotion_kind=None)(sum_rows)
     register_lowering(torch.ops.fasttrain.spread_rows.default, type_promotion_kind=None)(spread_rows)
@@ -105,31 +115,38 @@ def _kernel_class() -> Any:
             super().__init__(layout, inputs)
 
         def codegen(self, wrapper: Any) -> None:
-            given, ids, offsets = self.inputs
+            given, ids, offsets, *chosen = self.inputs
             types = {"real": _TYPES[given.get_dtype()], "index": _TYPES[ids.get_dtype()]}
-            name = f"fasttrain_{self._body}_{types['real']}_{types['index']}"
-            self._define(wrapper, name, types)
-            counts = [sympy_product(given.get_size()), ids.get_size()[0], self.get_size()[0]]
-            wrapper.generate_kernel_call(
-                name,
-                [*(each.get_name() for each in (given, ids, offsets, self)), *map(wrapper.codegen_sizevar, counts)],
-                device=self.get_device(),
-                triton=False,
-                arg_types=[
-                    *(f"const {kind}*" for kind in (types["real"], types["index"], "int64_t")),
-                    f"{types['real']}*",
-                    *["int64_t"] * len(counts),
-                ],
-            )
+            name = f"fasttrain_{self._body}{'_chosen' if chosen else ''}_{types['real']}_{types['index']}"
+            self._define(wrapper, name, types, is_chosen=bool(chosen))
+            counts = [sympy_product(given.get_size()), ids.get_size()[0], offsets.get_size()[0], self.get_size()[0]]
+            pointers = (types["real"], types["index"], *["int64_t"] * (1 + len(chosen)))
+            with recorded_call(self, wrapper, name):
+                wrapper.generate_kernel_call(
+                    name,
+                    [*(each.get_name() for each in (*self.inputs, self)), *map(wrapper.codegen_sizevar, counts)],
+                    device=self.get_device(),
+                    triton=False,
+                    arg_types=[
+                        *(f"const {kind}*" for kind in pointers),
+                        f"{types['real']}*",
+                        *["int64_t"] * len(counts),
+                    ],
+                )
 
-        def _define(self, wrapper: Any, name: str, types: dict[str, str]) -> None:
+        def _define(self, wrapper: Any, name: str, types: dict[str, str], *, is_chosen: bool) -> None:
             written = vars(wrapper).setdefault("fasttrain_kernels", set())
             if name in written:
                 return
-            head = _HEAD.format(name=name, **types)
             written.add(name)
-            loop, num_values, num_rows = _BODIES[self._body]
-            body = (_CHECK + loop).format(**types, num_values=num_values, num_rows=num_rows)
-            wrapper.define_kernel(name, f"#include <stdexcept>\n{head}{body}", cpp_definition=f"{head};", gpu=False)
+            body = _BODIES[self._body]
+            head = _HEAD.format(name=name, chosen="const int64_t* chosen, " if is_chosen else "", **types)
+            parts = {key: value.format(**types) for key, value in body.items()}
+            place = "chosen[row]" if is_chosen else "row"
+            fetch = _FETCH.format(**parts) if is_chosen else ""
+            loop = _ROWS.format(**types, **parts, place=place, fetch=fetch)
+            wrapper.define_kernel(
+                name, f"#include <algorithm>\n#include <stdexcept>\n{head}{loop}", cpp_definition=f"{head};", gpu=False
+            )
 
     return RowKernel

@@ -8,22 +8,31 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasttrain.step.torch_private.marking import MARKS, kernels_apart
+
 __all__ = ["Compilation", "compilations", "compile_package", "flat_runner", "lacks_resources", "tensor_check"]
 
 
-def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
-    """Compiles an exported program into an AOTInductor package (.pt2) at `path`."""
+def compile_package(program: torch.export.ExportedProgram, path: str, *, is_marked: bool = False) -> None:
+    """Compiles an exported program into an AOTInductor package (.pt2) at `path`.
+
+    Args:
+        program: what to compile.
+        path: where the package goes.
+        is_marked: the profiler is to see its kernels (see `marking`); it is slower for that.
+    """
     from torch._inductor import aoti_compile_and_package
 
     # Random numbers must be eager's own, so its kernels are called for them.
-    configs = {"fallback_random": True}
-    with warnings.catch_warnings():
+    configs = {"fallback_random": True, **(MARKS if is_marked else {})}
+    with warnings.catch_warnings(), kernels_apart() if is_marked else nullcontext():
         # torch warns of its own use of what it has deprecated; no code of the user's runs here.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -11,7 +11,7 @@ import pytest
 
 from fasttrain.cli import main
 from fasttrain.measure.profiling.file import profile_path, read_profile
-from fasttrain.measure.profiling.record import Finding, Operator
+from fasttrain.measure.profiling.record import Finding
 from fasttrain.measure.profiling.text import profile_text
 from tests.conftest import REPOSITORY
 from tests.measure.profiling.test_record import a_profile
@@ -106,10 +106,15 @@ def test_the_text_says_what_the_profile_holds() -> None:
     assert "findings: none" in profile_text(replace(a_profile(), findings=[]))
 
 
-def test_what_is_not_attributed_of_a_program_is_said() -> None:
-    operators = [Operator(name="generated code", phase="program", calls=0, self_us=4.0)]
-    text = profile_text(replace(a_profile(), operators=operators))
-    assert "of the program, 40% is generated code" in text
+def test_a_program_is_split_in_the_order_of_a_step() -> None:
+    program = {"not attributed": 4.0, "backward + optimizer": 4.5, "forward": 1.5}
+    lines = profile_text(replace(a_profile(), program=program)).splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("program "))
+    assert [line.split() for line in lines[at + 1 : at + 4]] == [
+        ["1.5", "us", "15.0%", "of", "it:", "forward"],
+        ["4.5", "us", "45.0%", "of", "it:", "backward", "+", "optimizer"],
+        ["4.0", "us", "40.0%", "of", "it:", "not", "attributed"],
+    ]
 
 
 def test_a_terminal_is_not_told_what_to_do() -> None:

@@ -38,6 +38,7 @@ def a_profile(**changes: Any) -> Profile:
         "step_us": 100.0,
         "traced_step_us": 150.0,
         "phases": phases,
+        "program": {"forward": 4.0, "not attributed": 6.0},
         "operators": [
             Operator(name="aten::addmm", phase="forward", calls=2, self_us=60.0),
             Operator(name="other", phase="", calls=0, self_us=40.0),
@@ -73,7 +74,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 def test_any_name_and_number_survives_to_four_digits(name: str, us: float, calls: float) -> None:
     operators = [Operator(name=name, phase="forward", calls=calls, self_us=us)]
     phases = dict.fromkeys(PHASES, 0.0) | {"forward": us}
-    profile = a_profile(step_us=us, phases=phases, operators=operators)
+    profile = a_profile(step_us=us, phases=phases, program={}, operators=operators)
     read = Profile.from_dict(json.loads(profile.to_text()))
     assert read.operators[0].name == name
     assert read.operators[0].self_us == pytest.approx(us, rel=1e-3)
@@ -112,6 +113,9 @@ HOSTILE: list[tuple[str, Any]] = [
     ("phases", {"forward": 100.0}),
     ("phases", []),
     ("phases.forward", 1e6),
+    ("program", []),
+    ("program", {"forward": 9.0}),
+    ("program.forward", "long"),
     ("operators", {"a": 1}),
     ("operators.0.self_us", 1e6),
     ("operators.0", "aten::mm"),
@@ -153,6 +157,8 @@ def test_no_field_may_be_missing(missing: str) -> None:
     del content[missing]
     if missing == "gpu":  # unknown is null, and so is what is not there
         assert Profile.from_dict(content).gpu is None
+    elif missing == "program":  # profiles from before the phase was split stay readable
+        assert Profile.from_dict(content).program == {}
     else:
         with pytest.raises(DataError):
             Profile.from_dict(content)

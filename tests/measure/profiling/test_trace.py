@@ -16,6 +16,8 @@ from fasttrain.measure.profiling import trace_file
 from fasttrain.measure.profiling.phases import MARK
 from fasttrain.measure.profiling.trace_file import trace_events
 from fasttrain.measure.profiling.trace_summary import TraceSummary, summarise_trace
+from fasttrain.step.marked import KernelCall
+from fasttrain.step.torch_private.marking import EMPTY_EVENT
 
 
 def mark(name: str, ts: float, dur: float = 0.0) -> dict[str, Any]:
@@ -58,6 +60,36 @@ def test_operators_are_summed_by_phase(tmp_path: Path) -> None:
     assert sum(found.phases.values()) == pytest.approx(100)
     assert sum(row.self_us for row in found.operators) == pytest.approx(100)
     assert not any(row.name == "aten::late" for row in found.operators)
+
+
+def test_kernels_are_wholes_without_what_recording_costs(tmp_path: Path) -> None:
+    """An event costs 1 us, outside of it: a kernel holds one, and the program holds two kernels and an operator."""
+    programs = [[KernelCall("aoti_torch_cpu_mm_out", ("forward",)), KernelCall("cpp_fused_sin_0", ("metrics",))]]
+    path = tmp_path / "trace.json"
+    events = [
+        *(op(EMPTY_EVENT, ts, 0) for ts in (1, 2, 3, 4)),
+        mark("step", 10),
+        mark("program: generated code", 10, 100),
+        op("aoti_torch_cpu_mm_out", 20, 30),
+        op("aten::mm", 25, 20),
+        op("graph_0_cpp_fused_sin_0", 60, 20),
+        op("aten::copy_", 90, 5),
+        mark("step", 110),
+    ]
+    path.write_text(json.dumps({"traceEvents": events}))
+    found = summarise_trace(path, programs)
+    times = {row.name: row.self_us for row in found.operators}
+    whole = 100 - 3  # what recording has cost is no part of any, and the rest is scaled to the whole
+    assert times["forward: mm_out"] == pytest.approx(29 * 100 / whole)
+    assert times["metrics: cpp_fused_sin_0"] == pytest.approx(20 * 100 / whole)
+    assert times["generated code"] == pytest.approx((100 - 30 - 20 - 5 - 2) * 100 / whole)
+    assert found.program == {
+        "forward": times["forward: mm_out"],
+        "metrics": times["metrics: cpp_fused_sin_0"],
+        "not attributed": pytest.approx(times["generated code"] + times["aten::copy_"]),
+    }
+    assert sum(found.program.values()) == pytest.approx(100)
+    assert found.num_operators == 2
 
 
 def test_backward_in_a_thread_of_its_own_belongs_to_backward(tmp_path: Path) -> None:
