@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-ARMS = ("textbook", "tuned", "eager", "compiled", "auto")
+ARMS = ("textbook", "tuned", "eager", "compiled", "auto", "graphed")
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
 PROFILED = ("textbook", "auto")
 

@@ -11,18 +11,19 @@ from fasttrain.errors import ConfigError
 from fasttrain.step.auto import AutoEngine
 from fasttrain.step.compiled import CompiledEngine
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.graphed import GraphedEngine
 from fasttrain.step.spec import Engine, StepSpec
 from fasttrain.step.torch_compile import TorchCompileEngine
 
 __all__ = ["EngineName", "explain_auto", "make_engine"]
 
-EngineName = Literal["auto", "eager", "compiled", "torch-compile"]
+EngineName = Literal["auto", "eager", "compiled", "torch-compile", "graphed"]
 
 
 def explain_auto(device: torch.device) -> Choice:
     """What "auto" does on a device, before any step has run."""
     if device.type != "cpu":
-        return Choice("eager", "auto compiles on the CPU only for now")
+        return Choice("eager", "auto compiles on the CPU only for now; ask for 'graphed' by name")
     if cpp_compiler() is None:
         return Choice("eager", "no C++ compiler is on the PATH (set CXX or install g++)")
     return Choice(
@@ -46,6 +47,8 @@ def make_engine(wanted: str, spec: StepSpec) -> Engine:
         return EagerEngine(spec, choice)
     if wanted == "torch-compile":
         return TorchCompileEngine(spec, choice)
+    if wanted == "graphed":
+        return GraphedEngine(spec, choice)
     if spec.device.type != "cpu":
         # Programs ahead of time have not been measured on CUDA yet.
         if wanted == "compiled":

@@ -1,0 +1,580 @@
+"""The graphed engine on a stand-in for CUDA graphs: whatever changes on the way, the numbers are eager's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fasttrain import EngineError, TrainStep, resident
+from fasttrain.data.ragged import Ragged
+from fasttrain.data.resident import Span
+from fasttrain.device import Choice
+from fasttrain.step import graphed
+from fasttrain.step.capture import CudaLane, compile_operators
+from fasttrain.step.graphed import GraphedEngine, SpanGraphs
+from fasttrain.step.spec import run_steps
+from fasttrain.step.trace import trace_step
+from tests.step import jobs
+from tests.step.jobs import assert_as_eager, batches, everything, run
+from tests.step.models import CASES, OPTIMIZERS, started, with_forward
+from tests.step.test_compiled import CHANGES, STAYS
+
+pytestmark = pytest.mark.usefixtures("in_double")
+
+EXACT = 1e-10
+"""The operators are those of the trace, one by one: in double precision nothing but rounding differs."""
+
+ASKED = Choice("graphed", "asked for")
+
+
+class Recording:
+    """A stand-in for CUDA: what is captured does not run; what is replayed runs with the tensors of then.
+
+    Attributes:
+        captures: how many there were.
+        launches: of graphs.
+        on_capture: called before each capture.
+        spoil: what a compiled graph does to its loss.
+        price: what a span of 16 steps takes, by the number of launches.
+    """
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.launches = 0
+        self.on_capture: Callable[[], None] = lambda: None
+        self.spoil: Callable[[Tensor], Tensor] = lambda loss: loss
+        self.price: Callable[[int], float] = float
+        self.is_aside = False
+
+    def compiled(self, graph: GraphModule) -> Callable[..., Tensor]:
+        return lambda *inputs: self.spoil(graph(*inputs))
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        assert not self.is_aside
+        self.is_aside = True
+        yield
+        self.is_aside = False
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        assert not self.is_aside
+        self.on_capture()
+        rng = torch.get_rng_state()
+        with Memory(is_capturing=True) as captured:
+            run()
+        captured.put_back()
+        torch.set_rng_state(rng)
+        self.captures += 1
+        kept: list[Tensor] = []
+        replays = itertools.count()
+
+        def replay() -> Tensor:
+            self.launches += 1
+            if next(replays) > 2:  # it takes long
+                result = run()
+            else:
+                with Memory() as memory:
+                    result = run()
+                assert memory.met.keys() == captured.met.keys(), "it reads memory that was not captured"
+            if not kept:
+                kept.append(torch.empty_like(result))
+            return kept[0].copy_(result)
+
+        return replay
+
+    def timed(self, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        before = self.launches
+        return run(), self.price(self.launches - before)
+
+
+class Memory(TorchDispatchMode):
+    """Keeps what was in the memory that is met and was not made inside, by address."""
+
+    def __init__(self, *, is_capturing: bool = False) -> None:
+        super().__init__()
+        self.met: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._made: set[int] = set()
+        self._is_capturing = is_capturing
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._is_capturing and func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        for storage in _memory((args, kwargs)):
+            if storage.data_ptr() not in self._made and storage.data_ptr() not in self.met:
+                self.met[storage.data_ptr()] = storage, storage.clone()
+        result = func(*args, **(kwargs or {}))
+        self._made |= {storage.data_ptr() for storage in _memory(result)} - self.met.keys()
+        return result
+
+    def put_back(self) -> None:
+        """A capture runs nothing."""
+        for storage, before in self.met.values():
+            storage.copy_(before)
+
+
+def _memory(values: Any) -> list[torch.UntypedStorage]:
+    return [each.untyped_storage() for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+@pytest.fixture
+def lane() -> Recording:
+    return Recording()
+
+
+def graphed_step(lane: Recording, **options: Any) -> TrainStep:
+    return with_graphs(jobs.train_step("eager", **options), lane)
+
+
+def with_graphs(step: TrainStep, lane: Recording) -> TrainStep:
+    step._engine = GraphedEngine(step.spec, ASKED, lane)  # pyright: ignore[reportPrivateUsage]
+    return step
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_in_the_middle_has_eagers_effect(name: str, lane: Recording) -> None:
+    step = graphed_step(lane)
+    seen: list[int] = []
+    changes = CHANGES[name](16)
+    before = changes.get(16, lambda _: None)
+    changes[16] = lambda each: (seen.append(lane.launches), before(each))
+    assert_as_eager(step, batches(44), changes, rtol=EXACT)
+    assert seen[-1] == 15, "no graph ran before the change"
+    assert step.engine.value == "graphed"
+    if name in STAYS:
+        assert lane.launches - seen[-1] == 28
+        assert lane.captures == (2 if name == "the optimizer's state" else 1), "captured again where state is elsewhere"
+
+
+def test_values_that_are_moved_are_followed(lane: Recording) -> None:
+    """`parameter.data = other` leaves the parameter the same object."""
+
+    def move(step: TrainStep) -> None:
+        for parameter in step.spec.model.parameters():
+            parameter.data = parameter.data * 0.5
+
+    assert_as_eager(graphed_step(lane), batches(12), {6: move}, rtol=EXACT)
+    assert (lane.captures, lane.launches) == (2, 11)
+
+
+def test_warming_up_leaves_no_trace(lane: Recording) -> None:
+    step = graphed_step(lane)
+    data = batches(3)
+    run(step, data[:2])
+    untouched = everything(step)
+    expected = {name: value.clone() for name, value in untouched["model"].items()}
+    states = [{k: v.clone() for k, v in each.items()} for each in step.spec.optimizer.state.values()]
+    rng, totals = torch.get_rng_state(), step.metrics.totals.clone()
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(1)
+        assert all(torch.equal(value, expected[name]) for name, value in step.spec.model.state_dict().items())
+        for each, wanted in zip(step.spec.optimizer.state.values(), states, strict=True):
+            assert all(torch.equal(value, wanted[name]) for name, value in each.items())
+        assert torch.equal(torch.get_rng_state(), rng)
+        assert torch.equal(step.metrics.totals, totals)
+
+    lane.on_capture = look
+    step.spec.model.load_state_dict({k: v.clone() for k, v in expected.items()})
+    for parameter in step.spec.model.parameters():
+        parameter.data = parameter.data.clone()  # it captures anew
+    step(data[2])
+    assert seen == [1]
+
+
+def test_a_loss_is_not_overwritten_by_later_steps(lane: Recording) -> None:
+    step, eager = graphed_step(lane), jobs.train_step("eager")
+    torch.manual_seed(11)
+    losses = [step(batch) for batch in batches(6)]
+    torch.manual_seed(11)
+    wanted = [eager(batch).clone() for batch in batches(6)]
+    torch.testing.assert_close(losses, wanted, rtol=EXACT, atol=EXACT)
+    assert lane.launches == 5
+
+
+@pytest.mark.parametrize("name", ["sgd-momentum", "adam", "adamw", "rmsprop-centered", "nadam", "radam", "asgd"])
+def test_optimizers(name: str, lane: Recording) -> None:
+    kind, options = OPTIMIZERS[name]
+    steps = [
+        TrainStep(net, kind(net.parameters(), **options), loss=F.cross_entropy, engine="eager", clip_norm=0.2)
+        for net in (jobs.model(), jobs.model())
+    ]
+    with_graphs(steps[0], lane)
+    data = batches(12)
+    torch.testing.assert_close(run(steps[0], data), run(steps[1], data), rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(everything(steps[0]), everything(steps[1]), rtol=EXACT, atol=EXACT)
+    assert (lane.captures, lane.launches) == (1, 11)
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"accumulate": 3, "clip_norm": 0.1}])
+def test_accumulated_gradients(options: dict[str, Any], lane: Recording) -> None:
+    step = graphed_step(lane, **options)
+    assert_as_eager(step, batches(20), rtol=EXACT, **options)
+    assert lane.captures == 2
+    assert lane.launches == 20 - options["accumulate"]
+    assert all(parameter.grad is None for parameter in step.spec.trained())
+    assert step.span == 1
+
+
+def test_scaled_gradients(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float32)  # autocast leaves doubles alone
+    monkeypatch.setattr("fasttrain.device._cpu_has", lambda *_: True)
+    changes = {0: lambda step: setattr(step.spec.scaler, "_init_scale", 2.0**22)}
+    step = graphed_step(lane, precision="fp16")
+    assert_as_eager(step, batches(30), changes, rtol=2e-3, precision="fp16")
+    assert lane.launches > 8
+    assert step.spec.scaler is not None
+    assert step.spec.scaler.get_scale() < 2.0**22
+
+
+def test_a_batch_of_another_size_runs_eagerly_until_it_has_its_graph(lane: Recording) -> None:
+    full, short = batches(80), batches(80, rows=5)
+    data = [short[place] if place > 15 and place % 2 else batch for place, batch in enumerate(full)]
+    step = graphed_step(lane)
+    assert_as_eager(step, data, rtol=EXACT)
+    assert lane.captures == 2
+    assert lane.launches == 79 - graphed.ENOUGH_STEPS
+    assert step.engine.value == "graphed"
+    assert "16 steps ran eagerly, the last because this differed" in step.engine.reason
+
+
+def test_the_number_of_captures_is_bounded(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "ENOUGH_STEPS", 2)
+    monkeypatch.setattr(graphed, "MAX_CAPTURES", 6)
+    step = graphed_step(lane)
+    assert_as_eager(step, [batch for rows in range(4, 12) for batch in batches(5, rows=rows)], rtol=EXACT)
+    assert lane.captures == 6
+    assert step.engine.value == "eager"
+    before = lane.launches
+    step(batches(1, rows=8)[0])  # the four graphs that were made last are kept
+    assert lane.launches == before + 1
+    step(batches(1, rows=4)[0])
+    assert lane.launches == before + 1
+
+
+def test_a_step_on_the_cpu_is_refused() -> None:
+    with pytest.raises(EngineError, match="CUDA graphs need a CUDA device, and the job is on cpu"):
+        jobs.train_step("graphed")
+
+
+def test_rows_of_unequal_length_are_refused(lane: Recording) -> None:
+    spec, batch = started(CASES["sparse"], OPTIMIZERS["adam"])
+    engine = GraphedEngine(spec, ASKED, lane)
+    engine.step(batch)
+    with pytest.raises(EngineError, match="needs batches of one size, and these have rows of unequal length"):
+        engine.step(batch)
+
+
+def test_an_optimizer_that_cannot_be_recorded_is_refused(lane: Recording) -> None:
+    step = graphed_step(lane)
+    step.spec.optimizer.register_step_pre_hook(lambda *_: None)
+    step(batches(1)[0])
+    with pytest.raises(EngineError, match="needs the step of AdamW in its graph, where it cannot be: it has hooks"):
+        step(batches(1)[0])
+
+
+def test_a_forward_that_reads_the_device_is_refused(lane: Recording) -> None:
+    net = jobs.model()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        return loss * 2 if loss.item() > 100 else loss
+
+    step = with_graphs(TrainStep(net, torch.optim.Adam(net.parameters()), forward, engine="eager"), lane)
+    step(batches(1)[0])
+    with pytest.raises(EngineError, match="cannot be traced"):
+        step(batches(1)[0])
+
+
+def test_tensors_on_the_host_are_refused() -> None:
+    part = SimpleNamespace(kinds=[(torch.Size([2]), (1,), torch.float32, torch.device("meta"))])
+    traced: Any = SimpleNamespace(why_eager=None, parts=[part], spec=SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(EngineError, match=r"a tensor of shape \[2\] that the step reads is on meta"):
+        graphed._refuse_unfit(traced)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_step_counts_are_brought_to_the_device() -> None:
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = torch.optim.Adam([parameter])
+    optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, device="meta"), "note": 1}
+    graphed._bring_counts_home(optimizer)  # pyright: ignore[reportPrivateUsage]
+    assert optimizer.state[parameter]["step"].device.type == "meta"
+    assert optimizer.state[parameter]["note"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda loss: loss * 1.01, "gives other numbers than eager on this step: the loss is"),
+        (lambda loss: loss + 0 * loss.item(), "waits for the device, or copies from or to the host"),
+    ],
+)
+def test_what_a_capture_would_get_wrong_is_refused(
+    spoil: Callable[[Tensor], Tensor], message: str, lane: Recording
+) -> None:
+    lane.spoil = spoil
+    step = graphed_step(lane)
+    step(batches(1)[0])
+    with pytest.raises(EngineError, match=message):
+        step(batches(2)[1])
+
+
+def test_a_compiler_that_fails_leaves_the_state_as_it_was(lane: Recording) -> None:
+    step, eager = graphed_step(lane), jobs.train_step("eager")
+    data = batches(6)
+    run(step, data[:1])
+    run(eager, data[:1])
+
+    def fail(loss: Tensor) -> Tensor:
+        raise RuntimeError("no compiler\nis here")
+
+    lane.spoil = fail
+    with pytest.raises(EngineError, match=r"cannot be compiled for a CUDA graph: RuntimeError: no compiler$"):
+        step(data[1])
+    torch.testing.assert_close(everything(step), everything(eager), rtol=0, atol=0)
+
+
+def test_what_does_not_fit_in_memory_is_refused(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasttrain.step.capture.fits_in_memory", lambda *_: False)
+    step = graphed_step(lane)
+    step(batches(1)[0])
+    with pytest.raises(EngineError, match="no memory for two copies"):
+        step(batches(1)[0])
+
+
+def test_the_operators_compile_to_the_same_numbers() -> None:
+    """With torch's compiler, as on CUDA; random numbers are eager's."""
+    spec, batch = started(CASES["dropout"], OPTIMIZERS["sgd-momentum"])
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]) * torch.rand(5, 3), batch[1])
+
+    traced = trace_step(with_forward(spec, forward), batch)
+    inputs = traced.inputs(batch)
+    assert isinstance(inputs, list)
+    found: list[list[Tensor]] = []
+    for operators in (traced.parts[0].graph, compile_operators(traced.parts[0].graph)):
+        copies = [tensor.detach().clone() for tensor in inputs]
+        torch.manual_seed(3)
+        with torch.no_grad():
+            found.append([*copies, operators(*copies), torch.get_rng_state()])
+    torch.testing.assert_close(found[1], found[0], rtol=EXACT, atol=EXACT)
+
+
+class FakeCuda:
+    """What `CudaLane` asks of `torch.cuda`, noted in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        for name in ("Stream", "current_stream", "graph_pool_handle", "stream", "device", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(name="own", wait_stream=lambda other: self.log.append(f"own waits for {other.name}"))
+
+    def current_stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(name="current", wait_stream=lambda other: self.log.append(f"current waits {other.name}"))
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def device(self, device: torch.device) -> Any:
+        return self._within(str(device))
+
+    def stream(self, stream: Any) -> Any:
+        return self._within(f"in {stream.name}")
+
+    def graph(self, graph: Any, *, pool: str, stream: Any, capture_error_mode: str) -> Any:
+        return self._within(f"capture in {stream.name} to {pool}, {capture_error_mode}")
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    @contextmanager
+    def _within(self, what: str) -> Generator[None]:
+        self.log.append(what)
+        yield
+        self.log.append(f"end of {what}")
+
+
+def test_cuda_warms_up_and_captures_in_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    lane = CudaLane(torch.device("cuda:1"))
+    with lane.aside():
+        cuda.log.append("warm up")
+    aside, cuda.log = cuda.log, []
+    assert aside == ["own waits for current", "in own", "warm up", "end of in own", "current waits own"]
+    replay = lane.capture(lambda: torch.tensor(3.0))
+    capturing = "capture in own to pool, thread_local"
+    assert cuda.log == ["cuda:1", capturing, f"end of {capturing}", "end of cuda:1"]
+    assert replay() is replay()
+    assert cuda.log[-2:] == ["replay", "replay"]
+
+
+# Several steps a launch.
+
+ROWS = 8
+NUM_BATCHES = 37
+
+
+EPOCHS = 5
+"""Until it is decided, in a short trial."""
+
+
+@pytest.fixture(autouse=True)
+def short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "TRIAL_ROUNDS", 1)
+
+
+def data(num_batches: int = NUM_BATCHES) -> Any:
+    x, y = (torch.cat(part) for part in zip(*batches(num_batches), strict=True))
+    return resident(x, y, batch_size=ROWS, device="cpu", seed=2)
+
+
+def train(step: TrainStep, source: Any, epochs: int) -> list[int]:
+    """Epochs through whatever the engine makes of them; returns the sizes of the spans, 1 for single steps."""
+    torch.manual_seed(11)
+    sizes = []
+    for _ in range(epochs):
+        for ran in run_steps(step._engine, iter(source)):  # pyright: ignore[reportPrivateUsage]
+            sizes.append(ran.steps if isinstance(ran, Span) else 1)
+    step.flush()
+    return sizes
+
+
+def assert_epochs_as_eager(step: TrainStep) -> list[int]:
+    eager = jobs.train_step("eager")
+    train(eager, data(), EPOCHS)
+    sizes = train(step, data(), EPOCHS)
+    torch.testing.assert_close(everything(step), everything(eager), rtol=EXACT, atol=EXACT)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("price", "size"),
+    [
+        ({16: 3.0, 4: 2.0, 1: 1.0}, 16),
+        ({16: 3.0, 4: 1.0, 1: 2.0}, 4),
+        ({16: 1.0, 4: 1.0, 1: 1.0}, 1),
+        ({16: 1.0, 4: 0.9, 1: 0.89}, 4),
+    ],
+)
+def test_the_number_of_steps_a_launch_is_measured(price: dict[int, float], size: int, lane: Recording) -> None:
+    """16, 4 or 1 steps a launch are 1, 4 or 16 launches; remainders run one by one."""
+    lane.price = lambda launches: price.get(launches, 100.0)  # the first of each size also proves its graph
+    step = graphed_step(lane)
+    sizes = assert_epochs_as_eager(step)
+    assert sizes[:2] == [1, 1], "eagerly, then compared with eager"
+    assert step.span == size
+    assert f"; {size} steps a launch, measured us a step by steps a launch: 1: " in step.engine.reason
+    assert sum(sizes) == EPOCHS * NUM_BATCHES
+    last = [*[size] * (NUM_BATCHES // size), *[1] * (NUM_BATCHES % size)]
+    assert sizes[-len(last) :] == last
+
+
+def test_a_span_is_one_launch(lane: Recording) -> None:
+    step, source = graphed_step(lane), data()
+    train(step, source, EPOCHS)
+    span = iter(source).take(16)
+    assert span is not None
+    before = lane.launches
+    losses = step.steps(span)
+    assert (losses.shape, lane.launches) == (torch.Size([16]), before + 1)
+    kept = losses.clone()
+    step.steps(span)
+    assert torch.equal(losses, kept), "a later launch overwrote them"
+
+
+def test_the_losses_of_spans_are_those_of_single_steps(lane: Recording) -> None:
+    """In all rounds of the trial, of one, four and sixteen launches."""
+    losses: list[list[Tensor]] = []
+    for step in (graphed_step(lane), jobs.train_step("eager")):
+        run(step, batches(2))
+        source = data()
+        spans = [span for _ in range(EPOCHS) for epoch in [iter(source)] for span in (epoch.take(16), epoch.take(16))]
+        losses.append([step.steps(span) for span in spans if span is not None])
+    assert len(losses[0]) == 2 * EPOCHS
+    torch.testing.assert_close(losses[0], losses[1], rtol=EXACT, atol=EXACT)
+
+
+def test_other_resident_data_get_graphs_of_their_own(lane: Recording) -> None:
+    step, eager = graphed_step(lane), jobs.train_step("eager")
+    for each in (step, eager):
+        train(each, data(), EPOCHS)
+    before = lane.captures
+    other = data(NUM_BATCHES - 1)
+    train(step, other, EPOCHS)
+    train(eager, data(NUM_BATCHES - 1), EPOCHS)
+    torch.testing.assert_close(everything(step), everything(eager), rtol=EXACT, atol=EXACT)
+    assert lane.captures == before + 2
+    launches, span = lane.launches, iter(other).take(16)
+    assert span is not None
+    step.steps(span)
+    assert lane.launches == launches + 1
+
+
+@pytest.mark.parametrize("name", ["the rate", "the optimizer's state", "a frozen layer", "eval mode", "weight decay"])
+def test_a_change_between_spans_has_eagers_effect(name: str, lane: Recording) -> None:
+    steps, sources = [graphed_step(lane), jobs.train_step("eager")], [data(), data()]
+    changes = CHANGES[name](3)
+    for step, source in zip(steps, sources, strict=True):
+        train(step, source, EPOCHS)
+        for epoch in range(6):
+            changes.get(epoch, lambda _: None)(step)
+            train(step, source, 1)
+    torch.testing.assert_close(everything(steps[0]), everything(steps[1]), rtol=EXACT, atol=EXACT)
+    assert steps[0].span == 16
+
+
+def test_a_launch_of_other_numbers_is_not_used(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(graphed.CapturedSpan):
+        def run(self, span: Span) -> Any:
+            losses: Any = super().run(span)
+            return losses * 1.1 if span.steps == 16 else losses
+
+    monkeypatch.setattr(graphed, "CapturedSpan", Wrong)
+    step = graphed_step(lane)
+    assert_epochs_as_eager(step)
+    assert step.span == 4
+    assert "; 16 steps a launch were refused: other numbers than single steps: the loss is" in step.engine.reason
+
+
+def test_batches_that_are_not_plain_rows_run_one_by_one(lane: Recording) -> None:
+    """Where they cannot be gathered in a graph, that is said, and training goes on."""
+
+    class Halved:
+        def __init__(self, source: Any) -> None:
+            self.source = source
+            self.columns = [Ragged(torch.zeros(1), torch.zeros(2)), *source.columns]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.source, name)
+
+    step = graphed_step(lane)
+    source = data()
+    run(step, batches(2))
+    for _ in range(4):
+        span = iter(source).take(16)
+        assert span is not None
+        object.__setattr__(span, "source", Halved(source))
+        assert step.steps(span).shape == (16,)
+    assert step.span == 1
+    assert "4 steps a launch were refused: batches hold other tensors than the columns" in step.engine.reason
+
+
+def test_settling_trains_until_the_number_is_known(lane: Recording) -> None:
+    step = graphed_step(lane)
+    step.settle(data())
+    assert step.span == SpanGraphs.MOST_STEPS
+    assert step.compile_s is not None

@@ -1,0 +1,227 @@
+"""The graphed engine on CUDA: eager's numbers, no wait in steady state, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttrain import EngineError, FastLoop, TrainStep, resident
+from fasttrain.data.ragged import Ragged
+from fasttrain.step.graphed import ENOUGH_STEPS, SpanGraphs
+
+pytestmark = pytest.mark.gpu
+
+Batch = tuple[Tensor, Tensor]
+ROWS = 32
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adam, its counts on the host": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """Without TF32, so that both engines multiply alike."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def mlp(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)).cuda()
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 3)]
+    return nn.Sequential(*layers).cuda()
+
+
+def table(rows: int, *shape: int) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, *shape, generator=generator), torch.randint(0, 3, (rows,), generator=generator)
+
+
+def batches(count: int, *shape: int, rows: int = ROWS) -> list[Batch]:
+    x, y = (each.cuda() for each in table(rows * count, *shape or (20,)))
+    return list(zip(x.split(rows), y.split(rows), strict=True))
+
+
+def trained(
+    engine: str,
+    model: nn.Module,
+    make: Callable[..., torch.optim.Optimizer],
+    data: list[Batch],
+    each_step: Callable[[TrainStep], object] = lambda _: None,
+    **options: Any,
+) -> tuple[TrainStep, list[float]]:
+    step = TrainStep(model, make(model.parameters()), loss=F.cross_entropy, engine=engine, **options)
+    torch.manual_seed(5)
+    losses: list[Tensor] = []
+    for batch in data:
+        losses.append(step(batch))
+        each_step(step)
+    return step, torch.stack(losses).tolist()
+
+
+def assert_as_eager(
+    build: Callable[[], nn.Module],
+    make: Callable[..., torch.optim.Optimizer],
+    data: list[Batch],
+    *,
+    rtol: float,
+    **options: Any,
+) -> None:
+    eager, wanted = trained("eager", build(), make, data, **options)
+    step, losses = trained("graphed", build(), make, data, **options)
+    assert step.engine.value == "graphed", step.engine.reason
+    assert "ran eagerly" not in step.engine.reason
+    assert losses == pytest.approx(wanted, rel=rtol)
+    assert step.metrics.compute().loss == pytest.approx(eager.metrics.compute().loss, rel=rtol)
+    assert step.metrics.compute().accuracy == pytest.approx(eager.metrics.compute().accuracy, abs=1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"clip_value": 0.01}])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_numbers_are_eagers(name: str, options: dict[str, Any]) -> None:
+    assert_as_eager(mlp, OPTIMIZERS[name], batches(30), rtol=1e-4, **options)
+
+
+def test_batch_norm_keeps_its_buffers() -> None:
+    data = batches(30, 1, 8, 8)
+    assert_as_eager(cnn, OPTIMIZERS["adam"], data, rtol=1e-3)
+    models = [cnn(), cnn()]
+    for engine, model in zip(("eager", "graphed"), models, strict=True):
+        trained(engine, model, OPTIMIZERS["sgd"], data)
+    torch.testing.assert_close(dict(models[1].named_buffers()), dict(models[0].named_buffers()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "rtol"), [("bf16", 3e-2), ("fp16", 1e-2)])
+def test_low_precision(precision: str, rtol: float) -> None:
+    assert_as_eager(mlp, OPTIMIZERS["adamw"], batches(30), rtol=rtol, precision=precision, clip_norm=1.0)
+
+
+def test_dropout_draws_eagers_masks_and_another_in_each_replay() -> None:
+    """The policy: a replay takes its random numbers where eager would, and moves the generator on as eager does."""
+    assert_as_eager(lambda: mlp(0.5), OPTIMIZERS["sgd"], batches(30), rtol=1e-4)
+    same = batches(1) * 12
+    still = lambda p: torch.optim.SGD(p, lr=0.0)  # noqa: E731
+    _, losses = trained("graphed", mlp(0.5), still, same)
+    assert len(set(losses)) == len(losses)
+
+
+def test_accumulated_gradients() -> None:
+    assert_as_eager(mlp, OPTIMIZERS["adam"], batches(30), rtol=1e-4, accumulate=3)
+
+
+def test_rates_and_betas_that_a_scheduler_moves() -> None:
+    losses: list[list[float]] = []
+    for engine in ("eager", "graphed"):
+        schedulers: dict[int, Any] = {}
+
+        def schedule(step: TrainStep, made: dict[int, Any] = schedulers) -> None:
+            one_cycle = torch.optim.lr_scheduler.OneCycleLR
+            made.setdefault(0, one_cycle(step.spec.optimizer, 0.05, total_steps=60) if not made else None).step()
+
+        step, found = trained(engine, mlp(), OPTIMIZERS["adam"], batches(40), schedule)
+        losses.append(found)
+        assert step.engine.value == engine
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_loaded_state_is_taken_up() -> None:
+    losses: list[list[float]] = []
+    for engine in ("eager", "graphed"):
+        model, data = mlp(), batches(30)
+        step, first = trained(engine, model, OPTIMIZERS["adam"], data[:10])
+        step.spec.optimizer.load_state_dict(step.spec.optimizer.state_dict())
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        losses.append([*first, *torch.stack([step(batch) for batch in data[10:]]).tolist()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_another_size_gets_its_own_graph() -> None:
+    data = [*batches(10), *batches(ENOUGH_STEPS + 10, rows=20), *batches(5)]
+    _, wanted = trained("eager", mlp(), OPTIMIZERS["adam"], data)
+    step, losses = trained("graphed", mlp(), OPTIMIZERS["adam"], data)
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    assert f"{ENOUGH_STEPS} steps ran eagerly" in step.engine.reason
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"clip_norm": 1.0}, {"accumulate": 2}])
+def test_a_step_never_waits(options: dict[str, Any]) -> None:
+    data = batches(30)
+    step, _ = trained("graphed", mlp(), OPTIMIZERS["adam"], data, **options)
+    with waits_are_errors():
+        for batch in data:
+            step(batch)
+            step.metrics.read_late()
+
+
+def loop_over(engine: str, source: Any, epochs: int) -> tuple[FastLoop, list[float]]:
+    model = mlp()
+    loop = FastLoop(model, OPTIMIZERS["adam"](model.parameters()), loss=F.cross_entropy, engine=engine)
+    return loop, [loop.train(source).loss for _ in range(epochs)]
+
+
+def test_several_steps_a_launch_give_eagers_numbers_and_never_wait() -> None:
+    sources = [resident(*table(ROWS * 70 + 5, 20), batch_size=ROWS, device="cuda", seed=2) for _ in range(2)]
+    _, wanted = loop_over("eager", sources[0], 8)
+    loop, losses = loop_over("graphed", sources[1], 8)
+    assert losses == pytest.approx(wanted, rel=1e-3)
+    assert "steps a launch, measured us a step by steps a launch" in loop.step.engine.reason
+    assert loop.step.span in SpanGraphs.SIZES
+    with waits_are_errors():
+        for _ in loop.step.run(iter(sources[1])):
+            loop.step.metrics.read_late()
+
+
+def test_rows_of_unequal_length_are_refused() -> None:
+    net = nn.EmbeddingBag(9, 1, mode="sum").cuda()
+
+    def forward(model: nn.Module, batch: Ragged) -> Tensor:
+        return model(batch.values, batch.offsets[:-1]).square().mean()
+
+    step = TrainStep(net, torch.optim.Adam(net.parameters()), forward, engine="graphed")
+    batch = Ragged.of_lengths(torch.arange(9).cuda(), torch.tensor([4, 5]).cuda())
+    step(batch)
+    with pytest.raises(EngineError, match="needs batches of one size"):
+        step(batch)
+
+
+def test_a_forward_that_reads_the_device_is_refused() -> None:
+    net = mlp()
+
+    def forward(model: nn.Module, batch: Batch) -> Tensor:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        return loss * 2 if loss.item() > 100 else loss
+
+    step = TrainStep(net, torch.optim.Adam(net.parameters()), forward, engine="graphed")
+    [batch] = batches(1)
+    step(batch)
+    with pytest.raises(EngineError, match="cannot be traced"):
+        step(batch)
+    net.zero_grad()
+    assert torch.isfinite(net(batch[0])).all(), "the device works on"
