@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from fasttrain.cli import main as run_fasttrain
 from fasttrain.step.train_step import TrainStep
@@ -17,15 +15,16 @@ from fasttrain.step.train_step import TrainStep
 def main(arguments: Sequence[str]) -> int:
     """Trains; returns the exit code."""
     file, options = Path(arguments[0]), list(arguments[1:])
-    plain_step = TrainStep.__call__
+    plain_run = TrainStep.run
 
-    def first_step(self: TrainStep, batch: Any) -> Tensor:
-        loss = plain_step(self, batch)
-        file.write_text(str(time.time()))
-        TrainStep.__call__ = plain_step
-        return loss
+    def run(self: TrainStep, batches: Iterator[Any]) -> Iterator[Any]:
+        TrainStep.run = plain_run
+        for number, ran in enumerate(plain_run(self, batches)):
+            if number == 0:
+                file.write_text(str(time.time()))
+            yield ran
 
-    TrainStep.__call__ = first_step
+    TrainStep.run = run
     return run_fasttrain(["train", *options])
 
 

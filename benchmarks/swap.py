@@ -44,7 +44,7 @@ class Watched:
         process_s: from the process's start to its end.
         fit_s: the training.
         first_step_s: from the call of `fit` to the end of its first step.
-        steps_s: of each step.
+        steps_s: of each step, or of each launch of several.
         traced_at: the step that waited for the trace; None if none did.
         swapped_at: the first step that a program ran; None if none did.
         trace_s: how long steps waited for a trace or a compiler.
@@ -185,6 +185,10 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
             "the longest step after the trace and before five steps of the program, cache empty and full",
             [swap_s(each) for each in swapped],
         ),
+        "longest stall after the swap": seconds(
+            "where several steps become one launch, or the machine has other things to do; cache empty and full",
+            [stall_after_swap_s(each) for each in swapped],
+        ),
         "swap after the trace, once more": seconds(
             "with the program in the cache, from the trace's end to the first step of the program",
             [swap_after_trace_s(each) for each in ran[WARM]],
@@ -218,6 +222,12 @@ def swap_s(watched: Watched) -> float:
     assert watched.traced_at is not None
     assert watched.swapped_at is not None
     return max(watched.steps_s[watched.traced_at + 1 : watched.swapped_at + 5])
+
+
+def stall_after_swap_s(watched: Watched) -> float:
+    """The longest step, or launch of several, from five steps of the program on."""
+    assert watched.swapped_at is not None
+    return max(watched.steps_s[watched.swapped_at + 5 :])
 
 
 def swap_after_trace_s(watched: Watched) -> float:

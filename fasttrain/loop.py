@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fasttrain.data.batch import num_samples
-from fasttrain.data.resident import ResidentBatches
+from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.data.stream import Prefetcher, prefetch
 from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, EpochRow, History
@@ -27,7 +27,8 @@ __all__ = ["FastLoop", "FitState", "Interrupted"]
 Batch = Any
 Scheduler = LRScheduler | ReduceLROnPlateau
 Watch = Callable[[int, int, float, RunningMetrics], None]
-"""Called after every batch with batches, samples and seconds of the epoch so far, and the running metrics."""
+"""Called after every batch, or after several that were one launch, with batches, samples and seconds of the epoch so
+far, and the running metrics."""
 
 MAX_PREFETCHERS = 2
 """Sources whose pinned buffers are kept: usually a train and a validation loader."""
@@ -120,7 +121,7 @@ class FastLoop:
 
         Args:
             batches: whatever forward takes, from any iterable; brought to the device while the steps run.
-            watch: called after every batch; may raise `Interrupted`.
+            watch: called after every launch, of a batch or several; may raise `Interrupted`.
 
         Returns:
             The epoch's figures; loss and accuracy are means of the batches' values, as in the book.
@@ -134,9 +135,8 @@ class FastLoop:
         counts = _Counts()
         try:
             with self._in_mode(training=True), self._on_device(batches) as placed:
-                for batch in placed:
-                    step(batch)
-                    counts.add(batch)
+                for ran in step.run(placed):
+                    counts.add(ran)
                     if watch is not None:
                         watch(counts.batches, counts.samples, counts.seconds(), step.metrics)
                 step.flush()
@@ -192,7 +192,8 @@ class FastLoop:
             progress: show a bar on a terminal or in a notebook, else a line an epoch, on stderr.
             state: where an earlier fit stood, to go on from there; model, optimizer and scheduler must stand there too.
             on_epoch: called after every epoch with the state, to keep it.
-            watch: called after every training batch; may raise `Interrupted`, which ends the fit after that step.
+            watch: called after every launch, of a training batch or several; may raise `Interrupted`, which ends the
+                fit there.
 
         Returns:
             The history of all finished epochs.
@@ -342,9 +343,12 @@ class _Counts:
         self.samples = 0
         self._begin = time.perf_counter()
 
-    def add(self, batch: Batch) -> int:
-        samples = num_samples(batch)
-        self.batches += 1
+    def add(self, batch: Batch | Span) -> int:
+        if isinstance(batch, Span):
+            steps, samples = batch.steps, len(batch.host_rows)
+        else:
+            steps, samples = 1, num_samples(batch)
+        self.batches += steps
         self.samples += samples
         return samples
 

@@ -37,6 +37,7 @@ def test_the_stalls_are_those_of_trace_and_swap() -> None:
     found: dict[str, Any] = figures(watched())
     assert values(found, "trace") == (0.5,)
     assert values(found, "swap") == (0.004, 0.004)  # not the slow step long after it
+    assert values(found, "longest stall after the swap") == (0.9, 0.9)
     assert values(found, "swap after the trace, once more") == (pytest.approx(0.0052),)
     assert values(found, "first step, times as fast") == (pytest.approx(1 / 1.1),)
     assert found["ratios"]["long job, auto once more"].values == (2.0,)

@@ -262,7 +262,7 @@ def test_the_first_step_is_timed_once(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     generate_reviews(400).table.to_csv(table, index=False)
     options = ["--data", str(table), "--out", str(tmp_path / "run"), "--epochs", "1", "--device", "cpu"]
-    plain_step = first_step.TrainStep.__call__
+    plain_run = first_step.TrainStep.run
     assert first_step.main([str(tmp_path / "stepped_at"), *options]) == 0
-    assert first_step.TrainStep.__call__ is plain_step
+    assert first_step.TrainStep.run is plain_run
     assert float((tmp_path / "stepped_at").read_text()) <= (tmp_path / "run" / "summary.json").stat().st_mtime

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.peers.jax_jobs import Figures, Problem, State, orders, problem
 from fasttrain.errors import EngineError
-from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
+from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, Arm
 from fasttrain.workloads.job import Job
 
 
@@ -38,6 +38,7 @@ class ScanArm:
 
     def __init__(self, job: Job, of_jax: Problem) -> None:
         self._job = job
+        self._start = jax.tree.map(np.asarray, of_jax.state)
         self._state, self._data = of_jax.state, of_jax.data
         self._steps_per_call = of_jax.steps_per_call or len(orders(job, 0))
         self.description = f"JAX and optax, jit and lax.scan of {self._steps_per_call} steps, gathered on the device"
@@ -54,7 +55,8 @@ class ScanArm:
 
     def step(self) -> int:
         """See `Arm.step`."""
-        self._state, (losses, correct) = self._train(self._state, self._data, next(self._rows))
+        rows = next(self._rows)  # may begin the training again
+        self._state, (losses, correct) = self._train(self._state, self._data, rows)
         read, _correct = np.asarray(losses), np.asarray(correct)  # HOST READ: once a call, its figures
         if len(self._losses) < CHECKED_STEPS:
             self._losses += read.tolist()
@@ -70,6 +72,8 @@ class ScanArm:
 
     def _all_rows(self) -> Iterator[jax.Array]:
         for epoch in count():
+            if epoch and epoch % EPOCHS == 0:
+                self._state = jax.tree.map(jax.numpy.asarray, self._start)
             rows = orders(self._job, epoch)
             for begin in range(0, len(rows) - self._steps_per_call + 1, self._steps_per_call):
                 yield rows[begin : begin + self._steps_per_call]

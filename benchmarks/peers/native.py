@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fasttrain.errors import EngineError
-from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
+from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, Arm
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.review_job import ReviewJob
 
@@ -55,6 +55,7 @@ class NativeArm:
         self._offsets = np.ascontiguousarray(tokens.offsets, dtype=np.int64)
         self._targets = job.targets().numpy()
         self._weight = np.concatenate([job.weights[name].numpy().ravel() for name in ("fc1.weight", "fc1.bias")])
+        self._start = self._weight.copy()
         self._first, self._second, self._gradient = (np.zeros_like(self._weight) for _ in range(3))
         self._logits = np.zeros(job.batch_size, dtype=np.float32)
         self._losses: list[float] = []
@@ -75,8 +76,16 @@ class NativeArm:
         """See `Arm.losses`."""
         return self._losses
 
+    def _begin_again(self) -> None:
+        self._weight[:] = self._start
+        for state in (self._first, self._second):
+            state.fill(0.0)
+        self._steps = 0
+
     def _pass(self, num_batches: int | None) -> tuple[np.ndarray, int]:
         order, batch_size = self._job.order(self._epoch), self._job.batch_size
+        if self._epoch and self._epoch % EPOCHS == 0:
+            self._begin_again()
         self._epoch += 1
         losses = np.zeros(len(order) // batch_size)[:num_batches]
         parameters = (self._weight, self._first, self._second, self._gradient, self._logits)

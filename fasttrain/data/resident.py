@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from fasttrain.data.ragged import Ragged, RaggedTable
 from fasttrain.device import resolve_device
 from fasttrain.errors import ConfigError, DataError
 
-__all__ = ["ResidentBatches", "epoch_order", "resident"]
+__all__ = ["ResidentBatches", "ResidentEpoch", "Span", "epoch_order", "resident"]
 
 # One gather serves as many batches as fit in here: an index_select costs 5 us before it moves a byte, a slice 0.3 us.
 BLOCK_BYTES = 8 << 20
@@ -79,6 +81,9 @@ class ResidentBatches:
     Attributes:
         device: where the batches are.
         epoch: the number of the epoch that the next pass gives, from 0.
+        batch_size: rows in a batch.
+        num_rows: rows of the data.
+        block_rows: rows that are gathered at a time.
     """
 
     def __init__(
@@ -111,8 +116,8 @@ class ResidentBatches:
             )
         self._columns = [_place(column, device) for column in columns]
         batch_bytes = max(1, sum(column.nbytes for column in self._columns) * batch_size // self.num_rows)
-        self._block_rows = batch_size * max(1, BLOCK_BYTES // batch_bytes)
-        self._kept: list[Batch] | None = None
+        self.block_rows = batch_size * max(1, BLOCK_BYTES // batch_bytes)
+        self._unshuffled: ResidentEpoch | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -127,29 +132,120 @@ class ResidentBatches:
         order = epoch_order(self.num_rows, self._seed, epoch) if self._shuffle else np.arange(self.num_rows)
         return order[: self._num_used]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> ResidentEpoch:
         """One epoch of batches."""
         epoch, self.epoch = self.epoch, self.epoch + 1
         if self._shuffle:
-            return self._gathered(self.order(epoch))
-        if self._kept is None:
-            self._kept = list(self._gathered(self.order(epoch)))
-        return iter(self._kept)
+            return ResidentEpoch(self, self.order(epoch))
+        if self._unshuffled is None:
+            self._unshuffled = ResidentEpoch(self, self.order(epoch), keeps_all=True)
+        return self._unshuffled.again()
 
-    def _gathered(self, host_order: np.ndarray) -> Iterator[Batch]:
-        order = torch.from_numpy(host_order)
-        if self.device.type == "cuda":
-            order = order.pin_memory().to(self.device, non_blocking=True)
-        for begin in range(0, len(host_order), self._block_rows):
-            block = slice(begin, begin + self._block_rows)
-            parts = [self._batches_of(column, order[block], host_order[block]) for column in self._columns]
-            for batch in zip(*parts, strict=True):
-                yield self._rebuild(batch)
+    def gather(self, rows: Tensor, host_rows: np.ndarray) -> list[Batch]:
+        """Batches of these rows, in this order; the last may be shorter.
+
+        Args:
+            rows: [n], int64, the rows' numbers, on the device.
+            host_rows: the same on the host.
+        """
+        parts = [self._batches_of(column, rows, host_rows) for column in self._columns]
+        return [self._rebuild(batch) for batch in zip(*parts, strict=True)]
+
+    @property
+    def columns(self) -> list[Tensor | Ragged]:
+        """The data itself, on the device: all rows, in their own order."""
+        return [column.all_rows if isinstance(column, RaggedTable) else column for column in self._columns]
 
     def _batches_of(self, column: Tensor | RaggedTable, rows: Tensor, host_rows: np.ndarray) -> Sequence[Any]:
         if isinstance(column, RaggedTable):
             return column.gather(rows, host_rows, self.batch_size)
         return column.index_select(0, rows).split(self.batch_size)
+
+
+class ResidentEpoch:
+    """One epoch of resident batches: one by one, or several at a time as the numbers of their rows.
+
+    Args:
+        source: whose batches.
+        host_order: the rows' numbers in the order in which they come, [n], int64.
+        keeps_all: whether all batches are gathered at once, for `again`.
+    """
+
+    def __init__(self, source: ResidentBatches, host_order: np.ndarray, *, keeps_all: bool = False) -> None:
+        self._source = source
+        self._host_order = host_order
+        self._order = torch.from_numpy(host_order)
+        if source.device.type == "cuda":
+            self._order = self._order.pin_memory().to(source.device, non_blocking=True)
+        self._block_rows = len(host_order) if keeps_all else source.block_rows
+        self._block: list[Batch] = []
+        self._block_begin = 0
+        self._next = 0
+
+    def __iter__(self) -> ResidentEpoch:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+        at = self._next - self._block_begin
+        if not 0 <= at < len(self._block):
+            self._gather_block()
+            at = 0
+        self._next += 1
+        return self._block[at]
+
+    def take(self, steps: int) -> Span | None:
+        """The next batches as one span, None where there are not so many whole ones left."""
+        begin = self._next * self._source.batch_size
+        rows = slice(begin, begin + steps * self._source.batch_size)
+        if rows.stop > len(self._host_order):
+            return None
+        self._next += steps
+        return Span(source=self._source, rows=self._order[rows], host_rows=self._host_order[rows], steps=steps)
+
+    def again(self) -> ResidentEpoch:
+        """The same epoch from its beginning; what is gathered is shared."""
+        if not self._block:
+            self._gather_block()
+        epoch = copy.copy(self)
+        epoch._next = 0
+        return epoch
+
+    def _gather_block(self) -> None:
+        begin = self._next * self._source.batch_size
+        if begin >= len(self._host_order):
+            raise StopIteration
+        block = slice(begin, begin + self._block_rows)
+        self._block = []  # the memory of the last one serves for this one
+        self._block = self._source.gather(self._order[block], self._host_order[block])
+        self._block_begin = self._next
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Span:
+    """Several whole batches that come one after the other, by the numbers of their rows: nothing is gathered yet.
+
+    Attributes:
+        source: whose rows they are.
+        rows: [steps * batch size], int64, on the device.
+        host_rows: the same on the host.
+        steps: how many batches.
+    """
+
+    source: ResidentBatches
+    rows: Tensor
+    host_rows: np.ndarray
+    steps: int
+
+    def first(self) -> Batch:
+        """The first batch, gathered."""
+        rows = self.source.batch_size
+        return self.source.gather(self.rows[:rows], self.host_rows[:rows])[0]
+
+    def batches(self) -> list[Batch]:
+        """The batches, gathered."""
+        return self.source.gather(self.rows, self.host_rows)
 
 
 def _columns(given: Sequence[Any]) -> tuple[list[Column], Callable[[Sequence[Any]], Batch]]:

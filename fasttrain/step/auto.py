@@ -17,16 +17,18 @@ from typing import Any
 
 from torch import Tensor
 
+from fasttrain.data.resident import Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.build import ChildEndedError
 from fasttrain.step.cache import Verdict
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.launch import Launches
 from fasttrain.step.parity import fits_in_memory
 from fasttrain.step.replay import Programs
-from fasttrain.step.spec import StepSpec
-from fasttrain.step.trace import Mismatch
+from fasttrain.step.spec import StepSpec, run_passes
+from fasttrain.step.trace import Mismatch, TracedStep
 
 __all__ = ["AutoEngine"]
 
@@ -56,6 +58,12 @@ MISSED_SHARE = 0.25
 MAX_TRACES = 4
 """A running step is traced anew where, of so many steps, more than this share found no program; so often at most."""
 
+SETTLING_STEPS = 4_000
+"""It goes on undecided if it could not settle in so many."""
+
+LAUNCHES_FROM_S = 10.0
+"""What the steps to come must take, if several are to be made one program: that stops the training for 0.1 s."""
+
 FOREVER = 1 << 40
 """Steps to expect where a program is wanted whether this job repays it or not."""
 
@@ -74,31 +82,59 @@ class AutoEngine:
         spec: the step.
 
     Attributes:
-        choice: what runs now, and why.
         compile_s: seconds that steps have waited (for traces); None where there was no wait.
     """
 
     name = "auto"
 
     def __init__(self, spec: StepSpec) -> None:
-        self.choice = Choice("eager", "there were too few steps to measure anything")
+        self._choice = Choice("eager", "there were too few steps to measure anything")
         self.compile_s: float | None = None
         self._spec = spec
-        self._eager = EagerEngine(spec, self.choice)
+        self._eager = EagerEngine(spec, self._choice)
         self._programs = Programs(spec, self._eager, self._refuse_numbers)
+        self._launches = Launches(spec, self._programs)
         self._compiler: Compiler | None = None
-        self._pending: Pending | None = None
+        self._pending: Pending[TracedStep] | None = None
         self._verdict: Verdict | None = None
-        self._taken_up = self.choice
-        self._steps = self._last_step = self._traces = self._mismatches = self._proofs = 0
+        self._taken_up = self._choice
+        self._steps = self._last_step = self._traces = self._mismatches = self._proofs = self._looked = 0
+        self._is_settling = False
         self._eager_times: list[float] = []
+        self._program_s = 0.0
         self._trial = _Trial()
         self._run: Callable[[Batch], Tensor] = self._measure_eager
+
+    @property
+    def choice(self) -> Choice:
+        """What runs now, and why."""
+        return Choice(self._choice.value, self._choice.reason + self._launches.reason)
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
         self._steps += 1
         return self._run(batch)
+
+    @property
+    def span(self) -> int:
+        """See `Engine.span`: several, once single steps run by program, where the steps to come repay a launch's."""
+        if self._run != self._replay:
+            return 1
+        is_worth_it = (self._last_step - self._steps) * self._program_s > LAUNCHES_FROM_S
+        return self._launches.size if is_worth_it or self._launches.is_made else 1
+
+    def steps(self, span: Span) -> Tensor:
+        """See `Engine.steps`."""
+        launches = self._launches
+        self._steps += span.steps
+        self._look(span.steps)
+        if not launches.is_made:
+            assert self._compiler is not None
+            launches.begin(self._compiler, span)
+            self.compile_s = (self.compile_s or 0.0) + launches.stalled_s
+        elif launches.is_pending:
+            launches.take_up(waits=self._is_settling, on_trial=True)
+        return launches.run(span)
 
     def flush(self) -> None:
         """See `Engine.flush`."""
@@ -116,23 +152,22 @@ class AutoEngine:
         if self._pending is not None:
             self._programs.drop(self._pending.traced)  # it was not measured to the end
         is_early = self._pending is not None
-        self._give_up("training ended before the program was ready" if is_early else self.choice.reason)
+        self._give_up("training ended before the program was ready" if is_early else self._choice.reason)
+        self._launches.close()
         self._traces = MAX_TRACES
 
     def settle(self, batches: Iterable[Batch]) -> None:
-        """Trains on until it is decided what runs the steps, however long that takes; waits for the compiler.
-
-        Args:
-            batches: as many as it may take; a few hundred do.
-        """
+        """See `Engine.settle`; some hundred steps are enough."""
         self.expect(FOREVER)
-        for batch in batches:
+        self._is_settling = True
+        for _ in run_passes(self, batches, SETTLING_STEPS):
             if self._run == self._wait_for_program and self._pending is not None:
                 with suppress(EngineError):  # the step that looks at the child deals with it
                     self._pending.wait()
-            self.step(batch)
-            if self._run in (self._replay, self._programs.step):
-                return
+            is_decided = self._run in (self._replay, self._programs.step)
+            if is_decided and (not len(self._programs) or self._launches.is_settled):
+                break
+        self._is_settling = False
 
     @property
     def _eager_s(self) -> float:
@@ -219,18 +254,27 @@ class AutoEngine:
         return loss
 
     def _replay(self, batch: Batch) -> Tensor:
-        if self._steps % AUDIT_STEPS == 0:
+        self._look(1)
+        loss = self._programs.step(batch)
+        if not self._launches.is_considered and len(self._programs):
+            self._launches.consider(batch)
+        return loss
+
+    def _look(self, steps: int) -> None:
+        """Now and then, before so many of the steps that are counted already."""
+        before = self._steps - steps
+        if before // AUDIT_STEPS != self._steps // AUDIT_STEPS:
             self._programs.audit()
-        if self._steps % LOOK_STEPS == 0:
-            missed, self._programs.missed = self._programs.missed, 0
-            self.choice = self._taken_up
-            if missed == LOOK_STEPS:
-                self.choice = Choice(
-                    "eager", f"the program does not hold since this changed: {self._programs.why_missed}"
-                )
-            if missed > MISSED_SHARE * LOOK_STEPS and self._traces < MAX_TRACES:
-                self._run = self._consider
-        return self._programs.step(batch)
+            self._launches.audit()
+        if before // LOOK_STEPS == self._steps // LOOK_STEPS:
+            return
+        seen, self._looked = self._steps - self._looked, self._steps
+        missed, self._programs.missed = self._programs.missed, 0
+        self._choice = self._taken_up
+        if missed >= seen - steps:
+            self._choice = Choice("eager", f"the program does not hold since this changed: {self._programs.why_missed}")
+        if missed > MISSED_SHARE * seen and self._traces < MAX_TRACES:
+            self._run = self._consider
 
     # What the steps above decide.
 
@@ -251,7 +295,7 @@ class AutoEngine:
         self._pending = compiler.begin(batch)
         self.compile_s = (self.compile_s or 0.0) + self._pending.trace_s
         if not len(self._programs):
-            self.choice = Choice("eager", "a child process is compiling the step")
+            self._choice = Choice("eager", "a child process is compiling the step")
         self._run = self._wait_for_program
 
     def _missed(self, batch: Batch, reason: str) -> Tensor:
@@ -273,7 +317,8 @@ class AutoEngine:
         self._pending.close()
         self._pending = None
         if is_faster:
-            self.choice = self._taken_up = Choice("compiled", measured + traced.remark)
+            self._choice = self._taken_up = Choice("compiled", measured + traced.remark)
+            self._program_s = program_s
             self._run = self._replay
         else:
             self._programs.drop(traced)
@@ -285,6 +330,7 @@ class AutoEngine:
             self._refuse(f"its numbers differ from eager's: {difference}")
         else:
             self._programs.clear()
+            self._launches.drop()
             self._refuse(f"an audit found numbers that differ from eager's: {difference}")
 
     def _refuse(self, reason: str) -> None:
@@ -311,7 +357,7 @@ class AutoEngine:
             self._pending.close()
             self._pending = None
         if not len(self._programs):
-            self.choice = Choice("eager", reason)
+            self._choice = Choice("eager", reason)
         self._run = self._replay if len(self._programs) else self._programs.step
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from fasttrain.device import total_bytes
 from fasttrain.errors import EngineError
 from fasttrain.step.kernels import define_operators
 from fasttrain.step.program import compile_graph
-from fasttrain.step.torch_private import lacks_resources, unpickle_with_graph
-from fasttrain.step.trace import InputKind, TracedPart
+from fasttrain.step.torch_private import lacks_resources, origins_of, unpickle_with_graph
+from fasttrain.step.trace import InputKind, TracedGraph
+from fasttrain.step.unroll import Unrolling, unroll
 
 __all__ = ["Build", "ChildEndedError", "GraphJob"]
 
@@ -57,20 +58,42 @@ class GraphJob:
 
     Attributes:
         graph: the step.
+        unrolling: how the graph that is compiled is made of the step's; None: it is that.
         inputs: what each input is like.
         open_dims: for each input, the dimensions whose size is left open.
         num_threads: that the program is to run with.
+        origins: which part of the step each call of the graph is of, where the profiler is to see the program's
+            kernels; None: it is to be as fast as it can be.
     """
 
     graph: torch.fx.GraphModule
     inputs: list[InputKind]
     open_dims: list[frozenset[int]]
     num_threads: int
+    unrolling: Unrolling | None = None
+    origins: list[str] | None = None
 
     @classmethod
-    def of(cls, part: TracedPart) -> GraphJob:
+    def of(cls, part: TracedGraph) -> GraphJob:
         """The job of compiling a part of a step, for as many threads as torch has now."""
-        return cls(graph=part.graph, inputs=part.kinds, open_dims=part.open_dims, num_threads=torch.get_num_threads())
+        return cls(
+            graph=part.recorded,
+            inputs=part.kinds,
+            open_dims=part.open_dims,
+            num_threads=torch.get_num_threads(),
+            unrolling=part.unrolling,
+        )
+
+    def unrolled(self) -> GraphJob:
+        """The same job with the graph that is compiled."""
+        return (
+            self if self.unrolling is None else replace(self, graph=unroll(self.graph, self.unrolling), unrolling=None)
+        )
+
+    def marked(self) -> GraphJob:
+        """The job of the same program with kernels that the profiler sees."""
+        job = self.unrolled()
+        return replace(job, origins=origins_of(job.graph))
 
 
 class Build:
@@ -193,11 +216,12 @@ def main(folder: Path) -> int:
     _bound_memory()
     define_operators()
     # From a folder that the parent has just made for itself alone (mode 0700).
-    job: GraphJob = unpickle_with_graph((folder / "job").read_bytes())
+    given: GraphJob = unpickle_with_graph((folder / "job").read_bytes())
+    job = given.unrolled()
     torch.set_num_threads(job.num_threads)
     partial = folder / "partial.pt2"
     try:
-        compile_graph(job.graph, job.inputs, job.open_dims, partial)
+        compile_graph(job.graph, job.inputs, job.open_dims, partial, job.origins)
     except EngineError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
         return 1 if lacks_resources(error) else REFUSED

@@ -8,17 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
+from fasttrain.data.resident import Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.compiler import Compiler
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.launch import FROM_STEPS, Launches
 from fasttrain.step.replay import MAX_PROGRAMS, Programs
-from fasttrain.step.spec import StepSpec
+from fasttrain.step.spec import StepSpec, run_passes
 from fasttrain.step.torch_compile import require_compiler
 
 __all__ = ["CompiledEngine"]
 
 Batch = Any
+
+SETTLING_STEPS = 400
+"""In so many, the programs are made."""
 
 ENOUGH_STEPS = 16
 """Steps of a shape that no program holds for run eagerly until there were so many; then the shape gets one too."""
@@ -44,7 +49,9 @@ class CompiledEngine:
         self._choice = choice
         self._eager = EagerEngine(spec, choice)
         self._programs = Programs(spec, self._eager, _refuse)
+        self._launches = Launches(spec, self._programs)
         self._compiler = Compiler(spec)
+        self._expected = 0
         self._compiled = 0
         self._missed_before = 0
 
@@ -52,7 +59,7 @@ class CompiledEngine:
     def choice(self) -> Choice:
         """What runs, and why; with the number of steps that ran eagerly because no program held for them."""
         programs = self._programs
-        reason = self._choice.reason + (programs.first.remark if len(programs) else "")
+        reason = self._choice.reason + (programs.first.remark if len(programs) else "") + self._launches.reason
         if not programs.missed:
             return Choice(self._choice.value, reason)
         reason += f"; {programs.missed:,} steps ran eagerly, the last because this differed: {programs.why_missed}"
@@ -65,20 +72,40 @@ class CompiledEngine:
         is_wanted = self._compiled == 0 or self._programs.missed - self._missed_before >= ENOUGH_STEPS
         if is_wanted and self._compiled < MAX_PROGRAMS and not self._programs.hold(batch):
             self._compile(batch)
-        return self._programs.step(batch)
+        loss = self._programs.step(batch)
+        if not self._launches.is_considered and self._programs.are_proven:
+            self._launches.consider(batch)
+        return loss
+
+    @property
+    def span(self) -> int:
+        """See `Engine.span`: several, once single steps run by program, where enough are to come."""
+        if self._expected < FROM_STEPS and not self._launches.is_made:
+            return 1
+        return self._launches.size
+
+    def steps(self, span: Span) -> Tensor:
+        """See `Engine.steps`."""
+        launches = self._launches
+        if not launches.is_made:
+            launches.begin(self._compiler, span)
+            launches.take_up(waits=True, on_trial=False)
+            self.compile_s = (self.compile_s or 0.0) + launches.stalled_s
+        return launches.run(span)
 
     def flush(self) -> None:
         """See `Engine.flush`."""
         self._eager.flush()
 
     def expect(self, steps: int) -> None:
-        """See `Engine.expect`: what was asked for is compiled, whether it pays or not."""
+        """See `Engine.expect`: the step is compiled whether that pays or not, several as one where there are many."""
+        self._expected = steps
 
     def settle(self, batches: Iterable[Batch]) -> None:
-        """See `Engine.settle`: the program is made with the step after the optimizer's first."""
-        for batch in batches:
-            self.step(batch)
-            if len(self._programs) and self._programs.are_proven:
+        """See `Engine.settle`: the program is made with the step after the optimizer's first, launches after that."""
+        self._expected = FROM_STEPS
+        for _ in run_passes(self, batches, SETTLING_STEPS):
+            if self._launches.is_settled:
                 return
 
     def close(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fasttrain.step.build import Build, GraphJob
 from fasttrain.step.cache import ProgramCache, Verdict, default_folder
 from fasttrain.step.identity import job_signature, program_key
 from fasttrain.step.program import StepProgram
+from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import TracedStep, trace_step
 
@@ -19,7 +20,10 @@ __all__ = ["Compiler", "Pending"]
 Batch = Any
 
 
-class Pending:
+Traced = TypeVar("Traced", TracedStep, TracedSpan)
+
+
+class Pending(Generic[Traced]):
     """A program that is on its way: a package for each part of the step, made one after the other.
 
     Attributes:
@@ -28,7 +32,7 @@ class Pending:
         compile_s: how long the children took; None while one runs, or where the cache had all packages.
     """
 
-    def __init__(self, cache: ProgramCache, traced: TracedStep, trace_s: float) -> None:
+    def __init__(self, cache: ProgramCache, traced: Traced, trace_s: float) -> None:
         self.traced = traced
         self.trace_s = trace_s
         self.compile_s: float | None = None
@@ -101,7 +105,7 @@ class Compiler:
         self._spec = spec
         self._signature: str | None = None
 
-    def begin(self, batch: Batch) -> Pending:
+    def begin(self, batch: Batch) -> Pending[TracedStep]:
         """Traces the step, which takes a while, and has its program made if the cache does not have it.
 
         Raises:
@@ -110,6 +114,14 @@ class Compiler:
         begin = time.perf_counter()
         traced = trace_step(self._spec, batch)
         return Pending(self.cache, traced, time.perf_counter() - begin)
+
+    def pending(self, traced: TracedSpan) -> Pending[TracedSpan]:
+        """Has the program of a span made if the cache does not have it.
+
+        Raises:
+            EngineError: no child can be started.
+        """
+        return Pending(self.cache, traced, 0.0)
 
     def verdict(self, batch: Batch) -> Verdict | None:
         """What was measured of a step that looks like this one, on this machine."""

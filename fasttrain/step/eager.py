@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.data.resident import Span
 from fasttrain.device import Choice, autocast_dtype
 from fasttrain.metrics import LossObserver
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
@@ -29,6 +30,7 @@ class EagerEngine:
     Attributes:
         choice: what runs, and why.
         compile_s: None: nothing is compiled.
+        span: 1: nothing is gained by running several steps as one.
         has_stepped: whether the optimizer has stepped, and so made its state.
     """
 
@@ -38,6 +40,7 @@ class EagerEngine:
         self._forward = forward or spec.forward
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
+        self.span = 1
         self.has_stepped = False
         self._is_observed = False
 
@@ -73,6 +76,10 @@ class EagerEngine:
                 if parameter.grad is not None:
                     parameter.grad.mul_(rescale)
             self._apply()
+
+    def steps(self, span: Span) -> Tensor:
+        """See `Engine.steps`."""
+        return torch.stack([self.step(batch) for batch in span.batches()])
 
     def expect(self, steps: int) -> None:
         """See `Engine.expect`: eager has nothing to plan."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from fasttrain.data.batch import tensors
 from fasttrain.data.ragged import Ragged
-from fasttrain.device import device_name, versions
+from fasttrain.device import cpu_features, device_name, versions
 from fasttrain.step.build import GraphJob
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private.lowering import KERNEL_SOURCE
+from fasttrain.step.torch_private.marking import MARKS
 
 __all__ = ["job_signature", "program_key"]
 
@@ -34,7 +35,9 @@ def program_key(job: GraphJob) -> str:
         ([None if dim in dims else length for dim, length in enumerate(size)], stride, dtype, device)
         for (size, stride, dtype, device), dims in zip(job.inputs, job.open_dims, strict=True)
     ]
-    return _hash(job.graph.code, KERNEL_SOURCE, constants, inputs, job.num_threads, *_machine(job.inputs[0][3]))
+    marks = [] if job.origins is None else [MARKS, job.origins]
+    machine = _machine(job.inputs[0][3])
+    return _hash(job.graph.code, job.unrolling, KERNEL_SOURCE, constants, inputs, job.num_threads, *machine, *marks)
 
 
 def job_signature(spec: StepSpec, batch: Batch) -> str:
@@ -110,7 +113,9 @@ _OWN = __name__.partition(".")[0]
 
 
 def _machine(device: torch.device) -> tuple[str, ...]:
-    return str(torch.__version__), device.type, device_name(device), torch.backends.cpu.get_cpu_capability()
+    # Programs are compiled with -march=native: for all that this processor has, whatever torch itself makes of it.
+    capability = torch.backends.cpu.get_cpu_capability()
+    return str(torch.__version__), device.type, device_name(device), capability, cpu_features()
 
 
 def _hash(*parts: object) -> str:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fasttrain.data.ragged import Ragged, gather_by_index
+
 __all__ = ["define_operators", "use_kernels"]
 
 _DTYPES = (torch.float32, torch.float64)
@@ -25,10 +27,14 @@ _aten = torch.ops.aten
 def define_operators() -> Any:
     """Makes the operators known to torch, once in a process; the library that it returns keeps them there."""
     library = torch.library.Library("fasttrain", "DEF")
-    library.define("sum_rows(Tensor values, Tensor ids, Tensor offsets) -> Tensor")
-    library.define("spread_rows(Tensor gradient, Tensor ids, Tensor offsets, SymInt num_values) -> Tensor")
-    library.impl("sum_rows", _sum_rows, "CompositeExplicitAutograd")
-    library.impl("spread_rows", _spread_rows, "CompositeExplicitAutograd")
+    library.define("sum_rows(Tensor values, Tensor ids, Tensor offsets, Tensor? chosen=None) -> Tensor")
+    library.define(
+        "spread_rows(Tensor gradient, Tensor ids, Tensor offsets, SymInt num_values, Tensor? chosen=None) -> Tensor"
+    )
+    library.impl("sum_rows", _sum_rows, "CPU")
+    library.impl("spread_rows", _spread_rows, "CPU")
+    library.impl("sum_rows", _shape_of_sums, "Meta")
+    library.impl("spread_rows", _shape_of_values, "Meta")
     return library
 
 
@@ -47,16 +53,37 @@ def use_kernels(graph: torch.fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _sum_rows(values: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
-    """For each row the sum of `values.view(-1)[ids[offsets[row] : offsets[row + 1]]]`, [rows]."""
+def _sum_rows(values: Tensor, ids: Tensor, offsets: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """For each row, or each chosen one, the sum of `values.view(-1)[ids[offsets[row] : offsets[row + 1]]]`, [rows]."""
+    ids, offsets = _rows(ids, offsets, chosen)
     return torch.segment_reduce(values.reshape(-1).index_select(0, ids), "sum", offsets=offsets, unsafe=True)
 
 
-def _spread_rows(gradient: Tensor, ids: Tensor, offsets: Tensor, num_values: int) -> Tensor:
+def _spread_rows(
+    gradient: Tensor, ids: Tensor, offsets: Tensor, num_values: int, chosen: Tensor | None = None
+) -> Tensor:
     """The gradient of the values, [num_values], from that of the sums, [rows]."""
+    ids, offsets = _rows(ids, offsets, chosen)
     gathered = gradient.new_empty(ids.shape)  # of what was summed, torch looks at the shape alone
     by_entry = _aten._segment_reduce_backward(gradient, gradient, gathered, "sum", offsets=offsets)
     return gradient.new_zeros(num_values).index_add(0, ids, by_entry)
+
+
+def _shape_of_sums(values: Tensor, _ids: Tensor, offsets: Tensor, chosen: Tensor | None = None) -> Tensor:
+    return values.new_empty(offsets.shape[0] - 1 if chosen is None else chosen.shape[0])
+
+
+def _shape_of_values(gradient: Tensor, _ids: Tensor, _offsets: Tensor, num_values: int, *_chosen: Tensor) -> Tensor:
+    return gradient.new_empty(num_values)
+
+
+def _rows(ids: Tensor, offsets: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ids and offsets of the chosen rows alone."""
+    if chosen is None:
+        return ids, offsets
+    lengths = offsets.diff().index_select(0, chosen)
+    picked = Ragged.of_lengths(gather_by_index(ids, offsets, chosen, int(lengths.sum())), lengths)
+    return picked.values, picked.offsets
 
 
 def _use_sum_rows(node: Node) -> None:

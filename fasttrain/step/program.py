@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,21 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import EngineError
+from fasttrain.step.span import TracedSpan
 from fasttrain.step.torch_private import compile_package, flat_runner
 from fasttrain.step.torch_private.lowering import register_lowerings
-from fasttrain.step.trace import InputKind, TracedStep
+from fasttrain.step.torch_private.marking import with_origins
+from fasttrain.step.trace import InputKind, TracedGraph, TracedStep
 
 __all__ = ["StepProgram", "compile_graph"]
 
 
 def compile_graph(
-    graph: torch.fx.GraphModule, inputs: Sequence[InputKind], open_dims: Sequence[frozenset[int]], package: Path
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[InputKind],
+    open_dims: Sequence[frozenset[int]],
+    package: Path,
+    origins: Sequence[str] | None = None,
 ) -> None:
     """Exports and compiles a traced step into `package` (a .pt2 file). Takes 10 to 30 s, for large models minutes.
 
@@ -31,18 +38,21 @@ def compile_graph(
         inputs: what its inputs are like.
         open_dims: of a `TracedPart`.
         package: where it goes.
+        origins: of the graph's calls (see `origins_of`), where the profiler is to see the program's kernels.
 
     Raises:
         EngineError: torch cannot export or compile the graph.
     """
     register_lowerings()
-    dynamic: Any = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) or None for dims in open_dims)
+    model = graph if origins is None else with_origins(graph, origins)
+    sizes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) or None for dims in open_dims)
+    dynamic: Any = sizes if model is graph else (sizes,)
     examples = tuple(
         torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in inputs
     )
     try:
-        program = torch.export.export(graph, examples, dynamic_shapes=dynamic, strict=False)
-        compile_package(program, str(package))
+        program = torch.export.export(model, examples, dynamic_shapes=dynamic, strict=False)
+        compile_package(program, str(package), is_marked=origins is not None)
     except Exception as error:
         raise EngineError(f"this step cannot be compiled: {error}") from error
 
@@ -58,13 +68,19 @@ class StepProgram:
         EngineError: one cannot be loaded.
     """
 
-    def __init__(self, packages: Sequence[Path], traced: TracedStep) -> None:
-        device = traced.spec.device
-        try:
-            self._parts = [flat_runner(str(package), device) for package in packages]
-        except RuntimeError as error:
-            raise EngineError(f"the compiled program cannot be loaded: {error}") from error
+    def __init__(self, packages: Sequence[Path], traced: TracedStep | TracedSpan) -> None:
         self._traced = traced
+        self._parts = self._loaded(packages)
+
+    @property
+    def parts(self) -> Sequence[TracedGraph]:
+        """What was compiled."""
+        return self._traced.parts
+
+    @property
+    def due(self) -> TracedGraph:
+        """The part that the next run is of."""
+        return self.parts[self._traced.due]
 
     @classmethod
     def compile(cls, traced: TracedStep) -> StepProgram:
@@ -89,3 +105,22 @@ class StepProgram:
             The batch's loss, detached, on the device.
         """
         return self._parts[self._traced.due](inputs)[0]
+
+    @contextmanager
+    def running(self, packages: Sequence[Path]) -> Generator[None]:
+        """Has other packages run meanwhile, compiled from the same parts.
+
+        Raises:
+            EngineError: one cannot be loaded.
+        """
+        before, self._parts = self._parts, self._loaded(packages)
+        try:
+            yield
+        finally:
+            self._parts = before
+
+    def _loaded(self, packages: Sequence[Path]) -> list[Callable[[list[Tensor]], list[Tensor]]]:
+        try:
+            return [flat_runner(str(package), self._traced.spec.device) for package in packages]
+        except RuntimeError as error:
+            raise EngineError(f"the compiled program cannot be loaded: {error}") from error

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fasttrain.data.resident import ResidentEpoch, Span
 from fasttrain.device import Choice, Precision
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import RunningMetrics
 
-__all__ = ["Engine", "Forward", "Gathered", "StepOutput", "StepSpec", "normalise_forward"]
+__all__ = ["Engine", "Forward", "Gathered", "StepOutput", "StepSpec", "normalise_forward", "run_passes", "run_steps"]
 
 Batch = Any
 
@@ -102,6 +103,19 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def span(self) -> int:
+        """How many steps it would run as one now, where the next batches are rows of resident data; 1: one by one."""
+        ...
+
+    def steps(self, span: Span) -> Tensor:
+        """The steps of a span, as `step` does them one after the other. No host read.
+
+        Returns:
+            The batches' losses, [steps], detached, on the device.
+        """
+        ...
+
     def flush(self) -> None:
         """Steps the optimizer with what an unfinished accumulation has gathered (their mean), if anything."""
         ...
@@ -111,12 +125,50 @@ class Engine(Protocol):
         ...
 
     def settle(self, batches: Iterable[Batch]) -> None:
-        """Trains on until it is decided what runs the steps; waits for the compiler."""
+        """Trains on until it is decided what runs the steps; waits for the compiler.
+
+        Args:
+            batches: where one pass over them is too short, there are more.
+        """
         ...
 
     def close(self) -> None:
         """Ends what runs beside the training (a compiling child). Steps may follow; they compile nothing more."""
         ...
+
+
+def run_steps(engine: Engine, batches: Iterator[Batch]) -> Iterator[Batch | Span]:
+    """Runs steps on all the batches, several as one where engine and batches allow that.
+
+    Yields:
+        What each call of the engine was given.
+    """
+    epoch = batches if isinstance(batches, ResidentEpoch) else None
+    while True:
+        span = epoch.take(engine.span) if epoch is not None and engine.span > 1 else None
+        if span is not None:
+            engine.steps(span)
+            yield span
+            continue
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        engine.step(batch)
+        yield batch
+
+
+def run_passes(engine: Engine, batches: Iterable[Batch], most_steps: int) -> Iterator[Batch | Span]:
+    """`run_steps` on one pass over the batches after the other, until so many steps have run or a pass is empty."""
+    left, is_empty = most_steps, False
+    while left > 0 and not is_empty:
+        is_empty = True
+        for ran in run_steps(engine, iter(batches)):
+            is_empty = False
+            left -= ran.steps if isinstance(ran, Span) else 1
+            yield ran
+            if left <= 0:
+                return
 
 
 def normalise_forward(

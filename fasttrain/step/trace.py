@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +36,9 @@ from fasttrain.step.torch_private import (
     trace_graph,
     without_onednn,
 )
+from fasttrain.step.unroll import Unrolling, unroll
 
-__all__ = ["InputKind", "Mismatch", "TracedPart", "TracedStep", "trace_step"]
+__all__ = ["InputKind", "Mismatch", "TracedGraph", "TracedPart", "TracedStep", "trace_step"]
 
 Batch = Any
 
@@ -50,7 +52,41 @@ class Mismatch(NamedTuple):
     reason: str
 
 
-class TracedPart:
+class TracedGraph:
+    """A graph, and what its inputs are like.
+
+    Args:
+        recorded: the operators of a step.
+        inputs: like those that the graph takes.
+        open_dims: for each of these, the dimensions whose size is left open.
+        unrolling: how the graph is made of the recorded one; None: it is that.
+
+    Attributes:
+        recorded, open_dims, unrolling: see above.
+        kinds: of each input.
+        differ: says what differs in inputs from those that were traced, None if nothing does.
+    """
+
+    def __init__(
+        self,
+        recorded: torch.fx.GraphModule,
+        inputs: Sequence[Tensor],
+        open_dims: Sequence[frozenset[int]],
+        unrolling: Unrolling | None = None,
+    ) -> None:
+        self.recorded = recorded
+        self.unrolling = unrolling
+        self.open_dims = list(open_dims)
+        self.kinds: list[InputKind] = [(each.shape, each.stride(), each.dtype, each.device) for each in inputs]
+        self.differ = tensor_check(inputs, self.open_dims)
+
+    @cached_property
+    def graph(self) -> torch.fx.GraphModule:
+        """The graph itself. Unrolling one takes 0.1 s: a child does it where it is only compiled."""
+        return self.recorded if self.unrolling is None else unroll(self.recorded, self.unrolling)
+
+
+class TracedPart(TracedGraph):
     """One graph of a step.
 
     Args:
@@ -62,11 +98,8 @@ class TracedPart:
         closed_over: tensors that forward reads without being given them.
 
     Attributes:
-        part, graph, closed_over: see above.
-        open_dims: for each input of the graph.
-        kinds: of each input.
+        part, closed_over: see above.
         reached: the places (in the state) of the parameters that get gradients.
-        differ: says what differs in inputs from those that were traced, None if nothing does.
     """
 
     def __init__(
@@ -78,14 +111,10 @@ class TracedPart:
         open_dims: Sequence[frozenset[int]],
         closed_over: Sequence[Tensor],
     ) -> None:
-        tensors = [*inputs, *closed_over]
+        super().__init__(graph, [*inputs, *closed_over], [*open_dims, *[frozenset[int]()] * len(closed_over)])
         self.part = part
-        self.graph = graph
         self.closed_over = closed_over
         self.reached = function.reached
-        self.open_dims = [*open_dims, *[frozenset[int]()] * len(closed_over)]
-        self.kinds: list[InputKind] = [(each.shape, each.stride(), each.dtype, each.device) for each in tensors]
-        self.differ = tensor_check(tensors, self.open_dims)
 
 
 class TracedStep:
@@ -150,23 +179,34 @@ class TracedStep:
 
         Makes no host read.
         """
-        reason = self._guards.mismatch()
-        if reason is not None:
-            return Mismatch(reason)
+        standing = self.standing_inputs()
+        if isinstance(standing, Mismatch):
+            return standing
         leaves = self._layout.flatten(batch)
         if leaves is None:
             return Mismatch("the structure of the batch")
         due = self.due
         part = self.parts[due]
-        options = [] if part.part == "gather" else self._options.current()
-        if options is None:
-            return Mismatch("an option of a parameter group")
         gradients = [] if part.part == "whole" else self._gradients[due].current()
         if gradients is None:
             return Mismatch("gradients that other steps have left")
-        found = [*self.tensors, *options, *gradients, *leaves, *part.closed_over]
+        found = [*standing, *gradients, *leaves, *part.closed_over]
         reason = part.differ(found)
         return found if reason is None else Mismatch(reason)
+
+    def standing_inputs(self) -> list[Tensor] | Mismatch:
+        """The first inputs of the due graph, which are the same for every batch: state and options."""
+        reason = self._guards.mismatch()
+        if reason is not None:
+            return Mismatch(reason)
+        if self.parts[self.due].part == "gather":
+            return self.tensors
+        options = self._options.current()
+        return Mismatch("an option of a parameter group") if options is None else [*self.tensors, *options]
+
+    def leaves(self, batch: Batch) -> list[Tensor] | None:
+        """The tensors of a batch in the graphs' order, None where it is not laid out like the one that was traced."""
+        return self._layout.flatten(batch)
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasttrain.data.resident import Span
 from fasttrain.device import Choice, choose_precision, resolve_device
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import Metric, RunningMetrics
 from fasttrain.step.plan import make_engine
-from fasttrain.step.spec import StepSpec, normalise_forward
+from fasttrain.step.spec import StepSpec, normalise_forward, run_steps
 
 __all__ = ["TrainStep"]
 
@@ -106,8 +107,39 @@ class TrainStep:
         """Tells how many steps are to come: whether compiling can pay depends on it. Without it, none are expected."""
         self._engine.expect(steps)
 
+    def run(self, batches: Iterator[Batch]) -> Iterator[Batch | Span]:
+        """Steps on all the batches, several as one where the engine can and they are an epoch of resident data.
+
+        Args:
+            batches: as `step` takes them; with `iter(resident(...))` several steps may be one launch.
+
+        Yields:
+            After each launch, what it was of: a batch, or a `Span` of several.
+        """
+        return run_steps(self._engine, batches)
+
+    @property
+    def span(self) -> int:
+        """How many steps the engine would run as one now (see `steps`); 1: one by one."""
+        return self._engine.span
+
+    def steps(self, span: Span) -> Tensor:
+        """Several steps, as one launch where the engine can. Makes no host read.
+
+        Args:
+            span: the next batches of a resident epoch, `iter(resident(...)).take(step.span)`.
+
+        Returns:
+            The batches' losses: [steps], detached, on the device.
+        """
+        return self._engine.steps(span)
+
     def settle(self, batches: Iterable[Batch]) -> None:
-        """Trains on `batches` until "auto" has decided what runs the steps, and waits for the compiler meanwhile."""
+        """Trains on until it is decided what runs the steps, and waits for the compiler meanwhile.
+
+        Args:
+            batches: where one pass over them is too short, there are more.
+        """
         self._engine.settle(batches)
 
     def close(self) -> None:

@@ -1,8 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fasttrain.data import resident as module
@@ -122,3 +124,76 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(error, match=message):
         resident(*columns, **{"batch_size": 1, "device": "cpu", **options})  # pyright: ignore
+
+
+def sources(num_rows: int) -> dict[str, tuple[object, ...]]:
+    """One of each kind that `resident` takes, all of so many rows."""
+    numbers = torch.arange(num_rows)
+    lengths = numbers % 3
+    bags = Ragged.of_lengths(torch.arange(int(lengths.sum())), lengths)
+    return {
+        "tensors": (numbers, numbers.double() / 2),
+        "ragged": (bags, numbers),
+        "dict": ({"bags": bags, "number": numbers},),
+        "frame": (pd.DataFrame({"number": np.arange(num_rows), "half": np.arange(num_rows) / 2}),),
+    }
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(sorted(sources(1))),
+    num_rows=st.integers(1, 40),
+    batch_size=st.integers(1, 7),
+    shuffle=st.booleans(),
+    drop_last=st.booleans(),
+    block_bytes=st.integers(1, 400),
+    sizes=st.lists(st.integers(0, 4), max_size=30),
+)
+def test_spans_and_single_batches_are_what_iteration_gives(
+    kind: str, num_rows: int, batch_size: int, shuffle: bool, drop_last: bool, block_bytes: int, sizes: list[int]
+) -> None:
+    """Whichever are taken at a time (0: one by `next`), over two epochs."""
+    assume(num_rows >= batch_size or not drop_last)
+    options = {"batch_size": batch_size, "device": "cpu", "shuffle": shuffle, "drop_last": drop_last}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_BYTES", block_bytes)
+        plain, mixed = (resident(*sources(num_rows)[kind], **options) for _ in range(2))  # pyright: ignore
+    for _ in range(2):
+        wanted = list(plain)
+        found: list[Any] = []
+        epoch, num_whole = iter(mixed), mixed.order(0).size // batch_size
+        for size in sizes:
+            span = epoch.take(size) if size else None
+            assert (span is not None) == (0 < size <= num_whole - len(found))
+            if span is None:
+                found += [batch for _, batch in zip(range(1), epoch, strict=False)]
+                continue
+            assert (span.source, span.steps) == (mixed, size)
+            assert span.rows.tolist() == span.host_rows.tolist()
+            assert len(span.host_rows) == size * batch_size
+            found += span.batches()
+            torch.testing.assert_close(span.first(), found[-size], rtol=0, atol=0)
+        found += epoch
+        assert epoch.take(1) is None
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_no_span_is_taken_of_the_short_batch_that_ends_an_epoch() -> None:
+    epoch = iter(resident(torch.arange(7), batch_size=3, device="cpu", shuffle=False, drop_last=False))
+    assert epoch.take(3) is None
+    span = epoch.take(2)
+    assert span is not None
+    assert span.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    assert epoch.take(1) is None
+    assert [batch.tolist() for (batch,) in epoch] == [[6]]
+
+
+def test_an_unshuffled_epoch_begins_again_whatever_was_taken_of_the_last() -> None:
+    batches = resident(torch.arange(6), batch_size=2, device="cpu", shuffle=False)
+    first = iter(batches)
+    first.take(2)
+    second = iter(batches)
+    assert rows_of(second) == [[0, 1], [2, 3], [4, 5]]
+    assert rows_of(first) == [[4, 5]]
+    third = iter(batches)
+    assert next(third)[0].data_ptr() == next(first.again())[0].data_ptr()

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.errors import EngineError
-from fasttrain.step import auto, compiler
+from fasttrain.step import auto, compiler, launch
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import Verdict
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import StepState
 from fasttrain.step.trace import Mismatch, TracedStep
@@ -41,7 +44,13 @@ class Lab:
         spoil: what a program does to the loss that it returns.
         begun: the pending programs, in order.
         remembered: the verdicts that were kept.
-        replayed: steps that were run by a program.
+        replayed: steps that were run by a program, one by one.
+        span_steps: how many steps are found to be worth one launch.
+        span_step_s: what each of them takes in a launch.
+        is_span_ready: whether the child that makes the program of several steps has finished.
+        spoil_span: what that program does to the losses that it returns.
+        begun_spans: the pending programs of several steps, in order.
+        launched: steps that were run several as one.
     """
 
     def __init__(self) -> None:
@@ -56,6 +65,12 @@ class Lab:
         self.begun: list[FakePending] = []
         self.remembered: list[Verdict] = []
         self.replayed = 0
+        self.span_steps = 1
+        self.span_step_s = 25e-6
+        self.is_span_ready = False
+        self.spoil_span: Callable[[Tensor], Tensor] = lambda losses: losses
+        self.begun_spans: list[FakeSpanPending] = []
+        self.launched = 0
 
     @classmethod
     def install(cls, monkeypatch: pytest.MonkeyPatch) -> Lab:
@@ -63,8 +78,12 @@ class Lab:
         lab = cls()
         clock: Any = types.SimpleNamespace(perf_counter=lambda: lab.now)
         monkeypatch.setattr(auto, "time", clock)
+        monkeypatch.setattr(launch, "time", clock)
         monkeypatch.setattr(auto, "LOOK_STEPS", LOOK_STEPS)
-        monkeypatch.setattr(auto, "TRIAL_ROUNDS", TRIAL_ROUNDS)
+        for each in (auto, launch):
+            monkeypatch.setattr(each, "TRIAL_ROUNDS", TRIAL_ROUNDS)
+        monkeypatch.setattr(launch, "span_steps", lambda *_: lab.span_steps)
+        monkeypatch.setattr(launch, "TracedSpan", lambda *given: FakeSpan(lab, *given))
         monkeypatch.setattr(auto, "Compiler", lambda spec: FakeCompiler(lab, spec))
         monkeypatch.setattr(auto, "EagerEngine", lambda spec, choice: TimedEager(lab, spec))
         return lab
@@ -109,6 +128,9 @@ class FakeTrace:
             return Mismatch("an option of a parameter group")
         return list(batch) if batch[0].shape == self.shape else Mismatch("the size of input 0")
 
+    def leaves(self, batch: Batch) -> list[Tensor]:
+        return list(batch)
+
     def rebind(self) -> bool:
         took_up = self.is_stale and self.can_rebind
         self.is_stale = self.is_stale and not took_up
@@ -125,6 +147,59 @@ class FakeTrace:
         self.spec.metrics.count(-1.0)
         return self._lab.spoil(loss)
 
+    def run_all(self, span: Span) -> Tensor:
+        """Several steps, as a program of them does."""
+        losses = self._eager.steps(span)
+        self.spec.metrics.count(-float(span.steps))
+        return losses
+
+
+class FakeSpan:
+    """Holds for spans of one source, while its step holds."""
+
+    def __init__(self, lab: Lab, step: FakeTrace, batch: Batch, source: ResidentBatches, steps: int) -> None:
+        lab.call("trace several")
+        assert not isinstance(step.inputs(batch), Mismatch)
+        self.step = step
+        self.source = source
+        self.steps = steps
+        self._lab = lab
+
+    def inputs(self, span: Span) -> list[Span] | Mismatch:
+        if span.source is not self.source or self.step.is_stale:
+            return Mismatch("the resident data")
+        return [span]
+
+    def run(self, inputs: list[Span]) -> Tensor:
+        """As a program does: everything but the count of batches."""
+        [span] = inputs
+        self._lab.now += self._lab.span_step_s * span.steps
+        self._lab.launched += span.steps
+        losses = self.step.run_all(span)
+        return self._lab.spoil_span(losses)
+
+
+class FakeSpanPending:
+    def __init__(self, lab: Lab, traced: FakeSpan) -> None:
+        self.traced = traced
+        self.is_closed = self.was_waited_for = False
+        self._lab = lab
+
+    def is_ready(self) -> bool:
+        self._lab.call("are several ready")
+        return self._lab.is_span_ready
+
+    def wait(self) -> None:
+        self._lab.now += FakePending.compile_s
+        self.was_waited_for = self._lab.is_span_ready = True
+
+    def load(self) -> FakeSpan:
+        self._lab.call("load several")
+        return self.traced
+
+    def close(self) -> None:
+        self.is_closed = True
+
 
 class FakePending:
     trace_s = 0.5
@@ -138,6 +213,10 @@ class FakePending:
     def is_ready(self) -> bool:
         self._lab.call("is_ready")
         return self._lab.is_ready
+
+    def wait(self) -> None:
+        self._lab.now += self.compile_s
+        self._lab.is_ready = True
 
     def load(self) -> FakeTrace:
         self._lab.call("load")
@@ -160,6 +239,12 @@ class FakeCompiler:
         self._lab.begun.append(pending)
         return pending
 
+    def pending(self, traced: FakeSpan) -> FakeSpanPending:
+        self._lab.call("begin several")
+        pending = FakeSpanPending(self._lab, traced)
+        self._lab.begun_spans.append(pending)
+        return pending
+
     def verdict(self, batch: Batch) -> Verdict | None:
         return self._lab.known.get(len(batch[0]))
 
@@ -173,12 +258,14 @@ class Graphs:
     Attributes:
         builds: how many children there would have been.
         replayed: steps that were run by a graph.
+        launched: of these, those that were run several as one.
         spoil: what a program does to the loss that it returns.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.builds = 0
         self.replayed = 0
+        self.launched = 0
         self.spoil: Callable[[Tensor], Tensor] = lambda loss: loss
         self._folder = folder
         monkeypatch.setattr(compiler, "Build", self._build)
@@ -206,13 +293,16 @@ class InstantBuild:
 
 
 class GraphProgram:
-    def __init__(self, graphs: Graphs, traced: TracedStep) -> None:
+    def __init__(self, graphs: Graphs, traced: TracedStep | TracedSpan) -> None:
         self._graphs = graphs
         self._traced = traced
 
+    @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Tensor:
-        self._graphs.replayed += 1
-        return self._graphs.spoil(self._traced.run(inputs))
+        losses = self._traced.parts[self._traced.due].graph(*inputs)
+        self._graphs.replayed += losses.numel()
+        self._graphs.launched += losses.numel() if isinstance(self._traced, TracedSpan) else 0
+        return self._graphs.spoil(losses)
 
 
 HASTE: dict[str, float] = {

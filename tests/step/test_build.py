@@ -211,7 +211,7 @@ from fasttrain.step import build
 
 FAILURES = {"refuse": NotImplementedError("no such operator"), "lack": MemoryError()}
 
-def compile_graph(graph, inputs, open_dims, package):
+def compile_graph(graph, inputs, open_dims, package, origins):
     if sys.argv[2] in FAILURES:
         raise EngineError("this step cannot be compiled") from FAILURES[sys.argv[2]]
     if sys.argv[2] == "hang":

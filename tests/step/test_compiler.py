@@ -68,6 +68,7 @@ def test_open_sizes_are_not_part_of_the_key() -> None:
         ("torch.get_num_threads", lambda: 7),
         ("torch.backends.cpu.get_cpu_capability", lambda: "ANOTHER"),
         ("fasttrain.step.identity.device_name", lambda _: "another processor"),
+        ("fasttrain.step.identity.cpu_features", lambda: "fewer"),
         ("torch.__version__", "0.0"),
     ],
 )

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasttrain.errors import EngineError
 from fasttrain.loop import FastLoop, Interrupted
-from fasttrain.measure.bench.arm import CHECKED_STEPS, ArmFactory
+from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, ArmFactory
 from fasttrain.metrics import count_correct
 from fasttrain.reference import train_epoch
 from fasttrain.step.parity import Snapshot
@@ -38,9 +37,6 @@ __all__ = [
 
 PASS_S = 0.5
 """A pass over an epoch that would take longer than this ends when it has taken so long."""
-
-MAX_SETTLING_STEPS = 2_000
-"""`auto` decides within a few hundred; it is timed undecided if it has not by then."""
 
 
 class TextbookArm:
@@ -135,8 +131,8 @@ class TunedArm:
 class LoopArm:
     """`FastLoop` over resident batches, an epoch a call where that is short enough.
 
-    With engine "auto", the second call waits until it is decided what runs the steps, as it is early in a long job.
-    The job is then put back to its start, so that what gives the checked losses is what is timed.
+    With "auto", "compiled" and "graphed", the second call waits until it is decided what runs the steps, as it is early
+    in a long job. The job is then put back to its start, so that what gives the checked losses is what is timed.
 
     Args:
         job: what it trains.
@@ -148,16 +144,17 @@ class LoopArm:
     """
 
     def __init__(self, job: Job, *, engine: str, precision: str = "fp32") -> None:
-        if engine == "graphed" and job.device.type != "cuda":
-            raise EngineError(f"CUDA graphs need a CUDA device, and the job is on {job.device}")
         self.description = f"FastLoop, engine {engine}, resident batches"
         self._job = job
         model = job.model()
         self._loop = FastLoop(model, job.optimizer(model), job.forward, engine=engine, precision=precision)
         self._batches = job.batches()
-        self._first_batches = endless(self._batches)
+        self._first_epoch = iter(self._batches)
         self._checked = CheckedSteps()
-        self._start = _Start(self._loop) if engine == "auto" else None  # None once it is settled
+        self._passes = 0
+        self._early: Snapshot | None = None
+        # None once it is settled; the other engines run the second step as they run all that follow.
+        self._start = _Start(self._loop) if engine in ("auto", "compiled", "graphed") else None
 
     @property
     def compile_s(self) -> float | None:
@@ -173,13 +170,13 @@ class LoopArm:
     def step(self) -> int:
         """See `Arm.step`; an epoch in one go, or a part of a long one. Steps that are put back do not count."""
         if self._checked.is_enough:
+            self._begin_again_if_due()
             limit = self._checked.steps_in(PASS_S)
             return self._part_of_epoch(limit) if limit < len(self._batches) else self._epoch()
         if self._checked.losses and self._start is not None:
             self._settle(self._start)
-            self._checked_step()  # the first one again
-        self._checked_step()
-        return 1
+            self._checked_steps()  # the first one again
+        return self._checked_steps()
 
     def sync(self) -> None:
         """See `Arm.sync`."""
@@ -189,31 +186,55 @@ class LoopArm:
         """See `Arm.losses`: of the first steps."""
         return self._checked.losses
 
+    def _begin_again_if_due(self) -> None:
+        """Every ten epochs, or parts of long ones: back to where the first of them began."""
+        tensors, device = [*_tensors(self._loop.model), *_state(self._loop.optimizer)], self._loop.step.device
+        if self._passes == 0:
+            self._early = Snapshot.of(tensors, device)
+        elif self._passes % EPOCHS == 0 and self._early is not None:
+            self._early.restore(tensors, device)
+        self._passes += 1
+
     def _epoch(self) -> int:
         return self._loop.train(self._batches).batches
 
     def _part_of_epoch(self, num_steps: int) -> int:
+        ran = 0
+
         def watch(batches: int, *_: object) -> None:
-            if batches == num_steps:
+            nonlocal ran
+            ran = batches
+            if batches >= num_steps:
                 raise Interrupted
 
         with suppress(Interrupted):
             self._loop.train(self._batches, watch=watch)
         self._loop.step.metrics.compute()  # HOST READ: what the end of an epoch reads
-        return num_steps
+        return ran
 
-    def _checked_step(self) -> None:
-        with self._checked.timing():
-            loss = self._loop.step(next(self._first_batches))
-            self._checked.losses.append(loss.item())  # HOST READ: of the first steps, which are checked
+    def _checked_steps(self) -> int:
+        """One step, or as many as the loop would run as one."""
+        step = self._loop.step
+        span = self._first_epoch.take(step.span) if step.span > 1 else None
+        steps = 1 if span is None else span.steps
+        with self._checked.timing(steps):
+            losses = step(self._first_batch()) if span is None else step.steps(span)
+            self._checked.losses += losses.reshape(-1).tolist()  # HOST READ: of the first steps, which are checked
+        return steps
+
+    def _first_batch(self) -> Any:
+        for batch in self._first_epoch:
+            return batch
+        self._first_epoch = iter(self._batches)
+        return next(self._first_epoch)
 
     def _settle(self, start: _Start) -> None:
         """Has it decided what runs the steps, and goes back to the start."""
-        self._loop.step.settle(islice(endless(self._batches), MAX_SETTLING_STEPS))
+        self._loop.step.settle(self._batches)
         start.put_back(self._loop)
         self._start = None
         self._batches.set_epoch(0)
-        self._first_batches = endless(self._batches)
+        self._first_epoch = iter(self._batches)
         self._checked = CheckedSteps()
 
 
@@ -236,6 +257,10 @@ class _Start:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for entries in optimizer.state.values() for value in entries.values() if isinstance(value, Tensor)]
 
 
 def endless(batches: Any) -> Iterator[Any]:
@@ -270,11 +295,11 @@ class CheckedSteps:
         return len(self.losses) >= CHECKED_STEPS
 
     @contextmanager
-    def timing(self) -> Generator[None]:
-        """Around each step."""
+    def timing(self, steps: int = 1) -> Generator[None]:
+        """Around each step, or each launch of several."""
         begin = time.perf_counter()
         yield
-        self._seconds.append(time.perf_counter() - begin)
+        self._seconds.append((time.perf_counter() - begin) / steps)
 
     def steps_in(self, seconds: float) -> int:
         """How many steps take so long, by the later half of the first ones; at least one."""

@@ -1,0 +1,119 @@
+"""Several steps over the rows of resident data, traced: what they hold for, and how many are worth one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.data.ragged import Ragged
+from fasttrain.data.resident import ResidentBatches, Span
+from fasttrain.errors import EngineError
+from fasttrain.step.spec import StepSpec
+from fasttrain.step.trace import Mismatch, TracedGraph, TracedStep
+from fasttrain.step.unroll import Unrolling, takes_rows
+
+__all__ = ["TracedSpan", "span_steps"]
+
+MOST_STEPS, LEAST_STEPS = 16, 4
+"""Steps of a span. From 8 to 16 a review step gains another 6%, and compiling takes twice as long."""
+
+MOST_NODES = 2_000
+"""Operators of all steps together: what compiles in about a minute."""
+
+MOST_BYTES = 1 << 20
+"""Of a step's state and batch: a step that moves more takes so long that what a launch costs does not show."""
+
+
+def span_steps(step: TracedStep, batch: Sequence[Tensor]) -> int:
+    """How many steps are worth one launch, by the size of a step alone; 1 where a launch does not weigh in it.
+
+    Args:
+        step: as it was traced.
+        batch: the tensors of its batch.
+    """
+    if not step.is_whole or sum(tensor.nbytes for tensor in (*step.tensors, *batch)) > MOST_BYTES:
+        return 1
+    calls = [node.target for node in step.parts[0].graph.graph.nodes if node.op == "call_function"]
+    if torch.ops.aten.convolution.default in calls:
+        return 1
+    steps = MOST_STEPS
+    while steps * len(calls) > MOST_NODES:
+        steps //= 2
+    return steps if steps >= LEAST_STEPS else 1
+
+
+class TracedSpan:
+    """Several steps over the rows of one resident source as one graph, and what it holds for.
+
+    Args:
+        step: the step, whose guards are the span's.
+        batch: one of its batches.
+        source: whose rows.
+        steps: how many.
+
+    Attributes:
+        spec: of the step.
+        step, source, steps: see above.
+        parts: the one graph. It takes the step's state and options, the source's columns, the numbers of the rows of
+            all batches, [steps * batch size], and closed-over tensors; it returns the losses, [steps].
+        due: which of the parts is to run: the one.
+
+    Raises:
+        EngineError: batches are not what the source's columns give, or need more of its rows than their sums.
+    """
+
+    due = 0
+
+    def __init__(self, step: TracedStep, batch: Any, source: ResidentBatches, steps: int) -> None:
+        self.spec: StepSpec = step.spec
+        self.step = step
+        self.source = source
+        self.steps = steps
+        columns = source.columns
+        self._tables = [each for column in columns for each in (column if isinstance(column, Ragged) else (column,))]
+        leaves, standing = step.leaves(batch), step.standing_inputs()
+        if leaves is None or isinstance(standing, Mismatch):
+            raise EngineError("the step has changed since it was traced")
+        _refuse_other_leaves(leaves, columns, source.batch_size)
+        graph = step.parts[0].graph
+        unrolling = Unrolling.of(len(standing), columns, steps, source.batch_size)
+        if not takes_rows(graph, unrolling):
+            raise EngineError("rows of unequal length are used otherwise than by sums")
+        rows = torch.zeros(steps * source.batch_size, dtype=torch.int64, device=source.device)
+        inputs = [*standing, *self._tables, rows, *step.parts[0].closed_over]
+        self.parts = [TracedGraph(graph, inputs, [frozenset()] * len(inputs), unrolling)]
+
+    def inputs(self, span: Span) -> list[Tensor] | Mismatch:
+        """The graph's inputs for a span, or why it does not hold. Makes no host read."""
+        if span.source is not self.source or span.steps != self.steps:
+            return Mismatch("the resident data")
+        standing = self.step.standing_inputs()
+        if isinstance(standing, Mismatch):
+            return standing
+        found = [*standing, *self._tables, span.rows, *self.step.parts[0].closed_over]
+        reason = self.parts[0].differ(found)
+        return found if reason is None else Mismatch(reason)
+
+    @torch.no_grad()
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        """The steps, operator by operator; returns the losses, [steps]."""
+        return self.parts[0].graph(*inputs)
+
+
+def _refuse_other_leaves(leaves: Sequence[Tensor], columns: Sequence[Tensor | Ragged], rows: int) -> None:
+    """Raises EngineError where the tensors of a batch are not, one by one, what is gathered from the columns."""
+    wanted = [each for column in columns for each in _gathered(column, rows)]
+    found = [(leaf.dtype, leaf.shape) for leaf in leaves]
+    are_alike = [dtype == got[0] and size in (None, got[1]) for (dtype, size), got in zip(wanted, found, strict=False)]
+    if len(found) != len(wanted) or not all(are_alike):
+        raise EngineError("batches hold other tensors than the columns that they are gathered from")
+
+
+def _gathered(column: Tensor | Ragged, rows: int) -> list[tuple[torch.dtype, torch.Size | None]]:
+    """Dtype and size (None: any) of each tensor that a batch has of a column."""
+    if isinstance(column, Ragged):
+        return [(column.values.dtype, None), (column.offsets.dtype, torch.Size([rows + 1]))]
+    return [(column.dtype, torch.Size([rows, *column.shape[1:]]))]

@@ -1,0 +1,58 @@
+"""Resident data for the small models, and spans of its batches run by the unrolled graph, uncompiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.data.ragged import Ragged
+from fasttrain.data.resident import ResidentBatches, Span, resident
+from fasttrain.step.span import TracedSpan
+from fasttrain.step.spec import StepSpec
+from fasttrain.step.trace import Mismatch, trace_step
+from tests.step.models import Case
+
+NUM_BATCHES = 7
+ROWS = 5
+
+
+def joined(batches: list[Any]) -> Any:
+    """The rows of several batches as one."""
+    if not isinstance(batches[0], Ragged):
+        return torch.cat(batches)
+    lengths = torch.cat([batch.offsets.diff() for batch in batches])
+    return Ragged.of_lengths(torch.cat([batch.values for batch in batches]), lengths)
+
+
+def columns_of(case: Case, count: int = NUM_BATCHES, seed: int = 3) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return [joined([make(generator) for _ in range(count)]) for make in (case.inputs, case.targets)]
+
+
+def data_of(case: Case, **options: Any) -> ResidentBatches:
+    return resident(*columns_of(case), **{"batch_size": ROWS, "device": "cpu", "seed": 9, **options})
+
+
+def first_batch(data: ResidentBatches) -> Any:
+    """A batch, without counting an epoch."""
+    return data.gather(torch.arange(ROWS), torch.arange(ROWS).numpy())[0]
+
+
+def trace_span(spec: StepSpec, data: ResidentBatches, steps: int) -> TracedSpan:
+    batch = first_batch(data)
+    return TracedSpan(trace_step(spec, batch), batch, data, steps)
+
+
+def taken(epoch: Any, steps: int) -> Span:
+    span = epoch.take(steps)
+    assert span is not None
+    return span
+
+
+def run_span(traced: TracedSpan, span: Span) -> Tensor:
+    inputs = traced.inputs(span)
+    assert not isinstance(inputs, Mismatch), inputs.reason
+    with torch.no_grad():
+        return traced.parts[0].graph(*inputs)
