@@ -64,7 +64,7 @@ class FastLoop:
         loss: instead of forward, (predictions, targets) -> loss, for (inputs, targets) batches.
         device: where the steps run; None is where the model is.
         precision: "fp32" (the user's own), "bf16", "fp16" or "auto".
-        engine: "auto", "eager", "compiled" or "torch-compile".
+        engine: "auto", "eager", "compiled", "graphed" (on CUDA) or "torch-compile".
         accumulate: batches whose gradients are averaged before the optimizer steps.
         clip_norm: bound on the norm of all gradients together.
         clip_value: bound on each entry of each gradient.

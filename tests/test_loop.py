@@ -13,11 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fasttrain import ConfigError, DataError, FastLoop, resident
 from fasttrain.data.ragged import Ragged
+from fasttrain.data.resident import Span
 from fasttrain.data.table import read_reviews
 from fasttrain.data.text import encode_reviews
+from fasttrain.device import Choice
 from fasttrain.loop import FitState, Interrupted
 from fasttrain.metrics import RunningMetrics
 from fasttrain.reference import TextbookClassifier, TextbookDataset, evaluate_epoch, textbook_loss, train_epoch
+from fasttrain.step.eager import EagerEngine
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.onehot import ReviewClassifier, review_forward
 
@@ -314,6 +317,61 @@ def test_fit_goes_on_from_a_state() -> None:
     history = loop.fit(batches, epochs=4, progress=False, state=state)
     assert history.stopped == "epochs"
     assert [row.loss for row in history.rows] == [row.loss for row in wanted.rows]
+
+
+class Spans(EagerEngine):
+    """Runs four steps in one call, where the batches allow it."""
+
+    def __init__(self, loop: FastLoop) -> None:
+        super().__init__(loop.step.spec, Choice("eager", "asked for"))
+        self.span = 4
+        self.launched: list[int] = []
+
+    def steps(self, span: Span) -> Tensor:
+        self.launched.append(span.steps)
+        return super().steps(span)
+
+
+def in_spans() -> tuple[FastLoop, Spans, Any]:
+    """Eleven batches an epoch: two spans of four, two batches, and a short one."""
+    model, data = classification()
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss())
+    engine = loop.step._engine = Spans(loop)  # pyright: ignore[reportPrivateUsage]
+    columns = [column[:43] for column in data.tensors]
+    return loop, engine, resident(*columns, batch_size=4, device="cpu", drop_last=False)
+
+
+def test_batches_and_samples_of_launches_of_several_steps_are_counted() -> None:
+    loop, engine, batches = in_spans()
+    seen: list[tuple[int, int]] = []
+    result = loop.train(batches, watch=lambda batches, samples, *_: seen.append((batches, samples)))
+    assert seen == [(4, 16), (8, 32), (9, 36), (10, 40), (11, 43)]
+    assert (result.batches, result.samples) == (11, 43)
+    assert engine.launched == [4, 4]
+    loop, engine, batches = in_spans()
+    engine.span = 1
+    wanted = loop.train(batches)
+    assert (wanted.batches, wanted.samples) == (11, 43)
+    assert (result.loss, result.accuracy) == (wanted.loss, wanted.accuracy)
+
+
+def test_an_interruption_ends_the_epoch_after_the_launch_that_is_watched() -> None:
+    loop, engine, batches = in_spans()
+
+    def watch(batches: int, *_: object) -> None:
+        if batches >= 5:
+            raise Interrupted
+
+    before = [parameter.clone() for parameter in loop.model.parameters()]
+    history = loop.fit(batches, epochs=3, progress=False, watch=watch)
+    assert (history.stopped, history.epochs, engine.launched) == ("interrupted", 0, [4, 4])
+    assert not any(map(torch.equal, before, loop.model.parameters()))
+
+
+def test_batches_that_are_not_resident_are_never_launched_several_at_a_time() -> None:
+    loop, engine, batches = in_spans()
+    assert loop.train(list(batches)).batches == 11
+    assert engine.launched == []
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 1, "patience": 0}, {"epochs": 1, "patience": 3}])

@@ -4,6 +4,7 @@ spec         what a step is made of; what an engine is
 train_step   TrainStep, the public door
 plan         which engine, and why
 eager, torch_compile, compiled, auto     the engines
+graphed, capture                         the engine of CUDA graphs, and what captures and replays them
 state, options, gradients                what a graph reads and changes: the user's own tensors and options
 function, optimizer, scaling             the step as a function of them, for a trace to record
 kernels                                  loops of our own where the compiler has no good code

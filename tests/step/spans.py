@@ -32,7 +32,8 @@ def columns_of(case: Case, count: int = NUM_BATCHES, seed: int = 3) -> list[Any]
 
 
 def data_of(case: Case, **options: Any) -> ResidentBatches:
-    return resident(*columns_of(case), **{"batch_size": ROWS, "device": "cpu", "seed": 9, **options})
+    given: dict[str, Any] = {"batch_size": ROWS, "device": "cpu", "seed": 9, **options}
+    return resident(*columns_of(case), **given)
 
 
 def first_batch(data: ResidentBatches) -> Any:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fasttrain.step.kernels import use_kernels
+from fasttrain.step.kernels import define_operators, use_kernels
 from fasttrain.step.program import compile_graph
 from fasttrain.step.torch_private import flat_runner, prepare_for_inductor, trace_graph
 
@@ -69,6 +69,37 @@ def test_the_operators_give_the_same_numbers(lengths: list[int]) -> None:
     ours, theirs = rows(lengths), rows(lengths)
     torch.testing.assert_close(graph(*ours), step(*theirs), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.data())
+def test_chosen_rows_of_a_table_are_summed_as_if_they_were_all(lengths: list[int], data: st.DataObject) -> None:
+    """In any order, and one more than once; backward, too."""
+    table, ids, offsets, _ = rows(lengths)
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8))
+    picked = [ids[offsets[row] : offsets[row + 1]] for row in chosen]
+    gradient = torch.linspace(-1, 1, len(chosen), dtype=torch.float64)
+    sums = operator("sum_rows")(table, ids, offsets, torch.tensor(chosen))
+    torch.testing.assert_close(sums, torch.stack([table.view(-1)[each].sum() for each in picked]))
+    wanted = torch.zeros(50, dtype=torch.float64)
+    for each, of_row in zip(picked, gradient, strict=True):
+        wanted.index_add_(0, each, of_row.expand(len(each)))
+    torch.testing.assert_close(operator("spread_rows")(gradient, ids, offsets, 50, torch.tensor(chosen)), wanted)
+
+
+def operator(name: str) -> Callable[..., Tensor]:
+    define_operators()
+    return getattr(torch.ops.fasttrain, name)
+
+
+@pytest.mark.parametrize("row", [3, -1])
+def test_chosen_rows_that_there_are_not_raise(row: int) -> None:
+    table, ids, offsets, wanted = rows([3, 0, 9])
+    chosen = torch.tensor([0, row, 1])
+    with pytest.raises((IndexError, RuntimeError)):
+        operator("sum_rows")(table, ids, offsets, chosen)
+    with pytest.raises((IndexError, RuntimeError)):
+        operator("spread_rows")(wanted, ids, offsets, 50, chosen)
 
 
 @pytest.mark.parametrize("changed", [{"reduce": "mean"}, {"initial": 1.0}])

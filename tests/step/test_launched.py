@@ -176,6 +176,29 @@ def test_a_program_of_another_size_that_was_used_last_is_not_repeated(engine: st
     step.close()
 
 
+def test_compiled_makes_a_program_of_several_steps_where_many_are_expected(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "FROM_STEPS", 100)
+    step, data = train_step("compiled"), data_of()
+    for expected, builds in ((99, 1), (100, 2), (0, 2)):
+        step.expect(expected)
+        before = graphs.launched
+        for _ in step.run(iter(data)):
+            pass
+        assert graphs.builds == builds
+        assert (graphs.launched > before) == (builds == 2), "once it is there, it is used"
+
+
+def test_compiled_settles_with_both_programs(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "FROM_STEPS", 2_000)
+    step = train_step("compiled")
+    step.settle(data_of())
+    assert graphs.builds == 2
+    assert graphs.launched == SIZE
+    assert step.compile_s is not None
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_wrong_numbers_of_several_steps_are_refused(engine: str, graphs: Graphs) -> None:
     graphs.spoil = lambda losses: losses * 1.01 if losses.dim() else losses
