@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fasttrain.data.resident import Span
+from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.build import ChildEndedError
@@ -160,12 +160,13 @@ class AutoEngine:
         """See `Engine.settle`; some hundred steps are enough."""
         self.expect(FOREVER)
         self._is_settling = True
+        has_spans = isinstance(batches, ResidentBatches)
         for _ in run_passes(self, batches, SETTLING_STEPS):
             if self._run == self._wait_for_program and self._pending is not None:
                 with suppress(EngineError):  # the step that looks at the child deals with it
                     self._pending.wait()
             is_decided = self._run in (self._replay, self._programs.step)
-            if is_decided and (not len(self._programs) or self._launches.is_settled):
+            if is_decided and (self._launches.is_settled or not has_spans or not len(self._programs)):
                 break
         self._is_settling = False
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fasttrain.data.resident import Span
+from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.compiler import Compiler
@@ -73,7 +73,7 @@ class CompiledEngine:
         if is_wanted and self._compiled < MAX_PROGRAMS and not self._programs.hold(batch):
             self._compile(batch)
         loss = self._programs.step(batch)
-        if not self._launches.is_considered and self._programs.are_proven:
+        if not self._launches.is_considered and len(self._programs) and self._programs.are_proven:
             self._launches.consider(batch)
         return loss
 
@@ -104,8 +104,9 @@ class CompiledEngine:
     def settle(self, batches: Iterable[Batch]) -> None:
         """See `Engine.settle`: the program is made with the step after the optimizer's first, launches after that."""
         self._expected = FROM_STEPS
+        launches, has_spans = self._launches, isinstance(batches, ResidentBatches)
         for _ in run_passes(self, batches, SETTLING_STEPS):
-            if self._launches.is_settled:
+            if launches.is_settled or (launches.is_considered and not has_spans):
                 return
 
     def close(self) -> None:

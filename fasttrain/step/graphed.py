@@ -150,8 +150,7 @@ class GraphedEngine:
         traced = trace_step(self._spec, batch)
         _refuse_unfit(traced)
         captured = CapturedStep(traced, num_leaves, self._lane, self._waited)
-        program: Any = captured  # it runs as a `StepProgram` does
-        self._programs.add(traced, program)
+        self._programs.add(traced, captured)
         self._made = [captured, *self._made][:MAX_PROGRAMS]
         self._captures += 1
         self._missed_before = self._programs.missed

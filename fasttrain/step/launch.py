@@ -30,6 +30,11 @@ MARGIN = 0.98
 """A program of several steps is kept if it takes less than this share of what they take one by one."""
 
 
+MISSED_SPANS, MAX_MADE = 64, 4
+"""After so many spans in a row that a program did not hold for, another is made: of other data, or of the step as it is
+now. So often at most."""
+
+
 class Launches:
     """Runs spans of steps, by one program where there is one that holds, else one by one.
 
@@ -52,6 +57,7 @@ class Launches:
         self._program: StepProgram | None = None
         self._traced: TracedSpan | None = None
         self._is_proven = False
+        self._made = self._missed = 0
         self._trial: dict[bool, list[float]] = {}
 
     @property
@@ -100,6 +106,7 @@ class Launches:
         try:
             traced = TracedSpan(step, batch, span.source, span.steps)
             self._pending = compiler.pending(traced)
+            self._made += 1
         except EngineError as error:
             self.drop(f"several steps cannot be one program: {error}")
         self.stalled_s += time.perf_counter() - begin
@@ -148,7 +155,9 @@ class Launches:
             return self._one_by_one(span)
         inputs = self._traced.inputs(span)
         if isinstance(inputs, Mismatch):
+            self._miss()
             return self._one_by_one(span)
+        self._missed = 0
         if not self._is_proven:
             return self._prove(span)
         if self._trial:
@@ -156,6 +165,13 @@ class Launches:
         losses = self._program.run(inputs)
         self._spec.metrics.count(float(span.steps))
         return losses
+
+    def _miss(self) -> None:
+        self._missed += 1
+        if self._missed == MISSED_SPANS and self._made < MAX_MADE:
+            self._program, self._traced, self._size = None, None, 0
+            self._is_proven, self._trial = False, {}
+            self._missed, self.reason = 0, ""
 
     def _one_by_one(self, span: Span) -> Tensor:
         return torch.stack([self._programs.step(batch) for batch in span.batches()])

@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fasttrain.step.apart import is_eagers_rounding
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.parity import compare_steps
-from fasttrain.step.program import StepProgram
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 
-__all__ = ["Programs"]
+__all__ = ["Program", "Programs"]
 
 MAX_PROGRAMS = 4
 """Programs kept at a time, one a shape; the one that was not used for longest goes."""
 
 Batch = Any
+
+
+class Program(Protocol):
+    """What runs a traced step in place of its operators: a `StepProgram`, or a CUDA graph."""
+
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        """The part of the step that is due, given what `TracedStep.inputs` gives; returns the loss. No host read."""
+        ...
 
 
 @dataclass
@@ -35,7 +42,7 @@ class _Entry:
     """
 
     traced: TracedStep
-    program: StepProgram
+    program: Program
     proven: set[int] = field(default_factory=set[int])
 
 
@@ -81,7 +88,7 @@ class Programs:
         """Rebinding looks at every tensor: not before each of many steps that it does not help."""
         return self.missed_in_a_row < 8 or self.missed_in_a_row % 64 == 0
 
-    def add(self, traced: TracedStep, program: StepProgram) -> None:
+    def add(self, traced: TracedStep, program: Program) -> None:
         """Takes a program up; it is tried first."""
         self._entries.insert(0, _Entry(traced, program))
         del self._entries[MAX_PROGRAMS:]

@@ -225,6 +225,7 @@ def test_audits_go_on(lab: Lab, what: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert step.engine.value == ("compiled" if what == "several" else "eager")
     assert ("a program of 4 steps gives other numbers" in step.engine.reason) == (what == "several")
     assert ("an audit found numbers that differ from eager's" in step.engine.reason) == (what == "single")
+    assert "run as one" not in step.engine.reason
 
 
 ERRORS = {

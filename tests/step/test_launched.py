@@ -134,6 +134,21 @@ STAYS: dict[str, Callable[[], dict[int, Change]]] = {
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_another_is_made_for_other_data_that_stay(graphs: Graphs, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MISSED_SPANS", 2)
+    found = assert_as_eager(graphs, engine, {}, lambda: data_of(seed=5))
+    assert found.launched[-1] > found.launched[CHANGED]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_so_often_at_most(graphs: Graphs, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MISSED_SPANS", 2)
+    monkeypatch.setattr(launch, "MAX_MADE", 1)
+    found = assert_as_eager(graphs, engine, {}, lambda: data_of(seed=5))
+    assert found.launched[-1] == found.launched[CHANGED]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", STAYS)
 def test_what_changes_between_epochs_has_eagers_effect(name: str, engine: str, graphs: Graphs) -> None:
     found = assert_as_eager(graphs, engine, STAYS[name]())

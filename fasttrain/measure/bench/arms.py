@@ -175,7 +175,8 @@ class LoopArm:
             return self._part_of_epoch(limit) if limit < len(self._batches) else self._epoch()
         if self._checked.losses and self._start is not None:
             self._settle(self._start)
-            self._checked_steps()  # the first one again
+            steps = self._checked_steps()  # the first one again
+            return steps - 1 + self._checked_steps()
         return self._checked_steps()
 
     def sync(self) -> None:
