@@ -8,7 +8,6 @@ Each arrow is a method that the next steps run through; whatever goes wrong on t
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -29,6 +28,7 @@ from fasttrain.step.parity import fits_in_memory
 from fasttrain.step.replay import Programs
 from fasttrain.step.spec import StepSpec, run_passes
 from fasttrain.step.trace import Mismatch, TracedStep
+from fasttrain.step.worth import shortfall
 
 __all__ = ["AutoEngine"]
 
@@ -66,13 +66,6 @@ LAUNCHES_FROM_S = 10.0
 
 FOREVER = 1 << 40
 """Steps to expect where a program is wanted whether this job repays it or not."""
-
-EXPECTED_COMPILE_S = 25.0
-EXPECTED_TRACE_S = 0.7
-SMALL_STEP_S = 2e-3
-GAIN_OF_SMALL_STEPS, GAIN_OF_LARGE_STEPS = 0.5, 0.05
-"""What to expect before anything is measured: the time of small steps is overhead, which compiling removes; that of
-large ones is in matrix products, which it does not touch."""
 
 
 class AutoEngine:
@@ -285,9 +278,9 @@ class AutoEngine:
         if known is not None and known.refused is not None:
             self._give_up(f"an earlier run of this job refused its program: {known.refused}")
             return
-        shortfall = _shortfall(self._last_step - self._steps, self._eager_s, known)
-        if shortfall is not None:
-            self._give_up(shortfall)
+        missing = shortfall(self._last_step - self._steps, self._eager_s, known)
+        if missing is not None:
+            self._give_up(missing)
             if not len(self._programs):
                 self._run = self._run_short_of_steps
             return
@@ -360,24 +353,6 @@ class AutoEngine:
         if not len(self._programs):
             self._choice = Choice("eager", reason)
         self._run = self._replay if len(self._programs) else self._programs.step
-
-
-def _shortfall(steps: int, eager_s: float, known: Verdict | None) -> str | None:
-    """Why so many steps cannot repay a program, None if they can."""
-    trace_s = known.trace_s if known is not None else EXPECTED_TRACE_S
-    compile_s = EXPECTED_COMPILE_S
-    gain = GAIN_OF_SMALL_STEPS if eager_s < SMALL_STEP_S else GAIN_OF_LARGE_STEPS
-    if known is not None and known.program_us is not None:
-        compile_s, gain = 0.0, 1.0 - known.program_us / known.eager_us
-    alone = len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else False
-    cost_s = 2.0 * trace_s + (compile_s if alone else 0.0)
-    saved_s = max(0.0, steps * eager_s - compile_s) * gain
-    if saved_s >= cost_s:
-        return None
-    return (
-        f"the {steps:,} steps that are left take about {steps * eager_s:.1f} s: too little to repay a compiled program "
-        f"(ready in {compile_s:.0f} s, then {gain:.0%} faster)"
-    )
 
 
 class _Trial:

@@ -28,8 +28,8 @@ from fasttrain.device import total_bytes
 from fasttrain.errors import EngineError
 from fasttrain.step.kernels import define_operators
 from fasttrain.step.program import compile_graph
+from fasttrain.step.recorded import InputKind, TracedGraph
 from fasttrain.step.torch_private import lacks_resources, origins_of, unpickle_with_graph
-from fasttrain.step.trace import InputKind, TracedGraph
 from fasttrain.step.unroll import Unrolling, unroll
 
 __all__ = ["Build", "ChildEndedError", "GraphJob"]

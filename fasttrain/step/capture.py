@@ -16,7 +16,8 @@ from fasttrain.data.resident import Span
 from fasttrain.errors import EngineError
 from fasttrain.step.optimizer import first_line
 from fasttrain.step.parity import Snapshot, fits_in_memory
-from fasttrain.step.trace import Mismatch, TracedPart, TracedStep
+from fasttrain.step.recorded import TracedPart
+from fasttrain.step.trace import Mismatch, TracedStep
 
 __all__ = ["CapturedSpan", "CapturedStep", "CudaLane", "Lane", "compile_operators"]
 

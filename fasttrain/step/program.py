@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import EngineError
+from fasttrain.step.recorded import InputKind, TracedGraph
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.torch_private import compile_package, flat_runner
 from fasttrain.step.torch_private.lowering import register_lowerings
 from fasttrain.step.torch_private.marking import with_origins
-from fasttrain.step.trace import InputKind, TracedGraph, TracedStep
+from fasttrain.step.trace import TracedStep
 
 __all__ = ["StepProgram", "compile_graph"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.errors import EngineError
+from fasttrain.step.recorded import TracedGraph
 from fasttrain.step.spec import StepSpec
-from fasttrain.step.trace import Mismatch, TracedGraph, TracedStep
+from fasttrain.step.trace import Mismatch, TracedStep
 from fasttrain.step.unroll import Unrolling, takes_rows
 
 __all__ = ["TracedSpan", "span_steps"]

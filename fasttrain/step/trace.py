@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -26,95 +25,26 @@ from fasttrain.step.guards import BatchLayout, Guards
 from fasttrain.step.kernels import use_kernels
 from fasttrain.step.optimizer import OptimizerNotTracedError, first_line
 from fasttrain.step.options import MOVED, GroupOptions
+from fasttrain.step.recorded import TracedPart
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import StepState
 from fasttrain.step.torch_private import (
     has_gradient_hooks,
     has_onednn_lstm,
     prepare_for_inductor,
-    tensor_check,
     trace_graph,
     without_onednn,
 )
-from fasttrain.step.unroll import Unrolling, unroll
 
-__all__ = ["InputKind", "Mismatch", "TracedGraph", "TracedPart", "TracedStep", "trace_step"]
+__all__ = ["Mismatch", "TracedStep", "trace_step"]
 
 Batch = Any
-
-InputKind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
-"""Size, stride, dtype and device of an input."""
 
 
 class Mismatch(NamedTuple):
     """Why a traced step does not hold now."""
 
     reason: str
-
-
-class TracedGraph:
-    """A graph, and what its inputs are like.
-
-    Args:
-        recorded: the operators of a step.
-        inputs: like those that the graph takes.
-        open_dims: for each of these, the dimensions whose size is left open.
-        unrolling: how the graph is made of the recorded one; None: it is that.
-
-    Attributes:
-        recorded, open_dims, unrolling: see above.
-        kinds: of each input.
-        differ: says what differs in inputs from those that were traced, None if nothing does.
-    """
-
-    def __init__(
-        self,
-        recorded: torch.fx.GraphModule,
-        inputs: Sequence[Tensor],
-        open_dims: Sequence[frozenset[int]],
-        unrolling: Unrolling | None = None,
-    ) -> None:
-        self.recorded = recorded
-        self.unrolling = unrolling
-        self.open_dims = list(open_dims)
-        self.kinds: list[InputKind] = [(each.shape, each.stride(), each.dtype, each.device) for each in inputs]
-        self.differ = tensor_check(inputs, self.open_dims)
-
-    @cached_property
-    def graph(self) -> torch.fx.GraphModule:
-        """The graph itself. Unrolling one takes 0.1 s: a child does it where it is only compiled."""
-        return self.recorded if self.unrolling is None else unroll(self.recorded, self.unrolling)
-
-
-class TracedPart(TracedGraph):
-    """One graph of a step.
-
-    Args:
-        function: what was traced.
-        part: which part of the step that is.
-        graph: takes state, options, gradients, batch and closed-over tensors, in this order (see `StepFunction`).
-        inputs: what it was traced with, without the closed-over tensors.
-        open_dims: for each of these, the dimensions whose size is left open.
-        closed_over: tensors that forward reads without being given them.
-
-    Attributes:
-        part, closed_over: see above.
-        reached: the places (in the state) of the parameters that get gradients.
-    """
-
-    def __init__(
-        self,
-        function: StepFunction,
-        part: Part,
-        graph: torch.fx.GraphModule,
-        inputs: Sequence[Tensor],
-        open_dims: Sequence[frozenset[int]],
-        closed_over: Sequence[Tensor],
-    ) -> None:
-        super().__init__(graph, [*inputs, *closed_over], [*open_dims, *[frozenset[int]()] * len(closed_over)])
-        self.part = part
-        self.closed_over = closed_over
-        self.reached = function.reached
 
 
 class TracedStep:

@@ -320,4 +320,4 @@ def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has `auto` take a program up within ten steps, whether it is faster or not."""
     for name, value in HASTE.items():
         monkeypatch.setattr(auto, name, value)
-    monkeypatch.setattr(auto, "_shortfall", lambda *_: None)
+    monkeypatch.setattr(auto, "shortfall", lambda *_: None)

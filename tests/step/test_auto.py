@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fasttrain.step import auto
+from fasttrain.step import auto, worth
 from fasttrain.step.cache import Verdict
 from tests.step.fakes import TRIAL_ROUNDS, Lab
 from tests.step.jobs import batches, everything, train_step
@@ -116,7 +116,7 @@ def test_what_is_known_to_pay_needs_fewer_steps(lab: Lab) -> None:
 def test_the_only_processor_is_not_shared_with_a_compiler_for_nothing(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(worth.os, "sched_getaffinity", lambda _: {0})
     seconds_to_come = 40.0  # repays a compiler that runs beside it, as another test shows
     Job(round(seconds_to_come / lab.eager_s)).run(MEASURED + auto.POLL_STEPS)
     assert not lab.begun
