@@ -15,12 +15,13 @@ from unittest import mock
 
 import torch
 
-from fasttrain.data.resident import ResidentBatches
+from fasttrain.data.resident import ResidentEpoch, Span
 from fasttrain.data.stream import Prefetcher
 from fasttrain.measure.places import Place, user_place
 from fasttrain.metrics import RunningMetrics
 from fasttrain.step import eager
 from fasttrain.step.program import StepProgram
+from fasttrain.step.span import TracedSpan
 from fasttrain.step.trace import TracedStep
 
 __all__ = ["MARK", "STEP", "Phases", "gap_phase"]
@@ -94,9 +95,9 @@ class Phases:
         self._now = ExitStack()
 
     def __enter__(self) -> Phases:
-        """Wraps fasttrain's sources of batches: their iterators live longer than a pass."""
-        for source in (ResidentBatches, Prefetcher):
-            self._always.enter_context(mock.patch.object(source, "__iter__", self._timed_source(source.__iter__)))
+        """Wraps `Prefetcher`: its iterators live longer than a pass."""
+        make = Prefetcher.__iter__
+        self._always.enter_context(mock.patch.object(Prefetcher, "__iter__", self._timed_source(make)))
         self._always.enter_context(mock.patch.object(StepProgram, "__init__", self._counted(StepProgram.__init__)))
         return self
 
@@ -260,7 +261,11 @@ _METHODS: tuple[tuple[Any, str, str, str], ...] = (
     (eager, "run_backward", "backward", "python"),
     (eager.EagerEngine, "apply_if_due", "optimizer", "python"),
     (RunningMetrics, "update", "metrics", "python"),
+    (ResidentEpoch, "__next__", "data wait", "python"),
+    (ResidentEpoch, "take", "data wait", "python"),
+    (Span, "batches", "data wait", "python"),
     (TracedStep, "inputs", "program", "guards and inputs"),
+    (TracedSpan, "inputs", "program", "guards and inputs"),
     (StepProgram, "run", "program", "generated code"),
 )
 """What is wrapped while the watch is on: (owner, name, phase, what runs in it where no operator does)."""

@@ -190,6 +190,22 @@ def test_phases_of_a_fast_loop(tmp_path: Path) -> None:
     assert phases.seconds["other"] < 0.2 * total
 
 
+def test_resident_batches_can_be_taken_several_at_a_time_and_count_as_data() -> None:
+    data = resident(torch.zeros(80, 2), batch_size=8, device="cpu")
+    phases = Phases()
+    with phases:
+        epoch = iter(data)
+        phases.start(is_marking=False)
+        next(epoch)
+        single = phases.seconds["data wait"]
+        taken = epoch.take(4)
+        assert taken is not None
+        phases.step()
+        phases.stop()
+    assert taken.steps == 4
+    assert 0 < single < phases.seconds["data wait"]
+
+
 def test_the_stopwatch_gives_all_time_to_a_phase() -> None:
     clock = Clock()
     phases = Phases(clock)
