@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
@@ -139,7 +138,7 @@ def warm_reviews(config: TrainConfig) -> Choice:
     data, _ = _load(config)
     job = _Job(replace(config, engine="auto"), data, resolve_device(config.device))
     job.settle_threads()
-    job.loop.step.settle(batch for _ in itertools.count() for batch in job.batches)
+    job.loop.step.settle(job.batches)
     return job.loop.step.engine
 
 
