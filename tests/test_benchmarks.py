@@ -178,8 +178,8 @@ def part(code: str, limit_s: float = 60.0) -> gpu.Part:
 
 def test_each_part_of_the_gpu_check_keeps_its_bound(tmp_path: Path) -> None:
     begin = time.perf_counter()
-    slow = "import time, sys\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
-    assert gpu.run_part(part(slow), tmp_path, 2.0) == "interrupted after 2 s"
+    slow = "try:\n import time; time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    assert gpu.run_part(part(slow), tmp_path, 4.0) == "interrupted after 4 s"
     assert (tmp_path / "part.txt").read_text() == "kept\n"
     assert time.perf_counter() - begin < 10
     ended = gpu.run_parts([part("raise SystemExit(3)"), part("", 0.5)], tmp_path, 1e-9)

@@ -14,6 +14,7 @@ exact for normal sums only, and at 10 pairs signed ranks have no level between t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -36,6 +37,9 @@ __all__ = [
     "signed_rank_interval",
     "verdict",
 ]
+
+LEAST = sys.float_info.epsilon
+"""Of a logarithm: what is told is the ratio, and less does not make another one of it."""
 
 VerdictKind = Literal["FASTER", "SAME", "SLOWER", "INCONCLUSIVE"]
 
@@ -182,9 +186,9 @@ def noise_of(log_ratios: Sequence[float]) -> Noise:
 def _kind(centre: float, interval: Interval | None, tolerated: float) -> VerdictKind:
     if interval is None:
         return "INCONCLUSIVE"
-    if math.exp(interval.low) > 1 and centre > tolerated:  # what is told is the ratio: 1e-217 beyond it is nothing
+    if interval.low > LEAST and centre > tolerated:
         return "FASTER"
-    if math.exp(interval.high) < 1 and centre < -tolerated:
+    if interval.high < -LEAST and centre < -tolerated:
         return "SLOWER"
     return "SAME" if -tolerated <= interval.low and interval.high <= tolerated else "INCONCLUSIVE"
 
