@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fasttrain.step.cache import default_folder
+from tests.step.cuda_stand_in import Recording
 from tests.step.fakes import Graphs, hasten
 
 
@@ -50,3 +51,9 @@ def own_programs(own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def graphs(own_programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """The traced graph runs in place of machine code."""
     return Graphs(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def lane() -> Recording:
+    """What stands in for CUDA graphs."""
+    return Recording()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fasttrain.comparison import Comparison
 from fasttrain.measure.bench.record import ArmRecord, BenchRecord, BlockFigures, Design, write_record
 from fasttrain.measure.profiling.file import write_profile
 from fasttrain.measure.profiling.record import (
@@ -18,6 +19,7 @@ from fasttrain.measure.profiling.record import (
     Profile,
     Traffic,
 )
+from fasttrain.measure.verdict.compare import compare
 from fasttrain.measure.verdict.stats import Noise
 
 WORKLOAD = {"name": "reviews", "batch_size": 128, "optimizer": "Adam, learning rate 0.001", "precision": "fp32"}
@@ -127,3 +129,10 @@ def stored_profile(path: Path, made: Profile) -> Path:
     """Writes a profile and returns where."""
     write_profile(made, path)
     return path
+
+
+OPERATORS = {("aten::mm", "forward"): 100.0, ("aten::mm", "backward"): 200.0, ("aten::add_", "optimizer"): 50.0}
+
+
+def compared(a: Path | str, b: Path | str, **options: Any) -> Comparison:
+    return compare(str(a), str(b), command="python -m fasttrain compare A B", **options)

@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 
 import benchmarks.peers
 from fasttrain.comparison import Comparison
-from fasttrain.errors import ConfigError, DataError, FasttrainError
+from fasttrain.errors import ConfigError, DataError
 from fasttrain.measure.profiling.record import HostRead, Recompilation
-from fasttrain.measure.verdict.compare import PEERS, compare, compare_arms
+from fasttrain.measure.verdict.compare import PEERS, compare_arms
 from fasttrain.measure.verdict.sides import BenchArm
 from fasttrain.measure.verdict.stats import MOST_PAIRS
 from tests.measure.verdict.comparisons import (
     ENVIRONMENT,
+    OPERATORS,
     SPREAD,
     WORKLOAD,
     arm,
+    compared,
     profile,
     record,
     stored,
@@ -32,11 +34,6 @@ from tests.measure.verdict.comparisons import (
 )
 
 SHUFFLED = (*SPREAD[5:], *SPREAD[:5])
-OPERATORS = {("aten::mm", "forward"): 100.0, ("aten::mm", "backward"): 200.0, ("aten::add_", "optimizer"): 50.0}
-
-
-def compared(a: Path | str, b: Path | str, **options: Any) -> Comparison:
-    return compare(str(a), str(b), command="python -m fasttrain compare A B", **options)
 
 
 def arms_of_one(tmp_path: Path, a_us: float, b_us: float, spread: Sequence[float] = SHUFFLED) -> Comparison:
@@ -334,66 +331,6 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
         compared(a_profile, a_profile, through="textbook")
     with pytest.raises(DataError, match=r"nowhere\.json"):
         compared(tmp_path / "nowhere.json", file)
-
-
-HOSTILE = [
-    "",
-    "[]",
-    "{}",
-    '{"kind": "bench"}',
-    '{"kind": "profile"}',
-    '{"kind": ["bench"]}',
-    '{"kind": "bench", "schema_version": 1e999}',
-    "[" * 100_000,
-    '{"kind": "bench", "schema_version": ' + "9" * 5000 + "}",
-    "\x80\x04\x95pickle",
-]
-
-
-@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_file_that_is_no_record_is_refused(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "r.json"
-    file.write_bytes(content.encode("latin-1"))
-    with pytest.raises(DataError, match=r"r\.json"):
-        compared(file, file)
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to every value of plain data."""
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.data())
-def test_any_value_in_any_place_is_compared_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    folder = tmp_path_factory.mktemp("files")
-    bench = json.loads(json.dumps(record({"eager": arm(500), "auto": arm(400, SPREAD[:8])}).to_dict()))
-    content = data.draw(st.sampled_from([bench, json.loads(profile(OPERATORS).to_text())]))
-    *way, last = data.draw(st.sampled_from(places(content)[1:]))
-    node = content
-    for key in way:
-        node = node[key]
-    node[last] = data.draw(anything)
-    file = folder / "r.json"
-    file.write_text(json.dumps(content), encoding="utf-8")
-    side = f"{file}:eager" if content is bench else str(file)
-    try:
-        found = compared(side, file)
-    except FasttrainError as error:
-        assert str(file) in str(error) or isinstance(error, ConfigError)  # noqa: PT017
-    else:
-        json.dumps(found.to_dict())
-        assert found.exit_code in (0, 1, 3, 4)
 
 
 def test_times_beyond_all_sense_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""A stand-in for CUDA graphs, on the CPU, and steps that run by it: for the tests of the graphed engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fasttrain import TrainStep
+from fasttrain.device import Choice
+from fasttrain.step.graphed import GraphedEngine
+from tests.step import jobs
+
+EXACT = 1e-10
+"""The operators are those of the trace, one by one: in double precision nothing but rounding differs."""
+
+ASKED = Choice("graphed", "asked for")
+
+
+class Recording:
+    """A stand-in for CUDA: what is captured does not run; what is replayed runs with the tensors of then.
+
+    Attributes:
+        captures: how many there were.
+        launches: of graphs.
+        on_capture: called before each capture.
+        spoil: what a compiled graph does to its loss.
+        price: what a span of 16 steps takes, by the number of launches.
+    """
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.launches = 0
+        self.on_capture: Callable[[], None] = lambda: None
+        self.spoil: Callable[[Tensor], Tensor] = lambda loss: loss
+        self.price: Callable[[int], float] = float
+        self.is_aside = False
+
+    def compiled(self, graph: GraphModule) -> Callable[..., Tensor]:
+        return lambda *inputs: self.spoil(graph(*inputs))
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        assert not self.is_aside
+        self.is_aside = True
+        yield
+        self.is_aside = False
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        assert not self.is_aside
+        self.on_capture()
+        rng = torch.get_rng_state()
+        with Memory(is_capturing=True) as captured:
+            run()
+        captured.put_back()
+        torch.set_rng_state(rng)
+        self.captures += 1
+        kept: list[Tensor] = []
+        replays = itertools.count()
+
+        def replay() -> Tensor:
+            self.launches += 1
+            if next(replays) > 2:  # it takes long
+                result = run()
+            else:
+                with Memory() as memory:
+                    result = run()
+                assert memory.met.keys() == captured.met.keys(), "it reads memory that was not captured"
+            if not kept:
+                kept.append(torch.empty_like(result))
+            return kept[0].copy_(result)
+
+        return replay
+
+    def timed(self, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        before = self.launches
+        return run(), self.price(self.launches - before)
+
+
+class Memory(TorchDispatchMode):
+    """Keeps what was in the memory that is met and was not made inside, by address."""
+
+    def __init__(self, *, is_capturing: bool = False) -> None:
+        super().__init__()
+        self.met: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._made: set[int] = set()
+        self._is_capturing = is_capturing
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._is_capturing and func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        for storage in _memory((args, kwargs)):
+            if storage.data_ptr() not in self._made and storage.data_ptr() not in self.met:
+                self.met[storage.data_ptr()] = storage, storage.clone()
+        result = func(*args, **(kwargs or {}))
+        self._made |= {storage.data_ptr() for storage in _memory(result)} - self.met.keys()
+        return result
+
+    def put_back(self) -> None:
+        """A capture runs nothing."""
+        for storage, before in self.met.values():
+            storage.copy_(before)
+
+
+def _memory(values: Any) -> list[torch.UntypedStorage]:
+    return [each.untyped_storage() for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def graphed_step(lane: Recording, **options: Any) -> TrainStep:
+    return with_graphs(jobs.train_step("eager", **options), lane)
+
+
+def with_graphs(step: TrainStep, lane: Recording) -> TrainStep:
+    step._engine = GraphedEngine(step.spec, ASKED, lane)  # pyright: ignore[reportPrivateUsage]
+    return step

@@ -1,0 +1,177 @@
+"""Several steps a launch of the graphed engine, on a stand-in for CUDA graphs: the numbers are eager's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttrain import TrainStep, resident
+from fasttrain.data.ragged import Ragged
+from fasttrain.data.resident import Span
+from fasttrain.step import graphed
+from fasttrain.step.graphed import SpanGraphs
+from fasttrain.step.spec import run_steps
+from tests.step import jobs
+from tests.step.cuda_stand_in import EXACT, Recording, graphed_step
+from tests.step.jobs import batches, everything, run
+from tests.step.test_compiled import CHANGES
+
+pytestmark = pytest.mark.usefixtures("in_double")
+
+ROWS = 8
+NUM_BATCHES = 37
+
+
+EPOCHS = 5
+"""Until it is decided, in a short trial."""
+
+
+@pytest.fixture(autouse=True)
+def short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "TRIAL_ROUNDS", 1)
+
+
+def data(num_batches: int = NUM_BATCHES) -> Any:
+    x, y = (torch.cat(part) for part in zip(*batches(num_batches), strict=True))
+    return resident(x, y, batch_size=ROWS, device="cpu", seed=2)
+
+
+def train(step: TrainStep, source: Any, epochs: int) -> list[int]:
+    """Epochs through whatever the engine makes of them; returns the sizes of the spans, 1 for single steps."""
+    torch.manual_seed(11)
+    sizes = []
+    for _ in range(epochs):
+        for ran in run_steps(step._engine, iter(source)):  # pyright: ignore[reportPrivateUsage]
+            sizes.append(ran.steps if isinstance(ran, Span) else 1)
+    step.flush()
+    return sizes
+
+
+def assert_epochs_as_eager(step: TrainStep) -> list[int]:
+    eager = jobs.train_step("eager")
+    train(eager, data(), EPOCHS)
+    sizes = train(step, data(), EPOCHS)
+    torch.testing.assert_close(everything(step), everything(eager), rtol=EXACT, atol=EXACT)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("price", "size"),
+    [
+        ({16: 3.0, 4: 2.0, 1: 1.0}, 16),
+        ({16: 3.0, 4: 1.0, 1: 2.0}, 4),
+        ({16: 1.0, 4: 1.0, 1: 1.0}, 1),
+        ({16: 1.0, 4: 0.9, 1: 0.89}, 4),
+    ],
+)
+def test_the_number_of_steps_a_launch_is_measured(price: dict[int, float], size: int, lane: Recording) -> None:
+    """16, 4 or 1 steps a launch are 1, 4 or 16 launches; remainders run one by one."""
+    lane.price = lambda launches: price.get(launches, 100.0)  # the first of each size also proves its graph
+    step = graphed_step(lane)
+    sizes = assert_epochs_as_eager(step)
+    assert sizes[:2] == [1, 1], "eagerly, then compared with eager"
+    assert step.span == size
+    assert f"; {size} steps a launch, measured us a step by steps a launch: 1: " in step.engine.reason
+    assert sum(sizes) == EPOCHS * NUM_BATCHES
+    last = [*[size] * (NUM_BATCHES // size), *[1] * (NUM_BATCHES % size)]
+    assert sizes[-len(last) :] == last
+
+
+def test_a_span_is_one_launch(lane: Recording) -> None:
+    step, source = graphed_step(lane), data()
+    train(step, source, EPOCHS)
+    span = iter(source).take(16)
+    assert span is not None
+    before = lane.launches
+    losses = step.steps(span)
+    assert (losses.shape, lane.launches) == (torch.Size([16]), before + 1)
+    kept = losses.clone()
+    step.steps(span)
+    assert torch.equal(losses, kept), "a later launch overwrote them"
+
+
+def test_the_losses_of_spans_are_those_of_single_steps(lane: Recording) -> None:
+    """In all rounds of the trial, of one, four and sixteen launches."""
+    losses: list[list[Tensor]] = []
+    for step in (graphed_step(lane), jobs.train_step("eager")):
+        run(step, batches(2))
+        source = data()
+        spans = [span for _ in range(EPOCHS) for epoch in [iter(source)] for span in (epoch.take(16), epoch.take(16))]
+        losses.append([step.steps(span) for span in spans if span is not None])
+    assert len(losses[0]) == 2 * EPOCHS
+    torch.testing.assert_close(losses[0], losses[1], rtol=EXACT, atol=EXACT)
+
+
+def test_other_resident_data_get_graphs_of_their_own(lane: Recording) -> None:
+    step, eager = graphed_step(lane), jobs.train_step("eager")
+    for each in (step, eager):
+        train(each, data(), EPOCHS)
+    before = lane.captures
+    other = data(NUM_BATCHES - 1)
+    train(step, other, EPOCHS)
+    train(eager, data(NUM_BATCHES - 1), EPOCHS)
+    torch.testing.assert_close(everything(step), everything(eager), rtol=EXACT, atol=EXACT)
+    assert lane.captures == before + 2
+    launches, span = lane.launches, iter(other).take(16)
+    assert span is not None
+    step.steps(span)
+    assert lane.launches == launches + 1
+
+
+@pytest.mark.parametrize("name", ["the rate", "the optimizer's state", "a frozen layer", "eval mode", "weight decay"])
+def test_a_change_between_spans_has_eagers_effect(name: str, lane: Recording) -> None:
+    steps, sources = [graphed_step(lane), jobs.train_step("eager")], [data(), data()]
+    changes = CHANGES[name](3)
+    for step, source in zip(steps, sources, strict=True):
+        train(step, source, EPOCHS)
+        for epoch in range(6):
+            changes.get(epoch, lambda _: None)(step)
+            train(step, source, 1)
+    torch.testing.assert_close(everything(steps[0]), everything(steps[1]), rtol=EXACT, atol=EXACT)
+    assert steps[0].span == 16
+
+
+def test_a_launch_of_other_numbers_is_not_used(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(graphed.CapturedSpan):
+        def run(self, span: Span) -> Any:
+            losses: Any = super().run(span)
+            return losses * 1.1 if span.steps == 16 else losses
+
+    monkeypatch.setattr(graphed, "CapturedSpan", Wrong)
+    step = graphed_step(lane)
+    assert_epochs_as_eager(step)
+    assert step.span == 4
+    assert "; 16 steps a launch were refused: other numbers than single steps: the loss is" in step.engine.reason
+
+
+def test_batches_that_are_not_plain_rows_run_one_by_one(lane: Recording) -> None:
+    """Where they cannot be gathered in a graph, that is said, and training goes on."""
+
+    class Halved:
+        def __init__(self, source: Any) -> None:
+            self.source = source
+            self.columns = [Ragged(torch.zeros(1), torch.zeros(2)), *source.columns]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.source, name)
+
+    step = graphed_step(lane)
+    source = data()
+    run(step, batches(2))
+    for _ in range(4):
+        span = iter(source).take(16)
+        assert span is not None
+        object.__setattr__(span, "source", Halved(source))
+        assert step.steps(span).shape == (16,)
+    assert step.span == 1
+    assert "4 steps a launch were refused: batches hold other tensors than the columns" in step.engine.reason
+
+
+def test_settling_trains_until_the_number_is_known(lane: Recording) -> None:
+    step = graphed_step(lane)
+    step.settle(data())
+    assert step.span == SpanGraphs.MOST_STEPS
+    assert step.compile_s is not None
