@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,10 +24,10 @@ from benchmarks.records import times_better
 from fasttrain import DataError, EngineError, FasttrainError
 from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
 from fasttrain.measure.bench.arms import TextbookArm
-from fasttrain.measure.bench.block import check_losses, running_means
-from fasttrain.measure.bench.runner import BlockRunner
+from fasttrain.measure.bench.losses import check_losses, running_means
+from fasttrain.measure.bench.messages import ArmTask
+from fasttrain.measure.bench.runner import ArmRunner
 from fasttrain.measure.bench.sources import find_factory, peers
-from fasttrain.measure.bench.task import BlockTask
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.job import Job, load_job
 from fasttrain.workloads.mlp import mlp_job
@@ -164,27 +165,39 @@ def test_frameworks_train_the_same_numbers(name: str, monkeypatch: pytest.Monkey
         pytest.skip(f"{name} is not installed")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     wanted = tuple(running_means(run(TextbookArm(load_job("mlp", CPU)), CHECKED_STEPS)))
-    task = BlockTask(source=name, workload="mlp", device="cpu", threads=1, reference=wanted, timed_s=0.05)
-    result = BlockRunner({}, folder=REPOSITORY)(task)
-    assert result.refused is None, result.refused
-    assert result.died is None, result.last_words
-    assert result.agreement is not None
-    assert result.agreement < 1e-5
+    task = ArmTask(source=name, workload="mlp", device="cpu", threads=1, reference=wanted)
+    with ArmRunner({}, folder=REPOSITORY)(task) as process:
+        assert process.started.refused is None, process.started.refused
+        assert process.started.agreement is not None
+        assert process.started.agreement < 1e-5
+        assert process.slice(0.05).steps >= 1
 
 
 def part(code: str, limit_s: float = 60.0) -> gpu.Part:
     return gpu.Part("part", limit_s, [sys.executable, "-c", code])
 
 
+SLOW = "try:\n import time; time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+
+
 def test_each_part_of_the_gpu_check_keeps_its_bound(tmp_path: Path) -> None:
     begin = time.perf_counter()
-    slow = "try:\n import time; time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
-    assert gpu.run_part(part(slow), tmp_path, 4.0) == "interrupted after 4 s"
+    assert gpu.run_part(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
     assert (tmp_path / "part.txt").read_text() == "kept\n"
     assert time.perf_counter() - begin < 10
     ended = gpu.run_parts([part("raise SystemExit(3)"), part("", 0.5)], tmp_path, 1e-9)
     assert ended == {"part": "no time was left"}
     assert gpu.run_part(part("raise SystemExit(3)"), tmp_path, 60.0).startswith("exit code 3, ")
+
+
+def test_a_part_keeps_what_it_has_where_the_check_runs_in_the_background(tmp_path: Path) -> None:
+    found = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what ends in &
+    try:
+        assert gpu.run_part(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, found)
+    assert (tmp_path / "part.txt").read_text() == "kept\n"
 
 
 def test_what_a_part_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

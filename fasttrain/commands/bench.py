@@ -16,9 +16,10 @@ from fasttrain.errors import ConfigError, DataError
 from fasttrain.json_text import json_text
 from fasttrain.measure.bench.machine import Machine
 from fasttrain.measure.bench.noise import known_noise, remember_noise
-from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, measured_noise, run_bench
+from fasttrain.measure.bench.plan import ArmSpec, BenchPlan
 from fasttrain.measure.bench.record import BenchRecord, check_target, write_record
-from fasttrain.measure.bench.runner import BlockRunner, check_users_arm, fresh_caches
+from fasttrain.measure.bench.run import measured_noise, run_bench
+from fasttrain.measure.bench.runner import ArmRunner, check_users_arm, fresh_caches
 from fasttrain.measure.bench.sources import DEFAULT_ARMS, check_source, peers
 from fasttrain.measure.bench.summary import markdown, terminal
 from fasttrain.measure.environment import clock_mhz, environment, load_average, now
@@ -72,8 +73,8 @@ class Bench:
     warmup_s: float = 0.5
     """Least seconds of steps in a process before any is timed."""
 
-    timed_s: float = 1.0
-    """Least seconds of timed steps in a process."""
+    timed_s: float = 2.0
+    """Seconds of timed steps of an arm in a block, on average over the arms; they take turns."""
 
     seed: int = 0
     """Of the order of the arms in each block."""
@@ -100,7 +101,7 @@ class Bench:
         with fresh_caches() as variables:
             record, is_interrupted = run_bench(
                 plan,
-                BlockRunner(variables),
+                ArmRunner(variables),
                 Machine(device),
                 _log,
                 environment=before,

@@ -49,8 +49,8 @@ class Compare:
     blocks: int = 10
     """With --rev: how many blocks. If they decide nothing, as many again are measured, once."""
 
-    timed_s: float = 1.0
-    """With --rev: least seconds of timed steps in a block's process."""
+    timed_s: float = 2.0
+    """With --rev: seconds of timed steps of each revision in a block; they take turns."""
 
     device: str = "auto"
     """With --rev: auto, cpu, cuda or cuda:N."""

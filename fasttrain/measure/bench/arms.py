@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fasttrain.loop import FastLoop, Interrupted
 from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, ArmFactory
+from fasttrain.measure.bench.rounds import SLICE_S
 from fasttrain.metrics import count_correct
 from fasttrain.reference import train_epoch
 from fasttrain.step.parity import Snapshot
@@ -35,8 +36,8 @@ __all__ = [
     "wait_for",
 ]
 
-PASS_S = 0.5
-"""A pass over an epoch that would take longer than this ends when it has taken so long."""
+PASS_S = SLICE_S
+"""A pass over an epoch that would take longer than this ends when it has taken so long: then others have their turn."""
 
 
 class TextbookArm:

@@ -16,7 +16,8 @@ from fasttrain.step.cache import default_folder
 
 __all__ = ["known_noise", "noise_file", "remember_noise"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Raise it when noise is measured in another way; what an older version has measured is forgotten."""
 
 OF_MACHINE = ("cpu", "cores", "device")
 """What of an environment makes a machine another one."""
@@ -76,6 +77,8 @@ def _machines(path: Path) -> dict[str, dict[str, Noise]]:
         return {}
     try:
         node = Node(read_json(path), "the noise")
+        if node.integer("schema_version") < SCHEMA_VERSION and node.text("kind") == "noise":
+            return {}
         if node.integer("schema_version") != SCHEMA_VERSION or node.text("kind") != "noise":
             raise DataError(f"is not of schema version {SCHEMA_VERSION}: remove it, and run bench --aa again")
         machines = node.named("machines")

@@ -1,4 +1,4 @@
-"""The record of a benchmark: every raw figure of every block, under what it was measured, as JSON of schema 2.
+"""The record of a benchmark: every raw figure of every block, under what it was measured, as JSON of schema 3.
 
 Pairs of two arms are formed by the block's number. Nothing here imports torch: records are read without it.
 """
@@ -28,7 +28,7 @@ __all__ = [
     "write_record",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raise it when a field changes its meaning, appears or goes; files of another version are refused."""
 
 SHOWN_OF_ENVIRONMENT = ("cpu", "device", "torch", "python", "fasttrain")
@@ -41,18 +41,19 @@ class BlockFigures:
 
     Attributes:
         block: its number, from 0; arms of one number are pairs.
-        position: when its turn came in the block, from 0.
-        step_s: median seconds of a step.
+        position: when its process was started, from 0.
+        step_s: seconds of a step, at the speed that the machine had in the median round; see `rounds.levels`.
         steps: that were timed.
+        rounds: in which they were, the arms of the block taking turns.
         samples_per_step: rows that a step trains on.
         import_s: from the start of the process until everything was imported.
         compile_s: waiting for a trace or a compiler; None where the arm knows of none.
         first_step_s: the first step, with what it compiles.
         peak_bytes: of the process (CPU) or of the device's allocator (CUDA); None: unknown.
-        runnable: threads of others that ran or waited for a core just before; None: unknown.
+        runnable: threads of others that ran or waited for a core just before the rounds; None: unknown.
         flags: what was wrong with the machine: "load" (with what ran just before, more threads wanted to run than there
             are cores), "waited" (the process had to wait for a core while it was timed), "throttled".
-        repeats: attempts at this block that were flagged and repeated.
+        repeats: attempts at the rounds of this block before, of which a flag or a death made nothing.
         engine: what ran the steps in the end, and why; None where that is no question.
     """
 
@@ -60,6 +61,7 @@ class BlockFigures:
     position: int
     step_s: float
     steps: int
+    rounds: int
     samples_per_step: int
     import_s: float
     compile_s: float | None
@@ -83,6 +85,7 @@ class BlockFigures:
             position=node.integer("position"),
             step_s=node.number("step_s", is_positive=True),
             steps=node.integer("steps", 1),
+            rounds=node.integer("rounds", 1),
             samples_per_step=node.integer("samples_per_step", 1),
             import_s=node.number("import_s"),
             compile_s=node.number_or_none("compile_s"),
@@ -152,7 +155,8 @@ class Design:
         blocks: that were planned.
         extended: the one extension, to twice as many, was made.
         warmup_s: least seconds of steps before any is timed.
-        timed_s: least seconds of timed steps in a process.
+        timed_s: seconds of timed steps of an arm in a block, on average over the arms.
+        slice_s: least seconds of an arm's turn in a round.
         threads: of every arm that has no number of its own in its name.
         seed: of the order of the arms in each block.
     """
@@ -161,6 +165,7 @@ class Design:
     extended: bool
     warmup_s: float
     timed_s: float
+    slice_s: float
     threads: int
     seed: int
 
@@ -172,6 +177,7 @@ class Design:
             extended=node.flag("extended"),
             warmup_s=node.number("warmup_s"),
             timed_s=node.number("timed_s"),
+            slice_s=node.number("slice_s"),
             threads=node.integer("threads", 1),
             seed=node.integer("seed"),
         )

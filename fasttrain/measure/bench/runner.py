@@ -1,4 +1,4 @@
-"""Starts the fresh process of a block, and reads what it leaves."""
+"""Starts the fresh processes of arms, and asks them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fasttrain.errors import ConfigError, DataError
+from fasttrain.measure.bench.messages import ArmState, ArmTask, ProcessDiedError, Slice, Started
 from fasttrain.measure.bench.sources import NOT_THERE
-from fasttrain.measure.bench.task import BlockResult, BlockTask
-from fasttrain.measure.strict import read_json
+from fasttrain.measure.strict import Node
 from fasttrain.step.cache import ProgramCache, default_folder
 
-__all__ = ["THREAD_VARIABLES", "BlockRunner", "check_users_arm", "fresh_caches"]
+__all__ = ["THREAD_VARIABLES", "ArmProcess", "ArmRunner", "check_users_arm", "fresh_caches"]
 
 TIMEOUT_S = 900.0
-"""A process that takes longer has died: the longest part is a compiler, which takes a minute or two."""
+"""A process that does not answer for so long has died: the longest part is a compiler, which takes a minute or two."""
+
+GRACE_S = 10.0
+"""So long a process may take to end of itself."""
 
 LAST_WORDS = 1_500
 """Characters of a dead process's output that are kept."""
@@ -33,14 +39,73 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 """What libraries take their number of threads from when they are loaded."""
 
 
-class BlockRunner:
-    """Runs tasks, each in a Python of its own, in the folder of this process.
+Message = TypeVar("Message", Started, Slice, ArmState)
+
+
+class ArmProcess:
+    """The process of an arm, which waits to be asked.
+
+    Args:
+        child: the process.
+        connection: to it.
+        output: the file that holds what it prints.
+        timeout_s: after so long without an answer it is given up.
+        task: what it is to run.
+
+    Attributes:
+        started: what it told once it was ready.
+
+    Raises:
+        ProcessDiedError: it ended before it was ready, or took too long.
+    """
+
+    def __init__(
+        self, child: subprocess.Popen[bytes], connection: Connection, output: Path, timeout_s: float, task: ArmTask
+    ) -> None:
+        self._child = child
+        self._connection = connection
+        self._output = output
+        self._timeout_s = timeout_s
+        self.started = self._ask(task.to_dict(), Started.from_node)
+
+    def slice(self, seconds: float) -> Slice:
+        """Has it run steps for so long; raises `ProcessDiedError`."""
+        return self._ask(seconds, Slice.from_node)
+
+    def state(self) -> ArmState:
+        """What is known of its arm by now; raises `ProcessDiedError`."""
+        return self._ask(None, ArmState.from_node)
+
+    def _ask(self, request: Any, read: Callable[[Node], Message]) -> Message:
+        try:
+            self._connection.send_bytes(json.dumps(request).encode())
+            if not self._connection.poll(self._timeout_s):
+                raise ProcessDiedError(f"it was ended after {self._timeout_s:g} s")
+            answer = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            raise self._death() from None
+        try:
+            return read(Node(json.loads(answer), "its answer"))
+        except (ValueError, DataError) as error:
+            raise ProcessDiedError(str(error)) from None
+
+    def _death(self) -> ProcessDiedError:
+        """Of a process that failed: in short what it said last, which is mostly the exception, and more of it."""
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(GRACE_S)
+        said = self._output.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
+        last_line = said.splitlines()[-1][:LAST_LINE] if said else "it said nothing"
+        return ProcessDiedError(f"exit code {self._child.returncode}: {last_line}", said)
+
+
+class ArmRunner:
+    """Starts processes of arms, each a Python of its own, in the folder of this process.
 
     Args:
         variables: environment variables, beside those of this process. With an XDG_CACHE_HOME among them, each process
             decides anew what runs its steps: programs are shared, what an earlier process has measured of them is not.
         folder: where the processes run; None: where this one does.
-        timeout_s: after so long a process is ended, and has died.
+        timeout_s: after so long without an answer a process is ended, and has died.
     """
 
     def __init__(
@@ -50,36 +115,35 @@ class BlockRunner:
         self._folder = folder
         self._timeout_s = timeout_s
 
-    def __call__(self, task: BlockTask) -> BlockResult:
-        """Runs a task and waits for it; however this ends, the process has ended too."""
+    @contextmanager
+    def __call__(self, task: ArmTask) -> Generator[ArmProcess]:
+        """A process that is ready to be timed; however this is left, it has ended then, with what it has started.
+
+        Raises:
+            ProcessDiedError: it ended before it was ready, or took too long.
+        """
         if "XDG_CACHE_HOME" in self._variables:
             ProgramCache(default_folder(self._variables)).forget()
         threads = dict.fromkeys(THREAD_VARIABLES, str(task.threads))
-        with tempfile.TemporaryDirectory(prefix="fasttrain-block-") as scratch:
-            task_file, result_file, output = (Path(scratch, name) for name in ("task.json", "result.json", "output"))
-            task_file.write_text(json.dumps(task.to_dict()), encoding="utf-8")
-            command = [sys.executable, "-m", "fasttrain.measure.bench.block", str(task_file), str(result_file)]
-            with output.open("wb") as file:
-                child = subprocess.Popen(
-                    [*command, repr(time.time())],
-                    cwd=self._folder,
-                    env={**os.environ, **threads, **self._variables},
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    process_group=0,
-                )
-                with _ended(child):
-                    try:
-                        child.wait(self._timeout_s)
-                    except subprocess.TimeoutExpired:
-                        return BlockResult(died=f"it was ended after {self._timeout_s:g} s")
-            if child.returncode != 0:
-                return _dead(output, child.returncode)
-            try:
-                return BlockResult.from_dict(read_json(result_file))
-            except DataError as error:
-                return BlockResult(died=str(error))
+        with tempfile.TemporaryDirectory(prefix="fasttrain-arm-") as scratch, ExitStack() as stack:
+            output = Path(scratch, "output")
+            connection, childs = map(stack.enter_context, Pipe())
+            child = subprocess.Popen(
+                [sys.executable, "-m", "fasttrain.measure.bench.process", str(childs.fileno()), repr(time.time())],
+                cwd=self._folder,
+                env={**os.environ, **threads, **self._variables},
+                stdin=subprocess.DEVNULL,
+                stdout=stack.enter_context(output.open("wb")),
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                pass_fds=[childs.fileno()],
+            )
+            stack.enter_context(_ended(child))
+            childs.close()  # so that its end is seen here
+            yield ArmProcess(child, connection, output, self._timeout_s, task)
+            connection.close()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE_S)
 
 
 def check_users_arm(source: str) -> None:
@@ -115,10 +179,3 @@ def _ended(child: subprocess.Popen[bytes]) -> Generator[None]:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)  # with what it has started, such as a compiler
             child.wait()
-
-
-def _dead(output: Path, code: int) -> BlockResult:
-    """Of a process that failed: in short what it said last, which is mostly the exception, and more of it."""
-    said = output.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
-    last_line = said.splitlines()[-1][:LAST_LINE] if said else "it said nothing"
-    return BlockResult(died=f"exit code {code}: {last_line}", last_words=said)

@@ -190,9 +190,9 @@ def _flags(record: BenchRecord) -> list[str]:
     repeated = sum(len(arm.repeated) for arm in record.arms.values())
     total = sum(len(arm.blocks) for arm in record.arms.values())
     if not kept and not repeated:
-        return [f"none of {total} processes was flagged"]
+        return [f"none of {total} timings was flagged"]
     counts = ", ".join(f"{kept.count(flag)} under {flag!r}" for flag in sorted(set(kept))) or "none"
-    return [f"of {total} processes, flagged all the same after repeats: {counts}; repeats: {repeated}"]
+    return [f"of {total} timings, flagged all the same after repeats: {counts}; repeats: {repeated}"]
 
 
 def _noise(record: BenchRecord) -> str:
@@ -209,8 +209,8 @@ def conditions(record: BenchRecord) -> str:
     """One line: where, when and how the figures were measured."""
     design = record.design
     blocks = f"{design.blocks} blocks{', extended once to twice as many' if design.extended else ''}"
-    timed = f"{design.timed_s:g} s timed in each process, threads {design.threads}"
-    return f"{conditions_of(record.environment, record.created)}; {blocks}, {timed}."
+    turns = f"arms in turn, {design.slice_s * 1e3:.0f} ms each, {design.timed_s:g} s in all, threads {design.threads}"
+    return f"{conditions_of(record.environment, record.created)}; {blocks}, {turns}."
 
 
 def conditions_of(environment: dict[str, Any], created: str) -> str:

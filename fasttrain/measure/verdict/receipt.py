@@ -25,7 +25,7 @@ from fasttrain.device import free_bytes, resolve_device
 from fasttrain.errors import DataError, EngineError, FasttrainError
 from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm
-from fasttrain.measure.bench.block import check_losses, running_means
+from fasttrain.measure.bench.losses import check_losses, running_means
 from fasttrain.measure.verdict.stats import margin_for, verdict
 from fasttrain.receipt import TEXTBOOK, TUNED, Ratio, Receipt, ReceiptArm
 from fasttrain.reference import TextbookDataset

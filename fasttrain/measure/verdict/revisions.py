@@ -20,10 +20,12 @@ import torch
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, EngineError
 from fasttrain.measure.bench.machine import Machine
+from fasttrain.measure.bench.messages import ArmTask
 from fasttrain.measure.bench.noise import known_noise
-from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, RunBlock, Watcher, run_bench
-from fasttrain.measure.bench.runner import BlockRunner, fresh_caches
-from fasttrain.measure.bench.task import BlockResult, BlockTask
+from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, StartArm, Watcher
+from fasttrain.measure.bench.rounds import Process
+from fasttrain.measure.bench.run import run_bench
+from fasttrain.measure.bench.runner import ArmRunner, fresh_caches
 from fasttrain.measure.environment import clock_mhz, environment, load_average, now
 from fasttrain.measure.verdict.compare import compare_record
 from fasttrain.measure.verdict.revision_record import RevisionArm, RevisionRecord
@@ -43,7 +45,7 @@ class Live:
         arm: what makes the arm, as `bench --arms` and `--module` take it.
         device: where it trains.
         blocks: how many; twice as many if these decide nothing.
-        timed_s: least seconds of timed steps in a process.
+        timed_s: seconds of timed steps of an arm in a block, on average.
         threads: torch's.
     """
 
@@ -97,12 +99,12 @@ def compare_revisions(
     for revision in (first, second):
         _check_has_code(revision, live.arm)
     with ExitStack() as stack:
-        runners: list[RunBlock] = []
+        runners: list[StartArm] = []
         for revision in (first, second):
             folder = stack.enter_context(extracted(revision))
             caches = stack.enter_context(fresh_caches())  # of its own: no revision runs what another one compiled
             code = {"PYTHONPATH": str(folder), "FASTTRAIN_DATA": str(data_dir().resolve())}
-            runners.append(BlockRunner({**caches, **code}, folder=folder))
+            runners.append(ArmRunner({**caches, **code}, folder=folder))
         return measure_revisions(
             (first, second),
             live,
@@ -117,7 +119,7 @@ def compare_revisions(
 def measure_revisions(
     revisions: tuple[Revision, Revision],
     live: Live,
-    runners: tuple[RunBlock, RunBlock],
+    runners: tuple[StartArm, StartArm],
     watcher: Watcher,
     *,
     about: dict[str, Any],
@@ -133,14 +135,17 @@ def measure_revisions(
     labels = _labels(revisions)
     works: dict[str, dict[str, Any]] = {}
 
-    def run_block(task: BlockTask) -> BlockResult:
+    @contextmanager
+    def start(task: ArmTask) -> Generator[Process]:
         """Gives a task to its revision, which is where its arm is said to be from."""
         if task.source == REFERENCE:
-            return runners[0](task)
-        result = runners[labels.index(task.source)](replace(task, source=live.arm))
-        if result.workload is not None:
-            works[task.source] = result.workload
-        return result
+            with runners[0](task) as process:
+                yield process
+            return
+        with runners[labels.index(task.source)](replace(task, source=live.arm)) as process:
+            if process.started.workload is not None:
+                works[task.source] = process.started.workload
+            yield process
 
     plan = BenchPlan(
         workload=live.workload,
@@ -152,7 +157,7 @@ def measure_revisions(
         timed_s=live.timed_s,
         threads=live.threads,
     )
-    bench, is_interrupted = run_bench(plan, run_block, watcher, log, environment=about, command=command, created=now())
+    bench, is_interrupted = run_bench(plan, start, watcher, log, environment=about, command=command, created=now())
     if is_interrupted and not {*bench.arms, *bench.refused} >= {*labels}:
         raise KeyboardInterrupt
     for label in labels:
@@ -213,8 +218,8 @@ def _check_has_code(revision: Revision, arm: str) -> None:
     if not _has_file(revision, "fasttrain/__init__.py"):
         if ":" not in arm:
             raise ConfigError(f"{revision.label} has no fasttrain: name code of its own, as --arm my_code:make_arm")
-    elif not _has_file(revision, "fasttrain/measure/bench/block.py"):
-        raise ConfigError(f"{revision.label} is older than `bench`: it has nothing to be measured by")
+    elif not _has_file(revision, "fasttrain/measure/bench/process.py"):
+        raise ConfigError(f"{revision.label} is older than `bench` with arms that take turns: it cannot be measured")
 
 
 def _has_file(revision: Revision, path: str) -> bool:

@@ -17,7 +17,7 @@ from fasttrain import DataError, EngineError
 from fasttrain.measure.bench import arms
 from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm, endless
-from fasttrain.measure.bench.block import check_losses, running_means
+from fasttrain.measure.bench.losses import check_losses, running_means
 from fasttrain.reference import TextbookDataset, train_epoch
 from fasttrain.step import auto, launch, span
 from fasttrain.workloads.generate import generate_reviews

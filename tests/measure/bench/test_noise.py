@@ -39,9 +39,9 @@ def test_noise_is_known_of_this_machine_alone() -> None:
     [
         "",
         "[]",
-        '{"schema_version": 2, "kind": "noise", "machines": {}}',
+        '{"schema_version": 3, "kind": "noise", "machines": {}}',
         '{"schema_version": 1, "kind": "bench", "machines": {}}',
-        '{"schema_version": 1, "kind": "noise", "machines": {"a": {"mlp": {"floor": "0"}}}}',
+        '{"schema_version": 2, "kind": "noise", "machines": {"a": {"mlp": {"floor": "0"}}}}',
     ],
 )
 def test_a_damaged_file_is_named(content: str) -> None:
@@ -49,6 +49,14 @@ def test_a_damaged_file_is_named(content: str) -> None:
     noise_file().write_text(content)
     with pytest.raises(DataError, match=r"noise\.json"):
         known_noise(ENVIRONMENT, "mlp")
+
+
+def test_noise_that_was_measured_in_an_older_way_is_forgotten() -> None:
+    noise_file().parent.mkdir(parents=True)
+    noise_file().write_text('{"schema_version": 1, "kind": "noise", "machines": {"a": {"mlp": {"floor": 0.25}}}}')
+    assert known_noise(ENVIRONMENT, "mlp") is None
+    remember_noise(ENVIRONMENT, "mlp", noise(0.01))
+    assert known_noise(ENVIRONMENT, "mlp") == noise(0.01)
 
 
 def test_noise_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:

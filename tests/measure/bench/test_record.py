@@ -44,8 +44,8 @@ def test_records_survive_the_file(
 
 
 DAMAGES: list[tuple[list[Any], Any, str]] = [
-    (["schema_version"], 1, "schema version 2"),
-    (["schema_version"], None, "schema version 2"),
+    (["schema_version"], 1, "schema version 3"),
+    (["schema_version"], None, "schema version 3"),
     (["kind"], "profile", "kind 'profile'"),
     (["arms"], [], "'arms' must be an object"),
     (["arms", "fast"], 3, "must be an object"),

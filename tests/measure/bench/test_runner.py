@@ -1,8 +1,11 @@
-"""Fresh processes: what they leave, how they die, and the command that starts them all."""
+"""Fresh processes: what they answer, how they die, and the command that starts them all."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +13,76 @@ import pytest
 import torch
 
 from fasttrain import cli
+from fasttrain.measure.bench.messages import ArmTask, ProcessDiedError
 from fasttrain.measure.bench.noise import known_noise, remember_noise
 from fasttrain.measure.bench.record import read_record
-from fasttrain.measure.bench.runner import BlockRunner, fresh_caches
-from fasttrain.measure.bench.task import BlockResult, BlockTask
+from fasttrain.measure.bench.runner import ArmRunner, fresh_caches
 from fasttrain.measure.environment import environment
 from fasttrain.measure.verdict.stats import Noise
 from fasttrain.step.cache import ProgramCache, Verdict, default_folder
-from tests.measure.bench.bench_fakes import FakeMachine, FakeRunner
+from tests.measure.bench.bench_fakes import FakeMachine, FakeProcess, FakeRunner
 
 REPOSITORY = Path(__file__).parents[3]
 
 
-def task(source: str) -> BlockTask:
-    return BlockTask(source=source, workload="mlp", device="cpu", threads=1, reference=None)
+USERS = "tests.measure.bench.user_arms"
 
 
-def test_a_process_that_dies_leaves_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def task(source: str, reference: tuple[float, ...] | None = None) -> ArmTask:
+    return ArmTask(source=source, workload="mlp", device="cpu", threads=1, reference=reference)
+
+
+def children() -> list[int]:
+    """Ids of processes of arms that this process has started, and that have not ended."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    found = [int(each) for file in tasks for each in file.read_text().split()]
+    return [each for each in found if b"bench.process" in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    died = BlockRunner({}, folder=REPOSITORY)(task("tests.measure.bench.user_arms:make_no_arm"))
-    assert died.died == "exit code 1: ValueError: a bug of the user's own"
-    assert "make_no_arm" in died.last_words
 
 
-def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    assert BlockRunner({}, timeout_s=0.05)(task("textbook")).died == "it was ended after 0.05 s"
+def test_a_process_runs_slices_and_ends(tmp_path: Path) -> None:
+    start = ArmRunner({"TMPDIR": str(tmp_path)}, folder=REPOSITORY)
+    with start(task("tuned")) as first, start(task("tuned", first.started.running_losses)) as second:
+        assert second.started.agreement == 0.0
+        assert first.started.agreement is None
+        assert second.slice(0.02).seconds >= 0.02
+        assert second.slice(0.0).steps == 1
+        peak = second.state().peak_bytes
+        assert peak is not None
+        assert peak > 50e6
+        assert len(children()) == 2
+    assert children() == []
+
+
+def test_a_process_that_dies_leaves_its_last_words() -> None:
+    with (
+        pytest.raises(ProcessDiedError, match=r"^exit code 1: ValueError: a bug of the user's own$") as died,
+        ArmRunner({}, folder=REPOSITORY)(task(f"{USERS}:make_no_arm")),
+    ):
+        pass
+    assert "make_no_arm" in died.value.last_words
+
+
+def test_a_process_that_is_killed_in_its_turn_has_died() -> None:
+    with ArmRunner({}, folder=REPOSITORY)(task(f"{USERS}:make_arm")) as process:
+        process.slice(0.0)
+        (pid,) = children()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ProcessDiedError, match=r"^exit code -9: it said nothing$"):
+            process.slice(0.0)
+
+
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    with (
+        pytest.raises(ProcessDiedError, match=r"^it was ended after 0\.05 s$"),
+        ArmRunner({}, timeout_s=0.05)(task("textbook")),
+    ):
+        pass
+    assert children() == []
 
 
 def test_compilers_find_an_empty_cache() -> None:
@@ -61,7 +108,7 @@ def test_each_process_decides_anew_but_finds_the_programs(monkeypatch: pytest.Mo
         kept_files: list[list[str]] = []
         monkeypatch.setattr("fasttrain.measure.bench.runner.subprocess.Popen", kept)
         with pytest.raises(NotImplementedError):
-            BlockRunner(variables)(task("textbook"))
+            ArmRunner(variables)(task("textbook")).__enter__()
         assert kept_files == [["program.pt2"]]
 
 
@@ -74,7 +121,7 @@ def test_the_users_own_cache_is_left_alone(tmp_path: Path, monkeypatch: pytest.M
     cache.remember("job", Verdict(eager_us=2.0, program_us=1.0, trace_s=0.5, compile_s=20.0, refused=None))
     monkeypatch.setattr("fasttrain.measure.bench.runner.subprocess.Popen", fail)
     with pytest.raises(NotImplementedError):
-        BlockRunner({})(task("textbook"))
+        ArmRunner({})(task("textbook")).__enter__()
     assert cache.verdict("job") is not None
 
 
@@ -86,7 +133,7 @@ def no_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRunner:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fasttrain.commands.bench.Machine", lambda _: FakeMachine())
     runner = FakeRunner({"eager": [1e-3]})
-    monkeypatch.setattr("fasttrain.commands.bench.BlockRunner", lambda _: runner)
+    monkeypatch.setattr("fasttrain.commands.bench.ArmRunner", lambda _: runner)
     return runner
 
 
@@ -118,7 +165,7 @@ def test_what_cannot_be_kept_is_shown(
     monkeypatch.setattr("fasttrain.commands.bench.check_target", lambda _: None)  # it is in the way since
     assert cli.main([*BENCH, "--arms", "eager", "--out", ".", "--json"]) == 2
     found = capsys.readouterr()
-    assert json.loads(found.out)["arms"]["eager"]["blocks"][6]["step_s"] == 1e-3
+    assert json.loads(found.out)["arms"]["eager"]["blocks"][6]["step_s"] == pytest.approx(1e-3)
     assert "cannot be written" in found.err
 
 
@@ -128,12 +175,12 @@ def test_a_table_goes_to_a_folder_that_is_made(no_blocks: FakeRunner) -> None:
 
 
 def test_ctrl_c_before_the_first_block_is_told(monkeypatch: pytest.MonkeyPatch, no_blocks: FakeRunner) -> None:
-    def interrupt(given: BlockTask) -> BlockResult:
+    def interrupt(given: ArmTask) -> AbstractContextManager[FakeProcess]:
         if given.reference is None:
             return FakeRunner({})(given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasttrain.commands.bench.BlockRunner", lambda _: interrupt)
+    monkeypatch.setattr("fasttrain.commands.bench.ArmRunner", lambda _: interrupt)
     assert cli.main([*BENCH, "--arms", "eager"]) == 130
     assert not Path("bench-mlp-cpu.json").exists()
 
@@ -145,8 +192,8 @@ def test_noise_is_kept_where_it_was_measured(
     here = environment(torch.device("cpu"))
     old = Noise(floor=0.25, smallest_effect=0.5, pairs=10)
     remember_noise(here, "cnn", old)
-    given = [*[1e-3] * 4, *[BlockResult(died="killed")] * 99] if dies else [1e-3, 1.01e-3, 1.02e-3]
-    monkeypatch.setattr("fasttrain.commands.bench.BlockRunner", lambda _: FakeRunner({"eager": given}))
+    given = [*[1e-3] * 4, *[ProcessDiedError("killed")] * 99] if dies else [1e-3, 1.01e-3, 1.02e-3]
+    monkeypatch.setattr("fasttrain.commands.bench.ArmRunner", lambda _: FakeRunner({"eager": given}))
     assert cli.main([*BENCH, "--aa", "eager"]) == 0
     remember_noise(here, "cnn", Noise(floor=0.75, smallest_effect=1.5, pairs=10))  # what mlp takes if it has none
     known = known_noise(here, "mlp")

@@ -56,7 +56,7 @@ def test_a_table_tells_all_that_is_known() -> None:
         assert "1 under 'load'; repeats: 1" in shown
         assert "noise floor 2.0%, smallest detectable effect 5.0% (10 pairs)" in shown
         assert "A CPU, 4 cores; torch 2.13.0" in shown
-        assert "2 blocks, 1 s timed in each process, threads 1." in shown
+        assert "2 blocks, arms in turn, 50 ms each, 1 s in all, threads 1." in shown
     assert markdown(found, "A title").startswith("## A title\n\n| arm | samples/s |")
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_said_to_be_known_that_is_not() -> None:
     shown = terminal(record({"mine": arm(1e-3, agreement=None)}))
     assert "another algorithm" in shown
     assert "noise is not known" in shown
-    assert "none of 1 processes was flagged" in shown
+    assert "none of 1 timings was flagged" in shown
     assert "times" not in shown.splitlines()[0]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ import torch
 from fasttrain.cli import main
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, EngineError
-from fasttrain.measure.bench.record import BlockFigures
-from fasttrain.measure.bench.task import BlockResult, BlockTask
+from fasttrain.measure.bench.messages import ArmTask, Started
 from fasttrain.measure.verdict.compare import compare_record
 from fasttrain.measure.verdict.revision_record import RevisionRecord
 from fasttrain.measure.verdict.revisions import (
@@ -29,6 +29,7 @@ from fasttrain.measure.verdict.revisions import (
     measure_revisions,
 )
 from tests.commands import strict_json
+from tests.measure.bench.bench_fakes import DiesInRoundsError, FakeProcess, FakeRunner, Given, slice_of
 from tests.measure.verdict.comparisons import ENVIRONMENT, SPREAD, WORKLOAD, arm, stored
 
 LIVE = Live(workload="mlp", arm="eager", device=torch.device("cpu"), blocks=10, timed_s=0.1, threads=1)
@@ -46,21 +47,19 @@ class QuietMachine:
         return ()
 
 
-class FakeCode:
-    """Runs a revision's tasks: each step takes `step_us`, a little more or less by block."""
+class FakeCode(FakeRunner):
+    """A revision's: each step takes `step_us`, a little more or less by block, or what `others` say before that."""
 
-    def __init__(self, step_us: float, spread: Sequence[float] = SPREAD, **result: Any) -> None:
-        self.tasks: list[BlockTask] = []
-        self._figures = arm(step_us, [*spread, *spread]).blocks
-        self._result = result
-
-    def __call__(self, task: BlockTask) -> BlockResult:
-        self.tasks.append(task)
-        if task.reference is None:
-            return BlockResult(workload=WORKLOAD, tolerance=1e-5, running_losses=(0.7, 0.6))
-        figures: BlockFigures = replace(self._figures[task.block], position=task.position)
-        made = BlockResult(workload=WORKLOAD, tolerance=1e-5, description="an arm", agreement=0.0, figures=figures)
-        return replace(made, **self._result)
+    def __init__(
+        self,
+        step_us: float,
+        spread: Sequence[float] = SPREAD,
+        *,
+        workload: Mapping[str, Any] = WORKLOAD,
+        others: Sequence[Given] = (),
+    ) -> None:
+        given = [*others, *(step_us * 1e-6 * (1 + each) for each in spread)]
+        super().__init__({"eager": given, "code:make_arm": given}, workload)
 
 
 def measured(first: FakeCode, second: FakeCode, revisions: tuple[Revision, Revision] = REVISIONS) -> Comparison:
@@ -81,12 +80,9 @@ def test_each_revision_runs_its_own_blocks_in_turn() -> None:
     assert found.outcome == "FASTER"
     assert found.timing is not None
     assert found.timing.speedup == pytest.approx(1.25, rel=0.01)
-    assert [task.block for task in second.tasks] == list(range(10))
     assert [task.source for task in first.tasks] == ["textbook", *["eager"] * 10]
-    assert first.tasks[1].reference == (0.7, 0.6)
-    positions = {(task.block, task.position) for code in (first, second) for task in code.tasks[-10:]}
-    assert len(positions) == 20
-    assert {task.position for task in second.tasks} == {0, 1}, "the order is random"
+    assert [task.source for task in second.tasks] == ["eager"] * 10
+    assert first.tasks[1].reference == second.tasks[0].reference == (0.7, 0.6)
     assert [(each.name, each.a[:1], each.b[:1]) for each in found.differences] == [("commit", "a", "b")]
     assert found.a.label == "main~1 (aaaaaaaaaa)"
 
@@ -117,7 +113,7 @@ def interrupted_after(num_tasks: int) -> tuple[FakeCode, FakeCode]:
     left = iter(range(num_tasks))
 
     class Interrupted(FakeCode):
-        def __call__(self, task: BlockTask) -> BlockResult:
+        def __call__(self, task: ArmTask) -> AbstractContextManager[FakeProcess]:
             if next(left, None) is None:
                 raise KeyboardInterrupt
             return super().__call__(task)
@@ -139,20 +135,14 @@ def test_an_interrupt_before_the_first_pair_is_one() -> None:
 
 
 def test_a_revision_that_cannot_run_is_named_with_the_reason() -> None:
-    broken = FakeCode(400, refused="its losses leave the reference's", figures=None)
+    broken = FakeCode(400, others=[Started(refused="its losses leave the reference's")])
     with pytest.raises(EngineError, match=r"revision main \(b{10}\) was not timed: its losses leave"):
         measured(FakeCode(500), broken)
 
 
 def test_a_revision_that_died_after_a_block_that_does_not_count_is_named_too() -> None:
-    class Dying(FakeCode):
-        def __call__(self, task: BlockTask) -> BlockResult:
-            result = super().__call__(task)
-            if result.figures is None or len(self.tasks) == 1:
-                return result
-            return BlockResult(died="exit code 1: it ran out of memory")
-
-    dying = Dying(400, figures=replace(arm(400).blocks[0], flags=("waited",)))
+    died = DiesInRoundsError("exit code 1: it ran out of memory")
+    dying = FakeCode(400, others=[slice_of(4e-4, waited_s=0.1), *[died] * 99])
     with pytest.raises(EngineError, match=r"revision main \(b{10}\) was not timed: .*it ran out of memory"):
         measured(FakeCode(500), dying)
 
@@ -230,11 +220,11 @@ def test_each_revision_runs_in_a_folder_of_its_own_code(repository: Path, monkey
             self._code = (folder / "code.py").read_text()
             super().__init__(500 if "one" in self._code else 400)
 
-        def __call__(self, task: BlockTask) -> BlockResult:
+        def __call__(self, task: ArmTask) -> AbstractContextManager[FakeProcess]:
             seen.setdefault(self._code, set()).add(task.source)
             return super().__call__(task)
 
-    monkeypatch.setattr("fasttrain.measure.verdict.revisions.BlockRunner", Runner)
+    monkeypatch.setattr("fasttrain.measure.verdict.revisions.ArmRunner", Runner)
     monkeypatch.setattr("fasttrain.measure.verdict.revisions.Machine", lambda _: QuietMachine())
     live = replace(LIVE, arm="code:make_arm")
     found, _ = compare_revisions(("main~1", "main"), live, command="", log=lambda _: None)
@@ -251,7 +241,7 @@ def measurable(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         def __init__(self, variables: Mapping[str, str], *, folder: Path) -> None:
             super().__init__(400 if "one" in (folder / "code.py").read_text() else 500)
 
-    monkeypatch.setattr("fasttrain.measure.verdict.revisions.BlockRunner", Runner)
+    monkeypatch.setattr("fasttrain.measure.verdict.revisions.ArmRunner", Runner)
     monkeypatch.setattr("fasttrain.measure.verdict.revisions.Machine", lambda _: QuietMachine())
     return repository
 

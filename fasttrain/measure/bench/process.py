@@ -1,0 +1,218 @@
+"""One arm in one fresh process: `python -m fasttrain.measure.bench.process DESCRIPTOR STARTED`.
+
+It imports, makes the job and the arm, checks the losses of the first steps and warms up. Then it runs a slice of steps
+whenever the parent asks for one, and sleeps between: the arms of a block take turns. DESCRIPTOR is that of a connection
+to the parent, STARTED the time at which the parent started it. See `messages.py` for what goes over the connection.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fasttrain.device import resolve_device
+from fasttrain.errors import EngineError, FasttrainError
+from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
+from fasttrain.measure.bench.losses import check_losses, running_means
+from fasttrain.measure.bench.messages import ArmState, ArmTask, Slice, Started
+from fasttrain.measure.bench.sources import find_factory
+from fasttrain.measure.environment import core_wait_s
+from fasttrain.workloads.job import load_job
+
+__all__ = ["ReadyArm", "Stopwatch", "main", "start"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serves the parent until it hangs up; returns the exit code."""
+    descriptor, started = arguments
+    with Connection(int(descriptor)) as parent:
+
+        def tell(message: Started | Slice | ArmState) -> None:
+            parent.send_bytes(json.dumps(message.to_dict(), allow_nan=False).encode())
+
+        requests = _requests(parent)
+        try:
+            about, arm = start(ArmTask.from_dict(next(requests)), float(started))
+        except FasttrainError as error:
+            tell(Started(refused=str(error)))
+            return 0
+        tell(about)
+        for seconds in requests:
+            tell(arm.state() if seconds is None else arm.slice(seconds))
+    return 0
+
+
+def _requests(parent: Connection) -> Iterator[Any]:
+    """The task, then the seconds of each slice (None: the arm's state), until the parent hangs up."""
+    while True:
+        try:
+            request = parent.recv_bytes()
+        except EOFError:
+            return
+        yield json.loads(request)
+
+
+def start(task: ArmTask, started: float) -> tuple[Started, ReadyArm]:
+    """Makes the arm, checks it and warms it up; without reference losses it gives its own.
+
+    Args:
+        task: what to run.
+        started: time at which this process was started.
+
+    Raises:
+        FasttrainError: the arm cannot run here, or its losses leave the reference's.
+    """
+    torch.set_num_threads(task.threads)
+    make_arm = find_factory(task.source)
+    import_s = time.time() - started
+    device = resolve_device(task.device)
+    job = load_job(task.workload, device)
+    arm = make_arm(job)
+    ready = ReadyArm(arm, EventWatch() if device.type == "cuda" else HostWatch(), device)
+    first_step_s = _first_steps(arm)
+    losses = arm.losses()
+    means: list[float] = []
+    agreement = None
+    if task.reference is not None:
+        agreement = None if losses is None else check_losses(running_means(losses), task.reference, job.tolerance)
+        gc.collect()  # the arm does not pay for what was made before it
+        ready.warm_up(task.warmup_s)
+    elif losses is None:
+        raise EngineError(f"arm {task.source!r} gives no losses: it cannot be the reference")
+    else:
+        means = running_means(losses)[:CHECKED_STEPS]
+    about = Started(
+        workload={"name": job.name, **job.describe()},
+        tolerance=job.tolerance,
+        running_losses=tuple(means),
+        description=getattr(arm, "description", f"an arm of {task.source}"),
+        agreement=agreement,
+        samples_per_step=job.batch_size,
+        import_s=import_s,
+        first_step_s=first_step_s,
+    )
+    return about, ready
+
+
+def _first_steps(arm: Arm) -> float:
+    """Runs the steps whose losses are checked; returns the seconds of the first call of `step`."""
+    begin = time.perf_counter()
+    steps = arm.step() or 1
+    arm.sync()
+    first_step_s = time.perf_counter() - begin
+    while steps < CHECKED_STEPS:
+        steps += arm.step() or 1
+    return first_step_s
+
+
+class Stopwatch(Protocol):
+    """Seconds between two moments at which the device has nothing left to do."""
+
+    def start(self) -> None:
+        """The first moment."""
+        ...
+
+    def stop(self) -> float:
+        """The seconds since."""
+        ...
+
+
+class ReadyArm:
+    """An arm that runs steps when it is asked to.
+
+    Args:
+        arm: whose losses are right.
+        stopwatch: times its steps.
+        device: where it trains.
+        clock: says when a slice has taken long enough.
+    """
+
+    def __init__(
+        self, arm: Arm, stopwatch: Stopwatch, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._arm = arm
+        self._stopwatch = stopwatch
+        self._device = device
+        self._clock = clock
+
+    def warm_up(self, seconds: float) -> None:
+        """Runs steps that nobody times, one call of `step` at least."""
+        self._steps_for(seconds)
+
+    def slice(self, seconds: float) -> Slice:
+        """Runs steps for so long, one call of `step` at least, and waits for the device."""
+        waited_s = core_wait_s()
+        self._stopwatch.start()
+        steps = self._steps_for(seconds)
+        taken_s = self._stopwatch.stop()
+        return Slice(seconds=taken_s, steps=steps, waited_s=core_wait_s() - waited_s)
+
+    def state(self) -> ArmState:
+        """What is known by now."""
+        return ArmState(
+            compile_s=getattr(self._arm, "compile_s", None),
+            peak_bytes=peak_bytes(self._device),
+            engine=getattr(self._arm, "engine", None),
+        )
+
+    def _steps_for(self, seconds: float) -> int:
+        steps, begin = 0, self._clock()
+        while steps == 0 or self._clock() - begin < seconds:
+            steps += self._arm.step() or 1
+        self._arm.sync()
+        return steps
+
+
+class HostWatch:
+    """By the host's clock."""
+
+    _begin = 0.0
+
+    def start(self) -> None:
+        """See `Stopwatch.start`."""
+        self._begin = time.perf_counter()
+
+    def stop(self) -> float:
+        """See `Stopwatch.stop`."""
+        return time.perf_counter() - self._begin
+
+
+class EventWatch:
+    """By CUDA events. The last one is recorded when the arm has waited for its streams, which may be others."""
+
+    def __init__(self) -> None:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        """See `Stopwatch.start`."""
+        self._begin.record()
+
+    def stop(self) -> float:
+        """See `Stopwatch.stop`."""
+        self._end.record()
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak memory: of this process on the CPU, of torch's allocator on CUDA; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) or None
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike ru_maxrss, this does not begin at what the parent had
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
