@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -66,16 +66,26 @@ def run_part(part: Part, out: Path, limit_s: float) -> str:
         limit_s: after so long it is interrupted.
     """
     begin = time.perf_counter()
-    # One thread: torch's own number would only add a second arm of the textbook.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (out / f"{part.name}.txt").open("wb") as log:
-        child = subprocess.Popen(part.command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        child = start(part.command, log)
         try:
             code = child.wait(limit_s)
         except subprocess.TimeoutExpired:
             interrupt(child)
             return f"interrupted after {limit_s:.0f} s"
     return f"{'ok' if code == 0 else f'exit code {code}'}, {time.perf_counter() - begin:.0f} s"
+
+
+def start(command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    """Starts a command in a session of its own, in which Ctrl-C can be heard."""
+    # One thread: torch's own number would only add a second arm of the textbook.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A shell has what it starts in the background ignore Ctrl-C, and a child inherits that, but no handler.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, found)
 
 
 def interrupt(child: subprocess.Popen[bytes]) -> None:

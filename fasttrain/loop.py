@@ -201,21 +201,13 @@ class FastLoop:
         Raises:
             ConfigError: no epochs, or a patience without `val` or below 1.
         """
-        if epochs < 1:
-            raise ConfigError(f"epochs {epochs}: use 1 or more")
-        if patience is not None and (patience < 1 or val is None):
-            raise ConfigError(
-                f"patience {patience}: use 1 or more, together with val= (it watches the validation loss)"
-            )
+        _check_lengths(epochs, patience, has_val=val is not None)
         state = state or FitState()
         history = state.history
         history.stopped = None
         shown = Progress(epochs) if progress else None
         try:
-            for epoch in range(history.epochs + 1, epochs + 1):
-                if patience is not None and history.epochs - (history.best_epoch or 0) >= patience:
-                    history.stopped = "patience"
-                    break
+            for epoch in _epochs_to_run(history, epochs, patience):
                 self._epochs_left = epochs - epoch + 1
                 self._fit_epoch(epoch, train, val, scheduler, state, shown, watch)
                 if on_epoch is not None:
@@ -227,7 +219,6 @@ class FastLoop:
             self.step.close()
             if shown is not None:
                 shown.close()
-        history.stopped = history.stopped or "epochs"
         if state.best_weights:
             self.model.load_state_dict(state.best_weights)
         return history
@@ -354,6 +345,23 @@ class _Counts:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._begin
+
+
+def _check_lengths(epochs: int, patience: int | None, *, has_val: bool) -> None:
+    if epochs < 1:
+        raise ConfigError(f"epochs {epochs}: use 1 or more")
+    if patience is not None and (patience < 1 or not has_val):
+        raise ConfigError(f"patience {patience}: use 1 or more, together with val= (it watches the validation loss)")
+
+
+def _epochs_to_run(history: History, epochs: int, patience: int | None) -> Generator[int]:
+    """The epochs that are left, by number; the history is told why it ends where it does."""
+    for epoch in range(history.epochs + 1, epochs + 1):
+        if patience is not None and history.epochs - (history.best_epoch or 0) >= patience:
+            history.stopped = "patience"
+            return
+        yield epoch
+    history.stopped = "epochs"
 
 
 def _length(batches: Iterable[Batch]) -> int | None:

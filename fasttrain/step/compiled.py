@@ -25,9 +25,6 @@ Batch = Any
 SETTLING_STEPS = 400
 """In so many, the programs are made."""
 
-ENOUGH_STEPS = 16
-"""Steps of a shape that no program holds for run eagerly until there were so many; then the shape gets one too."""
-
 
 class CompiledEngine:
     """Runs steps eagerly until the optimizer has stepped once, then as one program for each shape that is frequent.
@@ -52,25 +49,17 @@ class CompiledEngine:
         self._launches = Launches(spec, self._programs)
         self._compiler = Compiler(spec)
         self._expected = 0
-        self._compiled = 0
-        self._missed_before = 0
 
     @property
     def choice(self) -> Choice:
         """What runs, and why; with the number of steps that ran eagerly because no program held for them."""
         programs = self._programs
         reason = self._choice.reason + (programs.first.remark if len(programs) else "") + self._launches.reason
-        if not programs.missed:
-            return Choice(self._choice.value, reason)
-        reason += f"; {programs.missed:,} steps ran eagerly, the last because this differed: {programs.why_missed}"
-        return Choice("eager" if programs.missed_in_a_row >= ENOUGH_STEPS else self._choice.value, reason)
+        return programs.told(Choice(self._choice.value, reason))
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
-        if not self._eager.has_stepped:  # optimizers make their state in their first step
-            return self._eager.step(batch)
-        is_wanted = self._compiled == 0 or self._programs.missed - self._missed_before >= ENOUGH_STEPS
-        if is_wanted and self._compiled < MAX_PROGRAMS and not self._programs.hold(batch):
+        if self._programs.added < MAX_PROGRAMS and self._programs.wants_one(batch):
             self._compile(batch)
         loss = self._programs.step(batch)
         if not self._launches.is_considered and len(self._programs) and self._programs.are_proven:
@@ -120,8 +109,6 @@ class CompiledEngine:
             self._programs.add(pending.traced, pending.load())
         finally:
             pending.close()
-        self._compiled += 1
-        self._missed_before = self._programs.missed
         self.compile_s = (self.compile_s or 0.0) + time.perf_counter() - begin
 
 

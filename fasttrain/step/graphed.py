@@ -34,9 +34,6 @@ __all__ = ["GraphedEngine", "SpanGraphs"]
 
 Batch = Any
 
-ENOUGH_STEPS = 16
-"""Steps of a kind that no graph holds for run eagerly until there were so many; then there is one for them too."""
-
 MAX_CAPTURES = 16
 """So often at most a step is traced and compiled; of its graphs, `MAX_PROGRAMS` are kept.
 
@@ -81,26 +78,17 @@ class GraphedEngine:
         self._programs = Programs(spec, self._eager, _refuse)
         self._made: list[CapturedStep] = []
         self._spans: SpanGraphs | None = None
-        self._captures = 0
         self._span_graphs = 0
-        self._missed_before = 0
 
     @property
     def choice(self) -> Choice:
         """What runs, and why; with the number of steps that ran eagerly because no graph held for them."""
-        programs = self._programs
         reason = self._choice.reason + ("" if self._spans is None else self._spans.reason)
-        if not programs.missed:
-            return Choice(self._choice.value, reason)
-        reason += f"; {programs.missed:,} steps ran eagerly, the last because this differed: {programs.why_missed}"
-        return Choice("eager" if programs.missed_in_a_row >= ENOUGH_STEPS else self._choice.value, reason)
+        return self._programs.told(Choice(self._choice.value, reason))
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
-        if not self._eager.has_stepped:  # optimizers make their state in their first step
-            return self._eager.step(batch)
-        is_wanted = self._captures == 0 or self._programs.missed - self._missed_before >= ENOUGH_STEPS
-        if is_wanted and self._captures < MAX_CAPTURES and not self._programs.hold(batch):
+        if self._programs.added < MAX_CAPTURES and self._programs.wants_one(batch):
             self._make(batch)
         return self._programs.step(batch)
 
@@ -152,8 +140,6 @@ class GraphedEngine:
         captured = CapturedStep(traced, num_leaves, self._lane, self._waited)
         self._programs.add(traced, captured)
         self._made = [captured, *self._made][:MAX_PROGRAMS]
-        self._captures += 1
-        self._missed_before = self._programs.missed
         self._waited(time.perf_counter() - begin)
 
     def _waited(self, seconds: float) -> None:

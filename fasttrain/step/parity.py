@@ -110,16 +110,11 @@ def compare_steps(
     Returns:
         Eager's loss, and what differs beyond the tolerance (None if nothing does).
     """
-    before, given = Snapshot.of(tensors, device, spec), [leaf.clone() for leaf in _leaves(batch)]
-    try:
-        program_loss = program(batch)
-    except RuntimeError as error:  # some operators compile and then refuse to run (oneDNN's LSTM)
-        before.restore(tensors, device, spec)
-        _put_back(batch, given)
-        return eager(batch), f"it cannot run: {error}"
-    got = Snapshot.of(tensors, device, spec)
-    before.restore(tensors, device, spec)
-    _put_back(batch, given)
+    before = Snapshot.of(tensors, device, spec)
+    tried = _try_program(program, batch, before, tensors, device, spec)
+    if isinstance(tried, str):
+        return eager(batch), tried
+    program_loss, got = tried
     with gradients_seen(spec, tensors) as seen:
         loss = eager(batch)
     followed = seen if followed is None else followed
@@ -139,6 +134,27 @@ def compare_steps(
         return loss, difference
     is_right = is_excused(before, loss, followed)
     return loss, differs([]) if is_right is None else None if is_right else difference
+
+
+def _try_program(
+    program: Callable[[Any], Tensor],
+    batch: Any,
+    before: Snapshot,
+    tensors: Sequence[Tensor],
+    device: torch.device,
+    spec: StepSpec | None,
+) -> tuple[Tensor, Snapshot] | str:
+    """One step by program: its loss and the state as it made it, or why it cannot run. State and batch are put back."""
+    given = [leaf.clone() for leaf in _leaves(batch)]
+    try:
+        loss = program(batch)
+    except RuntimeError as error:  # some operators compile and then refuse to run (oneDNN's LSTM)
+        return f"it cannot run: {error}"
+    else:
+        return loss, Snapshot.of(tensors, device, spec)
+    finally:
+        before.restore(tensors, device, spec)
+        _put_back(batch, given)
 
 
 def _leaves(batch: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fasttrain.device import Choice
 from fasttrain.step.apart import is_eagers_rounding
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.parity import compare_steps
@@ -19,6 +20,9 @@ __all__ = ["Program", "Programs"]
 
 MAX_PROGRAMS = 4
 """Programs kept at a time, one a shape; the one that was not used for longest goes."""
+
+ENOUGH_STEPS = 16
+"""Steps of a kind that no program holds for run eagerly until there were so many; then there is one for them too."""
 
 Batch = Any
 
@@ -58,12 +62,15 @@ class Programs:
         missed: steps that no program held for; whoever looks at it may set it back.
         missed_in_a_row: of these, since one last held.
         why_missed: the reason of the last of them.
+        added: programs taken up so far, those that are gone among them.
     """
 
     def __init__(self, spec: StepSpec, eager: EagerEngine, refuse: Callable[[str], None]) -> None:
         self.missed = 0
         self.missed_in_a_row = 0
         self.why_missed = ""
+        self.added = 0
+        self._missed_since_added = 0
         self._spec = spec
         self._eager = eager
         self._refuse = refuse
@@ -92,6 +99,22 @@ class Programs:
         """Takes a program up; it is tried first."""
         self._entries.insert(0, _Entry(traced, program))
         del self._entries[MAX_PROGRAMS:]
+        self.added += 1
+        self._missed_since_added = 0
+
+    def wants_one(self, batch: Batch) -> bool:
+        """True where none holds for a batch, and it is to have one: it is the first, or enough steps were missed."""
+        is_due = self.added == 0 or self._missed_since_added >= ENOUGH_STEPS
+        # Not before the optimizer's first step, in which its state is made.
+        return is_due and self._eager.has_stepped and not self.hold(batch)
+
+    def told(self, choice: Choice) -> Choice:
+        """The choice of an engine, with the number of steps that ran eagerly because no program held for them."""
+        if not self.missed:
+            return choice
+        steps = "1 step ran eagerly," if self.missed == 1 else f"{self.missed:,} steps ran eagerly, the last"
+        reason = f"{choice.reason}; {steps} because this differed: {self.why_missed}"
+        return Choice("eager" if self.missed_in_a_row >= ENOUGH_STEPS else choice.value, reason)
 
     def hold(self, batch: Batch) -> bool:
         """True where any of the programs holds for a batch, and the user's objects are as it knows them."""
@@ -131,6 +154,7 @@ class Programs:
         if self._entries:
             self.missed += 1
             self.missed_in_a_row += 1
+            self._missed_since_added += 1
         return self._eager.step(batch)
 
     def _run(self, entry: _Entry, inputs: list[Tensor]) -> Tensor:

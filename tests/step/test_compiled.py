@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fasttrain.errors import EngineError
-from fasttrain.step import compiled, compiler
+from fasttrain.step import compiled, compiler, replay
 from fasttrain.step.compiled import CompiledEngine
 from fasttrain.step.train_step import TrainStep
 from tests.step.fakes import Graphs
@@ -223,13 +223,13 @@ def test_a_batch_of_another_size_is_run_eagerly_until_it_has_its_program(engine:
 def test_the_short_batch_that_ends_each_epoch_gets_its_program(graphs: Graphs) -> None:
     full, short = batches(4), batches(1, rows=5)
     step = started("compiled")
-    assert_as_eager(step, [*full, *short] * (compiled.ENOUGH_STEPS + 4), rtol=ROUNDING)
+    assert_as_eager(step, [*full, *short] * (replay.ENOUGH_STEPS + 4), rtol=ROUNDING)
     assert graphs.builds == 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_number_of_programs_is_bounded(engine: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "ENOUGH_STEPS", 4)
+    monkeypatch.setattr(replay, "ENOUGH_STEPS", 4)
     data = [batch for rows in range(4, 12) for batch in batches(24, rows=rows)]
     step = started(engine)
     assert_as_eager(step, data, rtol=ROUNDING)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain import EngineError, TrainStep
-from fasttrain.step import graphed
+from fasttrain.step import graphed, replay
 from fasttrain.step.capture import CudaLane, compile_operators
 from fasttrain.step.graphed import GraphedEngine
 from fasttrain.step.trace import trace_step
@@ -129,13 +129,13 @@ def test_a_batch_of_another_size_runs_eagerly_until_it_has_its_graph(lane: Recor
     step = graphed_step(lane)
     assert_as_eager(step, data, rtol=EXACT)
     assert lane.captures == 2
-    assert lane.launches == 79 - graphed.ENOUGH_STEPS
+    assert lane.launches == 79 - replay.ENOUGH_STEPS
     assert step.engine.value == "graphed"
     assert "16 steps ran eagerly, the last because this differed" in step.engine.reason
 
 
 def test_the_number_of_captures_is_bounded(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed, "ENOUGH_STEPS", 2)
+    monkeypatch.setattr(replay, "ENOUGH_STEPS", 2)
     monkeypatch.setattr(graphed, "MAX_CAPTURES", 6)
     step = graphed_step(lane)
     assert_as_eager(step, [batch for rows in range(4, 12) for batch in batches(5, rows=rows)], rtol=EXACT)

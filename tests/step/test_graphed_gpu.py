@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fasttrain import EngineError, FastLoop, TrainStep, resident
 from fasttrain.data.ragged import Ragged
-from fasttrain.step.graphed import ENOUGH_STEPS, SpanGraphs
+from fasttrain.step.graphed import SpanGraphs
+from fasttrain.step.replay import ENOUGH_STEPS
 
 pytestmark = pytest.mark.gpu
 

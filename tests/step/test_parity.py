@@ -159,10 +159,12 @@ def test_a_users_error_is_not_taken_for_the_programs() -> None:
     toy = Toy()
 
     def interrupted(_: Tensor) -> Tensor:
+        toy.tensors["weight"].zero_()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         toy.compare(interrupted)
+    torch.testing.assert_close(toy.tensors, Toy().tensors, rtol=0, atol=0)
 
 
 def test_judging_a_real_step_leaves_no_trace() -> None:

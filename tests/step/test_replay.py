@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fasttrain.step.replay import MAX_PROGRAMS, Programs
+from fasttrain.device import Choice
+from fasttrain.step.replay import ENOUGH_STEPS, MAX_PROGRAMS, Programs
 from fasttrain.step.spec import Gathered
 from fasttrain.step.trace import Mismatch
 from tests.step.models import CPU
@@ -55,6 +56,7 @@ class Eager:
 
     def __init__(self) -> None:
         self.is_reference = False
+        self.has_stepped = True
         self.calls: list[str] = []
 
     def step(self, batch: int) -> Tensor:
@@ -132,6 +134,45 @@ def test_steps_that_are_missed_in_a_row_are_counted() -> None:
     for batches, (missed, in_a_row) in (([3, 3], (2, 2)), ([1], (2, 0)), ([3], (3, 1))):
         bench.run(batches)
         assert (bench.programs.missed, bench.programs.missed_in_a_row) == (missed, in_a_row)
+
+
+def test_the_first_program_is_wanted_once_the_optimizer_has_stepped() -> None:
+    bench = Bench()
+    bench.eager.has_stepped = False
+    assert not bench.programs.wants_one(1)
+    bench.eager.has_stepped = True
+    assert bench.programs.wants_one(1)
+    stub: Any = bench.add(1)
+    bench.programs.drop(stub)
+    assert not bench.programs.wants_one(1), "it was refused"
+
+
+def test_another_program_is_wanted_after_enough_steps_that_were_missed_since_the_last() -> None:
+    bench = Bench(1)
+    for batch in (2, 3):
+        assert not bench.programs.wants_one(batch)
+        bench.run([batch, 1] * (ENOUGH_STEPS - 1))
+        assert not bench.programs.wants_one(batch)
+        bench.run([batch])
+        assert bench.programs.wants_one(batch)
+        assert not bench.programs.wants_one(1), "one holds for it"
+        bench.add(batch)
+    assert (bench.programs.added, bench.programs.missed) == (3, 2 * ENOUGH_STEPS)
+
+
+def test_steps_that_were_missed_are_told() -> None:
+    bench, asked = Bench(1), Choice("compiled", "asked for")
+    assert bench.programs.told(asked) == asked
+    bench.run([2])
+    assert bench.programs.told(asked).reason == "asked for; 1 step ran eagerly, because this differed: a size"
+    bench.run([2] * (ENOUGH_STEPS - 2))
+    assert bench.programs.told(asked).value == "compiled"
+    bench.run([2])
+    assert bench.programs.told(asked) == Choice(
+        "eager", f"asked for; {ENOUGH_STEPS} steps ran eagerly, the last because this differed: a size"
+    )
+    bench.run([1])
+    assert bench.programs.told(asked).value == "compiled"
 
 
 def test_each_part_is_compared_where_it_runs_first() -> None:
