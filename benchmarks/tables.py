@@ -54,17 +54,19 @@ date. Measure on a machine that does nothing else.
   writes `results/swap-reviews-cpu.json`.
 - `python -m fasttrain bench --aa eager --workload mlp --out benchmarks/results/noise/mlp-cpu.json`: an arm against
   itself, the blocks on which a test tries the verdicts.
+- `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.
 - `python -m tests.step.errors`: how far compiled steps are from exact ones, beside eager steps; writes
   `results/errors-cpu.json`.
 - `python -m benchmarks.gpu`: all of it on a machine with a CUDA GPU, in under nine minutes.
 - `python -m benchmarks.tables`: writes this file and the table in the top README; with `--check` it writes nothing and
   exits with 1 if they are not up to date.
 
-`bench` measures in blocks: in each, every arm runs once, in random order, in a fresh process that imports, checks the
-losses of its first 20 steps against the textbook's loop, warms up and gives the median of its steps. Order of rows,
-gathering, steps and the readout of loss and accuracy are inside; evaluation is not. A process is flagged, and its turn
-repeated up to two times, where more work than cores was there before it began (load), where it had to wait for a core
-while it was timed (waited), or where CPU or GPU were slowed down (throttled).
+`bench` measures in blocks: in each, every arm has a fresh process that imports, checks the losses of its first 20 steps
+against the textbook's loop and warms up. When all are ready they take turns, 50 ms each, in random order in each round,
+all but one asleep; a median polish over the rounds takes out what the machine's speed did in the meantime. Order of
+rows, gathering, steps and the readout of loss and accuracy are inside; evaluation is not. A block is flagged, and its
+rounds repeated up to two times, where more work than cores was there before they began (load), where a process had to
+wait for a core (waited), or where CPU or GPU were slowed down (throttled).
 
 All processes of a benchmark share one cache of compiled programs, empty at first: "compile" is what an arm's first
 process waited (another engine may have filled the cache by then), and the median of the later ones. Peak memory is the

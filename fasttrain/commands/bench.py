@@ -33,7 +33,7 @@ MOST_FLAGGED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure arms of a workload against each other, in blocks of fresh processes, every arm once in random order.
+    """Measure arms of a workload against each other: in each block a fresh process for every arm, which take turns.
 
     An arm whose losses leave those of the textbook's loop is not timed.
     """

@@ -37,7 +37,7 @@ class Compare:
     --rev has left with --out."""
 
     rev: tuple[str, str] | None = None
-    """Measure two git revisions instead, in blocks that alternate. Your checkout is not touched."""
+    """Measure two git revisions instead, which take turns. Your checkout is not touched."""
 
     workload: Literal["reviews", "mlp", "cnn", "chars"] = "reviews"
     """With --rev: what is trained."""

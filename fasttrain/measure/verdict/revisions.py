@@ -1,4 +1,4 @@
-"""Two revisions of a repository, measured live: their blocks alternate, each with its own revision's code.
+"""Two revisions of a repository, measured live: their processes take turns, each with its own revision's code.
 
 A revision's files are taken out of git into a temporary folder; the user's checkout is only read.
 """
