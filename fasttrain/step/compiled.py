@@ -77,9 +77,10 @@ class CompiledEngine:
         """See `Engine.steps`."""
         launches = self._launches
         if not launches.is_made:
+            stalled_s = launches.stalled_s
             launches.begin(self._compiler, span)
             launches.take_up(waits=True, on_trial=False)
-            self.compile_s = (self.compile_s or 0.0) + launches.stalled_s
+            self.compile_s = (self.compile_s or 0.0) + launches.stalled_s - stalled_s
         return launches.run(span)
 
     def flush(self) -> None:

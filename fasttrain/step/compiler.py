@@ -123,6 +123,10 @@ class Compiler:
         """
         return Pending(self.cache, traced, 0.0)
 
+    def has(self, traced: TracedSpan) -> bool:
+        """Whether the cache has the program of a span, so that no child is needed for it."""
+        return all(self.cache.find(program_key(GraphJob.of(part))) is not None for part in traced.parts)
+
     def verdict(self, batch: Batch) -> Verdict | None:
         """What was measured of a step that looks like this one, on this machine."""
         self._signature = job_signature(self._spec, batch)

@@ -43,13 +43,14 @@ class Launches:
         programs: of single steps.
 
     Attributes:
-        reason: what is to be said of the spans' program in the reason of a choice; mostly nothing.
+        is_uncached: whether the cache was found to be without the spans' program.
         stalled_s: seconds that steps have waited for the graph and, where that is asked for, for the compiler.
     """
 
     def __init__(self, spec: StepSpec, programs: Programs) -> None:
-        self.reason = ""
+        self.is_uncached = False
         self.stalled_s = 0.0
+        self._reason = self._why_missed = ""
         self._spec = spec
         self._programs = programs
         self._size = 0  # not known yet
@@ -59,6 +60,13 @@ class Launches:
         self._is_proven = False
         self._made = self._missed = 0
         self._trial: dict[bool, list[float]] = {}
+
+    @property
+    def reason(self) -> str:
+        """What is to be said of the spans' program in the reason of a choice; mostly nothing."""
+        if self._missed < MISSED_SPANS:
+            return self._reason
+        return f"; several steps run one by one, since this keeps changing: {self._why_missed}"
 
     @property
     def size(self) -> int:
@@ -86,8 +94,8 @@ class Launches:
         """Goes on with single steps for good."""
         self.close()
         self._size, self._program, self._traced = 1, None, None
-        self._is_proven, self._trial = True, {}
-        self.reason = reason and f"; {reason}"
+        self._is_proven, self._trial, self._missed = True, {}, 0
+        self._reason = reason and f"; {reason}"
 
     def close(self) -> None:
         """Ends a compiling child; without a program, single steps go on for good."""
@@ -97,16 +105,24 @@ class Launches:
         if self._program is None:
             self._size = 1
 
-    def begin(self, compiler: Compiler, span: Span) -> None:
-        """Has a program made for spans like this one, beside the training; not yet if the step does not hold for it."""
+    def begin(self, compiler: Compiler, span: Span, *, only_from_cache: bool = False) -> None:
+        """Has a program made for spans like this one, beside the training; not yet if the step does not hold for it.
+
+        Args:
+            compiler: makes it.
+            span: like those to come.
+            only_from_cache: whether it is to be made only if that needs no child.
+        """
         step, batch = self._programs.first, span.first()
         if isinstance(step.inputs(batch), Mismatch):
             return  # the steps that follow take up what was loaded, or use the program of another size
         begin = time.perf_counter()
         try:
             traced = TracedSpan(step, batch, span.source, span.steps)
-            self._pending = compiler.pending(traced)
-            self._made += 1
+            self.is_uncached = only_from_cache and not compiler.has(traced)
+            if not self.is_uncached:
+                self._pending = compiler.pending(traced)
+                self._made += 1
         except EngineError as error:
             self.drop(f"several steps cannot be one program: {error}")
         self.stalled_s += time.perf_counter() - begin
@@ -155,7 +171,7 @@ class Launches:
             return self._one_by_one(span)
         inputs = self._traced.inputs(span)
         if isinstance(inputs, Mismatch):
-            self._miss()
+            self._miss(inputs.reason)
             return self._one_by_one(span)
         self._missed = 0
         if not self._is_proven:
@@ -166,12 +182,13 @@ class Launches:
         self._spec.metrics.count(float(span.steps))
         return losses
 
-    def _miss(self) -> None:
+    def _miss(self, reason: str) -> None:
         self._missed += 1
+        self._why_missed = reason
         if self._missed == MISSED_SPANS and self._made < MAX_MADE:
             self._program, self._traced, self._size = None, None, 0
             self._is_proven, self._trial = False, {}
-            self._missed, self.reason = 0, ""
+            self._missed, self._reason = 0, ""
 
     def _one_by_one(self, span: Span) -> Tensor:
         return torch.stack([self._programs.step(batch) for batch in span.batches()])
@@ -227,6 +244,6 @@ class Launches:
         measured = f"measured {as_one:.0f} us a step, one by one {one_by_one:.0f} us"
         if as_one < MARGIN * one_by_one:
             self._trial = {}
-            self.reason = f"; {steps} steps run as one: {measured}"
+            self._reason = f"; {steps} steps run as one: {measured}"
         else:
             self.drop(f"{steps} steps as one are not faster: {measured}")

@@ -47,6 +47,8 @@ class Lab:
         replayed: steps that were run by a program, one by one.
         span_steps: how many steps are found to be worth one launch.
         span_step_s: what each of them takes in a launch.
+        is_span_cached: whether the cache has the program of several steps.
+        looked_up: how often it was asked for that.
         is_span_ready: whether the child that makes the program of several steps has finished.
         spoil_span: what that program does to the losses that it returns.
         begun_spans: the pending programs of several steps, in order.
@@ -67,6 +69,8 @@ class Lab:
         self.replayed = 0
         self.span_steps = 1
         self.span_step_s = 25e-6
+        self.is_span_cached = False
+        self.looked_up = 0
         self.is_span_ready = False
         self.spoil_span: Callable[[Tensor], Tensor] = lambda losses: losses
         self.begun_spans: list[FakeSpanPending] = []
@@ -244,6 +248,10 @@ class FakeCompiler:
         pending = FakeSpanPending(self._lab, traced)
         self._lab.begun_spans.append(pending)
         return pending
+
+    def has(self, traced: FakeSpan) -> bool:
+        self._lab.looked_up += 1
+        return self._lab.is_span_cached
 
     def verdict(self, batch: Batch) -> Verdict | None:
         return self._lab.known.get(len(batch[0]))

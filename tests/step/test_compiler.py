@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasttrain.data.resident import resident
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import ProgramCache, Verdict
 from fasttrain.step.compiler import Compiler
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.identity import job_signature, program_key
+from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.torch_private import prepare_for_inductor, trace_graph
 from fasttrain.step.trace import trace_step
@@ -240,6 +242,21 @@ def test_a_verdict_that_cannot_be_written_is_measured_again(
     compiler.verdict(batch)
     compiler.remember(Verdict(eager_us=1.0, program_us=1.0, trace_s=1.0, compile_s=None, refused="spoilt"))
     assert compiler.verdict(batch) is None
+
+
+def test_the_cache_has_the_program_of_several_steps_once_it_is_whole(own_programs: Path, tmp_path: Path) -> None:
+    data = resident(*batches(1, rows=40)[0], batch_size=8, device="cpu")
+    batch, spec = next(iter(data)), train_step("eager").spec
+    EagerEngine(spec, ASKED).step(batch)
+    step = trace_step(spec, batch)
+    two, four = (TracedSpan(step, batch, data, steps) for steps in (2, 4))
+    compiler, package = Compiler(spec), tmp_path / "package"
+    assert not compiler.has(four)
+    package.write_bytes(b"machine code")
+    home = compiler.cache.add(program_key(GraphJob.of(four.parts[0])), package, "Sequential")
+    assert (compiler.has(four), compiler.has(two)) == (True, False)
+    home.write_bytes(b"machine")
+    assert not compiler.has(four)
 
 
 def test_two_constants_of_forward_make_two_programs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.resident import ResidentBatches, Span, resident
-from fasttrain.step import auto
+from fasttrain.step import auto, launch
 from fasttrain.step.cache import Verdict
 from fasttrain.step.train_step import TrainStep
 from tests.step.fakes import TRIAL_ROUNDS, Lab
@@ -34,16 +35,27 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
     return lab
 
 
+def data_of(seed: int) -> ResidentBatches:
+    x, y = batches(1, rows=8 * 50)[0]
+    return resident(x, y, batch_size=8, device="cpu", seed=seed)
+
+
 class Epochs:
     """A step's resident data, epoch after epoch, and its own random numbers."""
 
     def __init__(self, step: TrainStep) -> None:
         torch.manual_seed(11)
-        x, y = batches(1, rows=8 * 50)[0]
         self.step = step
-        self.data: ResidentBatches = resident(x, y, batch_size=8, device="cpu", seed=2)
-        self._epoch: Iterator[Any] = iter(self.data)
+        self.data: ResidentBatches
+        self._epoch: Iterator[Any]
+        self._sources: dict[int, ResidentBatches] = {}
+        self.go_on_with(seed=2)
         self._rng = torch.get_rng_state()
+
+    def go_on_with(self, seed: int) -> None:
+        """Begins an epoch of the data of that seed with the next step."""
+        self.data = self._sources.setdefault(seed, data_of(seed))
+        self._epoch = iter(self.data)
 
     def run(self, count: int) -> int:
         """So many steps or, where several are one launch, a few more; returns how many."""
@@ -74,6 +86,11 @@ class Job:
         assert self._eager.run(done) == done
         torch.testing.assert_close(everything(self.step), everything(self._eager.step), rtol=0, atol=0)
         return self
+
+    def go_on_with(self, seed: int) -> None:
+        """Other data, both ways."""
+        for each in (self._auto, self._eager):
+            each.go_on_with(seed)
 
     @property
     def data(self) -> ResidentBatches:
@@ -117,9 +134,11 @@ def test_steps_that_a_launch_does_not_weigh_in_stay_single(lab: Lab) -> None:
     assert job.reason == "measured 50 us a step, eager 100 us"
 
 
-def test_it_is_begun_where_the_steps_to_come_repay_it(lab: Lab) -> None:
-    lab.known[8] = KNOWN
-    enough = round(auto.LAUNCHES_FROM_S / lab.program_s)
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_it_is_begun_where_the_steps_to_come_repay_it(is_cached: bool, lab: Lab) -> None:
+    lab.known[8] = replace(KNOWN, trace_s=0.1)  # so that few steps repay the program of single ones
+    lab.is_span_cached = is_cached
+    enough = round((auto.CACHED_LAUNCHES_FROM_S if is_cached else auto.LAUNCHES_FROM_S) / lab.program_s)
     job = Job(enough).run(2 * UNTIL_COMPILED)
     assert job.engine == "compiled"
     assert (job.step.span, lab.begun_spans) == (1, [])
@@ -129,6 +148,60 @@ def test_it_is_begun_where_the_steps_to_come_repay_it(lab: Lab) -> None:
     job.step.expect(0)
     assert job.step.span == SIZE, "it is made already"
     job.step.close()
+
+
+def test_the_cache_is_asked_once_where_the_steps_to_come_do_not_repay_a_compiler(lab: Lab) -> None:
+    lab.known[8] = KNOWN
+    job = Job(ENOUGH_FOR_SINGLE).run(3 * UNTIL_COMPILED)
+    assert (job.engine, job.step.span, lab.looked_up, lab.begun_spans) == ("compiled", 1, 1, [])
+    assert job.reason == "measured 50 us a step, eager 100 us"
+    compile_s = job.step.compile_s
+    job.step.expect(MANY)
+    job.run(SIZE)
+    assert (lab.looked_up, len(lab.begun_spans)) == (1, 1)
+    assert job.step.compile_s == compile_s, "nothing was waited for"
+    job.step.close()
+
+
+def test_a_program_that_the_cache_has_is_measured_and_kept(lab: Lab) -> None:
+    lab.known[8] = KNOWN
+    lab.is_span_cached = lab.is_span_ready = True
+    job = Job(ENOUGH_FOR_SINGLE).run(UNTIL_COMPILED + TRIAL + 8 * SIZE)
+    assert job.reason.endswith("; 4 steps run as one: measured 25 us a step, one by one 50 us")
+    assert lab.looked_up == 1
+
+
+def test_what_keeps_changing_is_told_while_it_holds(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MISSED_SPANS", 2)
+    monkeypatch.setattr(launch, "MAX_MADE", 2)
+    job = launched(lab)
+    job.go_on_with(seed=5)
+    job.run(TRIAL + 8 * SIZE)
+    assert "4 steps run as one" in job.reason, "it was made anew"
+    job.go_on_with(seed=6)
+    job.run(4 * SIZE)
+    assert job.reason.endswith("; several steps run one by one, since this keeps changing: the resident data")
+    assert len(lab.begun_spans) == 2
+    job.go_on_with(seed=5)
+    job.run(SIZE)
+    assert "4 steps run as one" in job.reason
+
+
+def test_what_keeps_changing_is_not_told_of_single_steps_that_are_refused(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "MISSED_SPANS", 2)
+    monkeypatch.setattr(launch, "MAX_MADE", 1)
+    monkeypatch.setattr(auto, "AUDIT_STEPS", 64)
+    job = launched(lab)
+    job.go_on_with(seed=5)
+    job.run(4 * SIZE)
+    assert "keeps changing" in job.reason
+    lab.spoil = lambda loss: loss * 1.01
+    job.run(64)
+    assert (job.engine, job.step.span) == ("eager", 1)
+    assert "an audit found numbers that differ" in job.reason
+    assert "keeps changing" not in job.reason
 
 
 def test_nothing_waits_for_the_compiler(lab: Lab) -> None:

@@ -43,6 +43,7 @@ def several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(span_module, "MOST_STEPS", SIZE)
     monkeypatch.setattr(compiled, "FROM_STEPS", 0)
     monkeypatch.setattr(auto, "LAUNCHES_FROM_S", 0.0)
+    monkeypatch.setattr(auto, "CACHED_LAUNCHES_FROM_S", 0.0)
     monkeypatch.setattr(launch, "TRIAL_ROUNDS", 1)
     monkeypatch.setattr(launch, "MARGIN", 1e9)
 
@@ -146,6 +147,8 @@ def test_so_often_at_most(graphs: Graphs, engine: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(launch, "MAX_MADE", 1)
     found = assert_as_eager(graphs, engine, {}, lambda: data_of(seed=5))
     assert found.launched[-1] == found.launched[CHANGED]
+    told = "; several steps run one by one, since this keeps changing: the resident data"
+    assert told in found.step.engine.reason
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -212,6 +215,19 @@ def test_compiled_settles_with_both_programs(graphs: Graphs, monkeypatch: pytest
     assert graphs.builds == 2
     assert graphs.launched == SIZE
     assert step.compile_s is not None
+
+
+def test_auto_takes_what_an_earlier_run_has_left_and_starts_no_child(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = Epochs(started("eager")).run({})
+    for compiles_from_s, builds in ((float("inf"), 1), (0.0, 2), (float("inf"), 2)):
+        monkeypatch.setattr(auto, "LAUNCHES_FROM_S", compiles_from_s)
+        before = graphs.launched
+        found = Epochs(started("auto"), graphs).run({})
+        torch.testing.assert_close(found.seen, wanted.seen, rtol=ROUNDING, atol=ROUNDING)
+        assert graphs.builds == builds
+        assert (graphs.launched > before) == (builds == 2)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
