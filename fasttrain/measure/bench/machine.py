@@ -44,10 +44,10 @@ class Machine:
         return int(statistics.median(looks))
 
     def flags(self, wanted: int | None) -> tuple[str, ...]:
-        """To be called after a block: what was wrong.
+        """To be called after a block, for each of its arms: what was wrong.
 
         Args:
-            wanted: threads that wanted to run: what `before` returned, and the block's own; None: unknown.
+            wanted: threads that wanted to run: what `before` returned, and the arm's own; None: unknown.
 
         Returns:
             Some of "load" (more wanted to run than there are cores) and "throttled" (CPU or GPU were slowed down).

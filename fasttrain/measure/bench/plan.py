@@ -33,7 +33,7 @@ class Watcher(Protocol):
         ...
 
     def flags(self, wanted: int | None, /) -> tuple[str, ...]:
-        """What was wrong since, where so many threads wanted to run, the block's own among them."""
+        """What was wrong since, where so many threads wanted to run, the arm's own among them."""
         ...
 
 

@@ -186,10 +186,9 @@ class _Progress:
                     self._start_arm(block, label)
             others = self._watcher.before()
             timed, died = run_rounds(block.processes, self._plan.timed_s, self._draw)
-            threads = max((self._specs[label].threads for label in block.processes), default=0)
-            seen = self._watcher.flags(None if others is None else others + threads)
             figures: dict[str, BlockFigures] = {}
             for label, timing in timed.items():
+                seen = self._watcher.flags(None if others is None else others + self._specs[label].threads)
                 try:
                     figures[label] = _figures(block, label, timing, seen, others, repeats)
                 except ProcessDiedError as error:
