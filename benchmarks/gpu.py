@@ -26,7 +26,7 @@ ARMS = ("textbook", "tuned", "eager", "compiled", "auto", "graphed")
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
 PROFILED = ("textbook", "auto")
 
-TESTS_S, BENCH_S, PROFILE_S = 90.0, 80.0, 40.0
+TESTS_S, BENCH_S, PROFILE_S = 90.0, 95.0, 40.0
 TOTAL_S = 520.0
 GRACE_S = 10.0
 """An interrupted part has so long to write what it has."""
@@ -101,7 +101,7 @@ def interrupt(child: subprocess.Popen[bytes]) -> None:
 
 
 def session_of(leader: int) -> list[int]:
-    """Ids of the processes of a part, which is a session: each block of a benchmark is in a group of its own."""
+    """Ids of the processes of a part, which is a session: each process of a benchmark is in a group of its own."""
     found: list[int] = []
     for name in os.listdir("/proc"):
         with suppress(ValueError, ProcessLookupError):  # no process, or one that has ended meanwhile

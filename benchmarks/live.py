@@ -18,6 +18,7 @@ from benchmarks.places import REPOSITORY, RESULTS, log
 from benchmarks.records import Record, Series, write_record
 from fasttrain.errors import FasttrainError
 from fasttrain.measure.environment import environment, load_average, now
+from fasttrain.measure.verdict.revisions import find_revision
 from fasttrain.workloads.job import JOBS
 
 VERDICTS = ("FASTER", "SLOWER", "SAME", "INCONCLUSIVE")
@@ -31,13 +32,17 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     started_at = environment(torch.device("cpu"))
     found: list[Compared] = []
+    ended: list[str] = []
     try:
+        revision = find_revision("HEAD", REPOSITORY).commit  # one for all, whatever is committed meanwhile
         for number in range(1, options.comparisons + 1):
-            found.append(compare(options))
+            found.append(compare(revision, options))
             told = "{verdict}, {speedup:.3f} {interval}, {pairs} pairs".format(**found[-1])
             log(f"comparison {number}/{options.comparisons}: {told}")
-    except FasttrainError as error:
-        log(f"benchmarks.live: {error}")
+    except (FasttrainError, KeyboardInterrupt) as error:
+        ended = [f"ended early: {error or 'interrupted'}"]
+        log(f"benchmarks.live: {ended[0]}")
+    if not found:
         return 2
     record = Record(
         benchmark="live",
@@ -50,12 +55,12 @@ def main(arguments: Sequence[str]) -> int:
         yardstick="speedup",
         ratios={},
         refused={},
-        notes=notes(found),
+        notes=[*notes(found, options.blocks), *ended],
     )
     path = options.out or RESULTS / f"live-{options.workload}-cpu.json"
     write_record(record, path)
     log(f"written: {path}")
-    return 0
+    return 2 if ended else 0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,13 +77,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def compare(options: argparse.Namespace) -> Compared:
-    """One comparison of the newest commit with itself.
+def compare(revision: str, options: argparse.Namespace) -> Compared:
+    """One comparison of a revision with itself.
 
     Raises:
         FasttrainError: it gave no verdict.
     """
-    sides = ["--rev", "HEAD", "HEAD", "--workload", options.workload, "--arm", options.arm]
+    sides = ["--rev", revision, revision, "--workload", options.workload, "--arm", options.arm]
     design = ["--blocks", str(options.blocks), "--device", "cpu", "--json"]
     command = [sys.executable, "-m", "fasttrain", "compare", *sides, *design]
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -105,11 +110,11 @@ def series(found: Sequence[Compared]) -> dict[str, Series]:
     }
 
 
-def notes(found: Sequence[Compared]) -> list[str]:
+def notes(found: Sequence[Compared], blocks: int) -> list[str]:
     """The verdicts, and what they were reached with."""
     counts = Counter(each["verdict"] for each in found)
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
-    extended = sum(each["pairs"] > min(every["pairs"] for every in found) for each in found)
+    extended = sum(each["pairs"] > blocks for each in found)
     margins = sorted({f"{each['margin']:.1%}" for each in found})
     return [
         f"of {len(found)} comparisons: {verdicts}",

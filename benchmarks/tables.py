@@ -64,9 +64,13 @@ date. Measure on a machine that does nothing else.
 `bench` measures in blocks: in each, every arm has a fresh process that imports, checks the losses of its first 20 steps
 against the textbook's loop and warms up. When all are ready they take turns, 50 ms each, in random order in each round,
 all but one asleep; a median polish over the rounds takes out what the machine's speed did in the meantime. Order of
-rows, gathering, steps and the readout of loss and accuracy are inside; evaluation is not. A block is flagged, and its
-rounds repeated up to two times, where more work than cores was there before they began (load), where a process had to
-wait for a core (waited), or where CPU or GPU were slowed down (throttled).
+rows, gathering, steps and the readout of loss and accuracy are inside; evaluation is not. It is a median: what an arm
+does in fewer than half of its turns does not show, and is noted where an arm's steps took 10% longer in all than the
+others' did. An arm whose single call takes longer has longer turns, on which short disturbances weigh more.
+
+An arm is flagged where more work than cores was there before the rounds (load), where its process had to wait for a
+core (waited) or used one in the others' turns (awake), where memory came back from the disk (swapped), or where CPU or
+GPU were slowed down (throttled); where half of the arms are, the rounds are repeated, up to two times.
 
 All processes of a benchmark share one cache of compiled programs, empty at first: "compile" is what an arm's first
 process waited (another engine may have filled the cache by then), and the median of the later ones. Peak memory is the

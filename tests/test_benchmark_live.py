@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import live
 from benchmarks.records import read_record
+from fasttrain.measure.verdict.revisions import Revision
 from tests.measure.bench.bench_fakes import ENVIRONMENT
 
 FOUND: dict[str, Any] = {
@@ -21,6 +22,9 @@ FOUND: dict[str, Any] = {
     "margin": 0.03,
     "reasons": [],
 }
+
+
+COMMIT = "a" * 40
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, *given: Any) -> list[list[str]]:
@@ -35,7 +39,9 @@ def answers(monkeypatch: pytest.MonkeyPatch, *given: Any) -> list[list[str]]:
         return subprocess.CompletedProcess(command, 3, stdout=text, stderr="it broke")
 
     monkeypatch.setattr(live.subprocess, "run", run)
-    monkeypatch.setattr(live, "environment", lambda _: ENVIRONMENT)  # git is run for it
+    # Both run git.
+    monkeypatch.setattr(live, "environment", lambda _: ENVIRONMENT)
+    monkeypatch.setattr(live, "find_revision", lambda *_: Revision(name="HEAD", commit=COMMIT, repository=Path()))
     return asked
 
 
@@ -52,7 +58,7 @@ def test_the_verdicts_are_counted_and_every_estimate_is_kept(tmp_path: Path, mon
         "margin 3.0%; 1 looked a second time, at twice the blocks",
     ]
     assert len(asked) == 3
-    assert asked[0][3:7] == ["compare", "--rev", "HEAD", "HEAD"]
+    assert all(each[3:7] == ["compare", "--rev", COMMIT, COMMIT] for each in asked)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +68,17 @@ def test_the_verdicts_are_counted_and_every_estimate_is_kept(tmp_path: Path, mon
         ({**FOUND, "verdict": "NOT COMPARABLE", "reasons": ["other work"]}, "gave NOT COMPARABLE: other work"),
     ],
 )
-def test_a_comparison_without_a_verdict_ends_it(
+def test_a_comparison_without_a_verdict_ends_it_and_the_others_are_kept(
     given: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers(monkeypatch, FOUND, given)
     out = tmp_path / "live.json"
-    assert live.main(["--comparisons", "2", "--out", str(out)]) == 2
+    answers(monkeypatch, given)
+    assert live.main(["--out", str(out)]) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
+    answers(monkeypatch, {**FOUND, "pairs": 14}, given)
+    assert live.main(["--out", str(out)]) == 2
+    record = read_record(out)
+    assert record.series["speedup"].values == (1.01,)
+    assert "1 looked a second time" in record.notes[1]
+    assert said in record.notes[2]

@@ -85,10 +85,11 @@ def orders(job: Job, epoch: int) -> jax.Array:
 
 def _variables(threads: int) -> dict[str, str]:
     """XLA sizes its pools by these when its client is made, and has no other switch."""
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a GPU's memory is for all arms of the block
     if threads > 1:
-        return {"NPROC": str(threads)}
+        return {**shared, "NPROC": str(threads)}
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-    return {"NPROC": "1", "XLA_FLAGS": flags}
+    return {**shared, "NPROC": "1", "XLA_FLAGS": flags}
 
 
 def _started(parameters: Parameters, buffers: Buffers, optimizer: optax.GradientTransformation) -> State:

@@ -74,7 +74,7 @@ class Bench:
     """Least seconds of steps in a process before any is timed."""
 
     timed_s: float = 2.0
-    """Seconds of timed steps of an arm in a block, on average over the arms; they take turns."""
+    """Seconds of timed steps of an arm in a block, on average over the arms; there are 20 rounds at least."""
 
     seed: int = 0
     """Of the order of the arms in each block."""

@@ -20,6 +20,7 @@ __all__ = [
     "load_average",
     "now",
     "runnable",
+    "swapped_in",
     "throttle_count",
     "usable_cores",
 ]
@@ -98,6 +99,15 @@ def throttle_count() -> int:
     except OSError:
         return heat
     return heat + (int(quota[quota.index("nr_throttled") + 1]) if "nr_throttled" in quota else 0)
+
+
+def swapped_in() -> int:
+    """Pages that came back from the disk so far, because memory was short; 0: or the system does not tell."""
+    try:
+        facts = Path("/proc/vmstat").read_text().split()
+    except OSError:
+        return 0
+    return int(facts[facts.index("pswpin") + 1]) if "pswpin" in facts else 0
 
 
 def _number(path: Path) -> int:

@@ -36,8 +36,8 @@ __all__ = [
     "wait_for",
 ]
 
-PASS_S = SLICE_S
-"""A pass over an epoch that would take longer than this ends when it has taken so long: then others have their turn."""
+PASS_S = SLICE_S / 2
+"""A pass over an epoch that would take longer than this ends when it has taken so long: turns are to be short."""
 
 
 class TextbookArm:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fasttrain.measure.environment import runnable, throttle_count, usable_cores
+from fasttrain.measure.environment import runnable, swapped_in, throttle_count, usable_cores
 
 __all__ = ["Machine", "gpu_throttled_ns"]
 
@@ -29,11 +29,11 @@ class Machine:
     def __init__(self, device: torch.device, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._device = device
         self._sleep = sleep
-        self._throttled = 0
+        self._throttled = self._swapped = 0
 
     def before(self) -> int | None:
         """To be called before a block; returns the threads of others that run or wait for a core (None: unknown)."""
-        self._throttled = self._count()
+        self._throttled, self._swapped = self._count(), swapped_in()
         looks: list[int] = []
         for _ in range(LOOKS):
             found = runnable()
@@ -50,11 +50,15 @@ class Machine:
             wanted: threads that wanted to run: what `before` returned, and the arm's own; None: unknown.
 
         Returns:
-            Some of "load" (more wanted to run than there are cores) and "throttled" (CPU or GPU were slowed down).
+            Some of "load" (more wanted to run than there are cores), "swapped" (memory came back from the disk) and
+            "throttled" (CPU or GPU were slowed down).
         """
-        is_loaded = wanted is not None and wanted > usable_cores()
-        is_throttled = self._count() > self._throttled
-        return tuple(name for name, is_so in (("load", is_loaded), ("throttled", is_throttled)) if is_so)
+        found = {
+            "load": wanted is not None and wanted > usable_cores(),
+            "swapped": swapped_in() > self._swapped,
+            "throttled": self._count() > self._throttled,
+        }
+        return tuple(name for name, is_so in found.items() if is_so)
 
     def _count(self) -> int:
         """Grows whenever something is slowed down."""

@@ -110,11 +110,15 @@ class Slice:
         seconds: that they took.
         steps: how many.
         waited_s: of these, for a core.
+        others_s: before that, since its slice before: the others' turns.
+        awake_s: CPU seconds that its process used in these.
     """
 
     seconds: float
     steps: int
     waited_s: float
+    others_s: float
+    awake_s: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -127,6 +131,8 @@ class Slice:
             seconds=node.number("seconds", is_positive=True),
             steps=node.integer("steps", 1),
             waited_s=node.number("waited_s"),
+            others_s=node.number("others_s"),
+            awake_s=node.number("awake_s"),
         )
 
 

@@ -67,7 +67,7 @@ class BenchPlan:
         aa: labels of one arm that is in the plan twice, to measure the machine's noise; None: it is not measured.
         noise: what is known of the machine's noise.
         warmup_s: least seconds of steps before any is timed.
-        timed_s: seconds of timed steps of an arm in a block, on average over the arms.
+        timed_s: seconds of timed steps of an arm in a block, on average over the arms; there are 20 rounds at least.
         threads: see `Design.threads`.
         seed: of the order of the arms.
 

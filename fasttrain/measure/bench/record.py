@@ -44,6 +44,7 @@ class BlockFigures:
         position: when its process was started, from 0.
         step_s: seconds of a step, at the speed that the machine had in the median round; see `rounds.levels`.
         steps: that were timed.
+        seconds: that they took.
         rounds: in which they were, the arms of the block taking turns.
         samples_per_step: rows that a step trains on.
         import_s: from the start of the process until everything was imported.
@@ -52,7 +53,8 @@ class BlockFigures:
         peak_bytes: of the process (CPU) or of the device's allocator (CUDA); None: unknown.
         runnable: threads of others that ran or waited for a core just before the rounds; None: unknown.
         flags: what was wrong with the machine: "load" (with what ran just before, more threads wanted to run than there
-            are cores), "waited" (the process had to wait for a core while it was timed), "throttled".
+            are cores), "waited" (the process had to wait for a core while it was timed), "awake" (it used one in the
+            others' turns), "swapped" (memory came back from disk), "throttled".
         repeats: attempts at the rounds of this block before, of which a flag or a death made nothing.
         engine: what ran the steps in the end, and why; None where that is no question.
     """
@@ -61,6 +63,7 @@ class BlockFigures:
     position: int
     step_s: float
     steps: int
+    seconds: float
     rounds: int
     samples_per_step: int
     import_s: float
@@ -71,6 +74,11 @@ class BlockFigures:
     flags: tuple[str, ...] = ()
     repeats: int = 0
     engine: str | None = None
+
+    @property
+    def excess(self) -> float:
+        """How much longer its steps took in all than `step_s` tells: 0.1 is 10%."""
+        return self.seconds / self.steps / self.step_s - 1
 
     @property
     def samples_per_s(self) -> float:
@@ -85,6 +93,7 @@ class BlockFigures:
             position=node.integer("position"),
             step_s=node.number("step_s", is_positive=True),
             steps=node.integer("steps", 1),
+            seconds=node.number("seconds", is_positive=True),
             rounds=node.integer("rounds", 1),
             samples_per_step=node.integer("samples_per_step", 1),
             import_s=node.number("import_s"),
@@ -155,7 +164,7 @@ class Design:
         blocks: that were planned.
         extended: the one extension, to twice as many, was made.
         warmup_s: least seconds of steps before any is timed.
-        timed_s: seconds of timed steps of an arm in a block, on average over the arms.
+        timed_s: seconds of timed steps of an arm in a block, on average over the arms; there are 20 rounds at least.
         slice_s: least seconds of an arm's turn in a round.
         threads: of every arm that has no number of its own in its name.
         seed: of the order of the arms in each block.

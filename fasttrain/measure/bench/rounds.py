@@ -1,7 +1,8 @@
 """The rounds of a block: the processes of its arms take turns, a slice of steps each, all others asleep.
 
 On a shared machine the speed of a core swings by a factor of two within seconds. Arms that are timed one after the
-other meet different speeds; of arms that alternate every 50 ms, each round meets one speed, which is taken out.
+other meet different speeds; arms that alternate every 50 ms meet nearly the same one in each round, and it is taken
+out. The more arms, the longer the rounds, and the less of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["LEAST_ROUNDS", "SLICE_S", "Process", "Timing", "levels", "run_rounds
 
 SLICE_S = 0.05
 """Least seconds of a slice. With the MLP's eager loop against itself, the root mean square of log ratios in 12 blocks
-of a second each was 0.021 with slices of 0.02 s, 0.018 with 0.05 s, 0.033 with 0.1 s, and 0.36 one after the other."""
+of a second each was about 0.02 with slices of 0.02 or 0.05 s, 0.03 with 0.1 s, and 0.36 one after the other."""
 
 LEAST_ROUNDS = 20
 
@@ -51,16 +52,20 @@ class Timing:
     """What the rounds tell of an arm.
 
     Attributes:
-        step_s: seconds of a step, at the speed that the machine had in the middle of the rounds.
+        step_s: seconds of a step, at the speed that the machine had in the middle of the rounds; see `levels`.
         steps: that were timed.
+        seconds: that they took.
         rounds: in which they were.
-        waited_share: of the time, for a core.
+        waited_share: of that time, for a core.
+        awake_share: of the others' time, in which this arm used a core all the same.
     """
 
     step_s: float
     steps: int
+    seconds: float
     rounds: int
     waited_share: float
+    awake_share: float
 
 
 def run_rounds(
@@ -101,8 +106,10 @@ def _timings(slices: Mapping[str, list[Slice]]) -> dict[str, Timing]:
         label: Timing(
             step_s=math.exp(level),
             steps=sum(each.steps for each in found),
+            seconds=sum(each.seconds for each in found),
             rounds=len(found),
             waited_share=sum(each.waited_s for each in found) / sum(each.seconds for each in found),
+            awake_share=sum(each.awake_s for each in found) / max(1e-9, sum(each.others_s for each in found)),
         )
         for (label, found), level in zip(slices.items(), levels(log_times), strict=True)
     }
@@ -111,7 +118,8 @@ def _timings(slices: Mapping[str, list[Slice]]) -> dict[str, Timing]:
 def levels(log_times: NDArray[np.float64]) -> NDArray[np.float64]:
     """What is each arm's own in log times that arm and round add up to: Tukey's median polish.
 
-    Of two arms, the levels differ by the median of the rounds' differences.
+    Of two arms, the levels differ by the median of the rounds' differences. What an arm does in fewer than half of its
+    slices does not show in its level: a disturbance, or a rare cost of its own. `Timing.seconds` holds both.
 
     Args:
         log_times: [arms, rounds].

@@ -18,10 +18,14 @@ from fasttrain.measure.verdict.stats import FEWEST_PAIRS, MOST_PAIRS, Noise, mar
 __all__ = ["measured_noise", "run_bench"]
 
 MAX_REPEATS = 2
-"""So often the rounds of a block that was flagged are run again, and a process that died is started again."""
+"""So often the rounds of a block are run again of which half the arms were flagged, and a process that died is started
+again."""
 
 MOST_WAITED = 0.05
 """A process that waits for a core for more than this share of its time is flagged."""
+
+MOST_AWAKE = 0.05
+"""A process that uses a core for more than this share of the others' time is flagged."""
 
 
 def run_bench(
@@ -144,7 +148,7 @@ class _Progress:
         self._specs = {spec.label: spec for spec in plan.arms}
         self._taking_part = set(self._specs)
         self._orders = orders(list(self._specs), plan.seed)
-        self._draw = random.Random(plan.seed)
+        self._draw = random.Random(f"rounds {plan.seed}")
         self._measured: dict[str, _Measured] = {}
 
     def run(self, blocks: range) -> None:
@@ -179,7 +183,7 @@ class _Progress:
         return any(verdict(each, margin).kind == "INCONCLUSIVE" for each in pairs if each)
 
     def _run_block(self, block: _Block) -> None:
-        """The rounds of a block, run again while one of its arms is flagged or dies in them."""
+        """The rounds of a block, run again while half of its arms are flagged, or one dies in them."""
         for repeats in range(MAX_REPEATS + 1):
             for label in block.order:
                 while label in self._taking_part and label not in block.processes:
@@ -193,11 +197,11 @@ class _Progress:
                     figures[label] = _figures(block, label, timing, seen, others, repeats)
                 except ProcessDiedError as error:
                     died[label] = error
+            is_good = not died and 2 * sum(bool(each.flags) for each in figures.values()) < len(figures)
+            is_last = is_good or repeats == MAX_REPEATS
             for label, error in died.items():
                 del block.processes[label]
-                self._died(block, label, error)
-            is_good = not died and not any(each.flags for each in figures.values())
-            is_last = is_good or repeats == MAX_REPEATS
+                self._died(block, label, error, is_last=is_last)
             for label, each in figures.items():
                 self._keep(label, block.processes[label].started, each, is_good=is_last)
             if is_last:
@@ -217,7 +221,7 @@ class _Progress:
         try:
             process = block.stack.enter_context(self._start(task))
         except ProcessDiedError as error:
-            self._died(block, label, error)
+            self._died(block, label, error, is_last=False)
             return
         if process.started.refused is None:
             block.processes[label] = process
@@ -234,13 +238,15 @@ class _Progress:
         rate = f"{figures.step_s * 1e6:,.1f} us a step, {figures.samples_per_s:,.0f} samples/s"
         self._log(f"block {figures.block + 1}: {label}: {rate}{flagged}{again}")
 
-    def _died(self, block: _Block, label: str, error: ProcessDiedError) -> None:
+    def _died(self, block: _Block, label: str, error: ProcessDiedError, *, is_last: bool) -> None:
+        """A process of an arm has died; `is_last`: these were the last rounds of the block."""
         block.deaths[label] = deaths = block.deaths.get(label, 0) + 1
-        is_last = deaths > MAX_REPEATS
-        self._log(
-            f"block {block.number + 1}: {label}: the process died: {error}{'' if is_last else ', to be started again'}"
-        )
-        if not is_last:
+        is_out = deaths > MAX_REPEATS
+        again = "" if is_out or is_last else ", to be started again"
+        self._log(f"block {block.number + 1}: {label}: the process died: {error}{again}")
+        if not is_out:
+            if is_last:
+                self.notes.append(f"{label}: not in block {block.number + 1}: its process died: {error}")
             return
         self._log(error.last_words)
         reason = f"its process died {deaths} times: {error}"
@@ -282,11 +288,13 @@ def _figures(
     process = block.processes[label]
     started, state = process.started, process.state()
     waited = ("waited",) if timing.waited_share > MOST_WAITED else ()
+    awake = ("awake",) if timing.awake_share > MOST_AWAKE else ()
     return BlockFigures(
         block=block.number,
         position=block.order.index(label),
         step_s=timing.step_s,
         steps=timing.steps,
+        seconds=timing.seconds,
         rounds=timing.rounds,
         samples_per_step=started.samples_per_step,
         import_s=started.import_s,
@@ -294,7 +302,7 @@ def _figures(
         first_step_s=started.first_step_s,
         peak_bytes=state.peak_bytes,
         runnable=others,
-        flags=(*waited, *seen),
+        flags=(*waited, *awake, *seen),
         repeats=repeats,
         engine=state.engine,
     )

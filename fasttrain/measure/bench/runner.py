@@ -30,6 +30,9 @@ TIMEOUT_S = 900.0
 GRACE_S = 10.0
 """So long a process may take to end of itself."""
 
+LOOK_S = 1.0
+"""So often a process that does not answer is looked after."""
+
 LAST_WORDS = 1_500
 """Characters of a dead process's output that are kept."""
 
@@ -79,21 +82,33 @@ class ArmProcess:
     def _ask(self, request: Any, read: Callable[[Node], Message]) -> Message:
         try:
             self._connection.send_bytes(json.dumps(request).encode())
-            if not self._connection.poll(self._timeout_s):
-                raise ProcessDiedError(f"it was ended after {self._timeout_s:g} s")
+            self._await_answer()
             answer = self._connection.recv_bytes()
         except (EOFError, OSError):
             raise self._death() from None
         try:
             return read(Node(json.loads(answer), "its answer"))
         except (ValueError, DataError) as error:
+            end(self._child)
             raise ProcessDiedError(str(error)) from None
+
+    def _await_answer(self) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        while not self._connection.poll(min(LOOK_S, self._timeout_s)):
+            # What it has started may have inherited the connection, which then stays open.
+            if self._child.poll() is not None and not self._connection.poll(0):
+                raise self._death()
+            if time.monotonic() > deadline:
+                end(self._child)  # others have their turns now
+                raise ProcessDiedError(f"it was ended after {self._timeout_s:g} s")
 
     def _death(self) -> ProcessDiedError:
         """Of a process that failed: in short what it said last, which is mostly the exception, and more of it."""
         with suppress(subprocess.TimeoutExpired):
             self._child.wait(GRACE_S)
-        said = self._output.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
+        with self._output.open("rb") as file:
+            file.seek(max(0, self._output.stat().st_size - 4 * LAST_WORDS))
+            said = file.read().decode(errors="replace").strip()[-LAST_WORDS:]
         last_line = said.splitlines()[-1][:LAST_LINE] if said else "it said nothing"
         return ProcessDiedError(f"exit code {self._child.returncode}: {last_line}", said)
 
@@ -176,6 +191,11 @@ def _ended(child: subprocess.Popen[bytes]) -> Generator[None]:
     try:
         yield
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)  # with what it has started, such as a compiler
-            child.wait()
+        end(child)
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Ends a process that leads a group, if it has not ended, with what it has started, such as a compiler."""
+    with suppress(ProcessLookupError, PermissionError):  # all have ended; the second is what macOS says then
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()

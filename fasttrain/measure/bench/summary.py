@@ -30,6 +30,9 @@ __all__ = [
     "text",
 ]
 
+RARE_COSTS = 0.1
+"""An arm's excess over the usual one from which on it is told."""
+
 COMPARED = ("textbook", "tuned", "jax")
 """Kinds of arms that all are compared with, each the fastest of its kind, where a record has them."""
 
@@ -105,7 +108,7 @@ def compared_with(record: BenchRecord) -> list[str]:
 def _summary(label: str, record: BenchRecord, others: Sequence[str]) -> ArmSummary:
     arm = record.arms[label]
     peaks = [block.peak_bytes for block in arm.blocks if block.peak_bytes is not None]
-    first, *later = sorted([*arm.blocks, *arm.repeated], key=lambda block: (block.block, block.repeats))
+    first, *later = arm.blocks
     warm = [block.compile_s for block in later if block.compile_s is not None]
     return ArmSummary(
         label=label,
@@ -166,6 +169,7 @@ def notes(record: BenchRecord) -> list[str]:
         *(f"{arm.label}: {arm.description}; {_agreement(arm.agreement, tolerance)}" for arm, tolerance in arms),
         *(f"{arm.label}: ran {_ran(arm)}" for arm, _ in arms if arm.engines),
         *(f"not timed: {label}: {reason}" for label, reason in record.refused.items()),
+        *_rare_costs(record),
         *_flags(record),
         _noise(record),
         *record.notes,
@@ -182,6 +186,18 @@ def _agreement(agreement: float | None, tolerance: float) -> str:
     if agreement is None:
         return "another algorithm, whose losses are not the textbook's"
     return f"running loss within {agreement:.1g} of the textbook's (allowed: {tolerance:g})"
+
+
+def _rare_costs(record: BenchRecord) -> list[str]:
+    """Of arms whose steps took longer in all than the median turn tells, by more than those of the others."""
+    found = {label: statistics.median(block.excess for block in arm.blocks) for label, arm in record.arms.items()}
+    usual = statistics.median(found.values())
+    return [
+        f"{label}: its steps took {excess:.0%} longer in all than this tells (the arms' median: {usual:.0%}): "
+        "it has costs that most of its turns do not meet, or was disturbed"
+        for label, excess in found.items()
+        if excess > usual + RARE_COSTS
+    ]
 
 
 def _flags(record: BenchRecord) -> list[str]:
@@ -209,7 +225,7 @@ def conditions(record: BenchRecord) -> str:
     """One line: where, when and how the figures were measured."""
     design = record.design
     blocks = f"{design.blocks} blocks{', extended once to twice as many' if design.extended else ''}"
-    turns = f"arms in turn, {design.slice_s * 1e3:.0f} ms each, {design.timed_s:g} s in all, threads {design.threads}"
+    turns = f"arms in turn, {design.slice_s * 1e3:.0f} ms each, {design.timed_s:g} s a block, threads {design.threads}"
     return f"{conditions_of(record.environment, record.created)}; {blocks}, {turns}."
 
 

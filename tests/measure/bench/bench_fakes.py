@@ -33,6 +33,7 @@ def figures(block: int, step_s: float, **changes: Any) -> BlockFigures:
         "position": 0,
         "step_s": step_s,
         "steps": 100,
+        "seconds": 100 * step_s,
         "rounds": 20,
         "samples_per_step": 128,
         "import_s": 2.0,
@@ -75,9 +76,9 @@ Given = float | Slice | Started | ProcessDiedError
 """What a fake arm does in a block: seconds of a step, or a slice of it, in the rounds; a refusal or a death before."""
 
 
-def slice_of(step_s: float, waited_s: float = 0.0) -> Slice:
+def slice_of(step_s: float, waited_s: float = 0.0, awake_s: float = 0.0) -> Slice:
     steps = math.ceil(0.2 / step_s)
-    return Slice(seconds=steps * step_s, steps=steps, waited_s=waited_s)
+    return Slice(seconds=steps * step_s, steps=steps, waited_s=waited_s, others_s=0.2, awake_s=awake_s)
 
 
 class FakeProcess:

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A machine of 4 cores whose facts are in the dict that the test gets."""
-    facts: dict[str, Any] = {"runnable": [1], "throttled": 0, "looks": 0}
+    facts: dict[str, Any] = {"runnable": [1], "throttled": 0, "swapped": 0, "looks": 0}
 
     def runnable() -> int | None:
         facts["looks"] += 1
@@ -27,6 +27,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(machine, "runnable", runnable)
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
     monkeypatch.setattr(machine, "throttle_count", lambda: facts["throttled"])
+    monkeypatch.setattr(machine, "swapped_in", lambda: facts["swapped"])
     return facts
 
 
@@ -51,11 +52,12 @@ def test_more_threads_than_cores_are_a_flag(wanted: int | None, flags: tuple[str
     assert watcher.flags(wanted) == flags
 
 
-def test_throttling_is_noticed_in_its_own_block(quiet: dict[str, Any]) -> None:
+@pytest.mark.parametrize("what", ["throttled", "swapped"])
+def test_what_slows_a_block_down_is_noticed_in_that_block(what: str, quiet: dict[str, Any]) -> None:
     watcher = Machine(CPU, sleep=lambda _: None)
     others = watcher.before()
-    quiet["throttled"] = 3
-    assert watcher.flags(others) == ("throttled",)
+    quiet[what] = 3
+    assert watcher.flags(others) == (what,)
     assert watcher.flags(watcher.before()) == ()
 
 

@@ -68,7 +68,16 @@ def test_a_slice_ends_when_the_device_is_done() -> None:
     arm = SlowArm([(1.0, None)])
     found = ready(arm).slice(2.5)
     assert (found.seconds, found.steps) == (3.125, 3)
-    assert arm.syncs == 1
+    assert arm.syncs == 2  # once after what fills the caches
+
+
+def test_what_fills_the_caches_is_not_timed_and_left_out_where_calls_are_long() -> None:
+    arm = SlowArm([(1.0, None)])
+    timed = ready(arm)
+    assert timed.slice(15.0).steps == 15
+    assert arm.steps == 2 + 15
+    assert timed.slice(0.5).steps == 1
+    assert arm.steps == 17 + 1
 
 
 def test_a_slice_has_one_call_at_least_which_may_train_many_steps() -> None:
@@ -84,6 +93,18 @@ def test_a_warm_up_is_not_timed() -> None:
     warm.warm_up(1.5)
     assert (arm.steps, arm.syncs) == (3, 2)
     assert warm.slice(0.5).steps == 1
+
+
+def test_what_the_process_does_in_the_others_turns_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_s = iter([1.0, 1.25, 9.0, 9.5, 20.0])
+    monkeypatch.setattr(process.time, "process_time", lambda: next(cpu_s))
+    arm = SlowArm([(1.0, None)])
+    timed = ready(arm)
+    arm.now += 4.0
+    first = timed.slice(0.5)
+    arm.now += 8.0
+    second = timed.slice(0.5)
+    assert [(each.others_s, each.awake_s) for each in (first, second)] == [(4.0, 0.25), (8.0, 0.5)]
 
 
 @given(seconds=st.floats(0.01, 3.0), asked_s=st.floats(0.1, 5.0))

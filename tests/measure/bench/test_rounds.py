@@ -41,7 +41,8 @@ class Turning:
         self._turns.order.append(self._name)
         step_s = self._step_s * self._turns.speed(self._num_arms)
         steps = math.ceil(seconds / step_s)
-        return Slice(seconds=steps * step_s, steps=steps, waited_s=0.01 * seconds)
+        shares = {"waited_s": 0.01 * seconds, "others_s": seconds, "awake_s": 0.02 * seconds}
+        return Slice(seconds=steps * step_s, steps=steps, **shares)
 
     def state(self) -> ArmState:
         return ArmState(compile_s=None, peak_bytes=None, engine=None)
@@ -68,7 +69,9 @@ def test_arms_have_so_many_seconds_on_average() -> None:
     assert {each.rounds for each in timed.values()} == {100}  # 0.05 s and 0.15 s a round
     assert timed["a"].steps == 100 * 50
     assert timed["b"].steps == 100
+    assert timed["a"].seconds == pytest.approx(5.0)
     assert timed["a"].waited_share == pytest.approx(0.01)
+    assert timed["b"].awake_share == pytest.approx(0.02)
 
 
 @given(speeds=st.lists(st.floats(0.2, 5.0), min_size=1, max_size=30), ratio=st.floats(0.1, 10.0))
@@ -106,9 +109,9 @@ LOGS = st.floats(-10, 10)
 @settings(deadline=None)
 def test_what_adds_up_is_taken_apart(of_arms: np.ndarray, of_rounds: np.ndarray) -> None:
     found = levels(of_arms[:, None] + of_rounds)
-    assert found - found[0] == pytest.approx(of_arms - of_arms[0], abs=1e-4)
+    assert found - found[0] == pytest.approx(of_arms - of_arms[0], abs=1e-9)
     low, high = of_rounds.min() + of_arms.min(), of_rounds.max() + of_arms.max()
-    assert all(low - 1e-4 <= level <= high + 1e-4 for level in found)
+    assert all(low - 1e-9 <= level <= high + 1e-9 for level in found)
 
 
 @given(log_times=arrays(float, (2, 21), elements=LOGS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -26,9 +26,14 @@ from tests.measure.bench.bench_fakes import (
 )
 
 
-def run(wanted: BenchPlan, runner: Any, machine: FakeMachine | None = None) -> tuple[BenchRecord, bool]:
+def run(
+    wanted: BenchPlan,
+    runner: Any,
+    machine: FakeMachine | None = None,
+    log: Callable[[str], None] = lambda _: None,
+) -> tuple[BenchRecord, bool]:
     about: dict[str, Any] = {"environment": ENVIRONMENT, "command": "bench", "created": "now"}
-    return run_bench(wanted, runner, machine or FakeMachine(), lambda _: None, **about)
+    return run_bench(wanted, runner, machine or FakeMachine(), log, **about)
 
 
 def test_every_arm_runs_once_a_block_against_the_references_losses() -> None:
@@ -80,7 +85,19 @@ def test_a_block_that_stays_flagged_is_kept_with_its_flag() -> None:
     assert len(record.arms["eager"].repeated) == 2
 
 
-def test_a_flagged_arm_has_the_whole_block_timed_again() -> None:
+def test_an_arm_of_many_that_is_flagged_keeps_its_flag_without_a_repeat() -> None:
+    awake = slice_of(9e-3, awake_s=0.1)
+    runner = FakeRunner({"eager": [1e-3], "tuned": [5e-4], "mine": [awake]})
+    record, _ = run(plan("eager", "tuned", "mine", blocks=1), runner)
+    assert {label: arm.blocks[0].flags for label, arm in record.arms.items()} == {
+        "eager": (),
+        "tuned": (),
+        "mine": ("awake",),
+    }
+    assert [arm.repeated for arm in record.arms.values()] == [()] * 3
+
+
+def test_where_half_of_the_arms_are_flagged_the_whole_block_is_timed_again() -> None:
     waited = slice_of(9e-3, waited_s=0.1)
     runner = FakeRunner({"eager": [waited, 1e-3], "tuned": [5e-4, 6e-4]})
     record, _ = run(plan("eager", "tuned", blocks=1), runner)
@@ -117,6 +134,16 @@ def test_a_process_that_dies_in_the_rounds_is_started_again_and_the_block_timed_
     assert [arm.blocks[0].repeats for arm in record.arms.values()] == [1, 1]
     assert record.arms["tuned"].blocks[0].step_s == pytest.approx(6e-4)
     assert sorted(task.source for task in runner.tasks) == ["eager", "eager", "textbook", "tuned"]
+
+
+def test_an_arm_that_dies_in_the_last_rounds_of_a_block_is_missed_there() -> None:
+    waited, died = slice_of(9e-3, waited_s=0.1), DiesInRoundsError("killed")
+    runner = FakeRunner({"mine": [waited, waited, died, 1e-3], "eager": [waited, waited, 1e-3]})
+    log: list[str] = []
+    record, _ = run(plan("mine", "eager", blocks=2), runner, log=log.append)
+    assert [[block.block for block in arm.blocks] for arm in record.arms.values()] == [[1], [0, 1]]
+    assert record.notes == ("mine: not in block 1: its process died: killed",)
+    assert "block 1: mine: the process died: killed" in log
 
 
 def test_a_process_that_dies_when_its_state_is_asked_for_has_died_too() -> None:
@@ -217,14 +244,20 @@ def test_an_interrupt_before_anything_was_timed_is_one() -> None:
 
 
 def test_an_interrupt_in_the_rounds_ends_the_processes() -> None:
-    class Interrupting(FakeMachine):
-        def before(self) -> int:
-            assert runner.living == ["eager"]
-            raise KeyboardInterrupt
+    class Interrupting(FakeRunner):
+        @contextmanager
+        def __call__(self, task: ArmTask) -> Generator[FakeProcess]:
+            with super().__call__(task) as process:
+                process.slice = interrupt
+                yield process
 
-    runner = FakeRunner({"eager": [1e-3]})
+    def interrupt(_: float) -> Any:
+        assert runner.living == ["eager"]
+        raise KeyboardInterrupt
+
+    runner = Interrupting({"eager": [1e-3]})
     with pytest.raises(KeyboardInterrupt):
-        run(plan("eager"), runner, Interrupting())
+        run(plan("eager"), runner)
     assert runner.living == []
 
 

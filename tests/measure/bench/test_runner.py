@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from contextlib import AbstractContextManager
+import time
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fasttrain import cli
 from fasttrain.measure.bench.messages import ArmTask, ProcessDiedError
 from fasttrain.measure.bench.noise import known_noise, remember_noise
 from fasttrain.measure.bench.record import read_record
-from fasttrain.measure.bench.runner import ArmRunner, fresh_caches
+from fasttrain.measure.bench.runner import GRACE_S, ArmRunner, fresh_caches
 from fasttrain.measure.environment import environment
 from fasttrain.measure.verdict.stats import Noise
 from fasttrain.step.cache import ProgramCache, Verdict, default_folder
@@ -55,6 +56,8 @@ def test_a_process_runs_slices_and_ends(tmp_path: Path) -> None:
         assert peak is not None
         assert peak > 50e6
         assert len(children()) == 2
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 2 * GRACE_S  # both have ended of themselves
     assert children() == []
 
 
@@ -74,6 +77,39 @@ def test_a_process_that_is_killed_in_its_turn_has_died() -> None:
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ProcessDiedError, match=r"^exit code -9: it said nothing$"):
             process.slice(0.0)
+
+
+def group(leader: int) -> list[int]:
+    """Ids of the processes of a group."""
+    found: list[int] = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if int((each / "stat").read_text().rpartition(")")[2].split()[2]) == leader:
+                found.append(int(each.name))
+    return found
+
+
+def test_a_process_that_hangs_in_its_turn_is_ended_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ArmRunner({}, folder=REPOSITORY)(task(f"{USERS}:make_hanging_arm")) as process:
+        (pid,) = children()
+        monkeypatch.setattr(process, "_timeout_s", 0.2)
+        with pytest.raises(ProcessDiedError, match=r"^it was ended after 0\.2 s$"):
+            process.slice(0.0)
+        assert group(pid) == []
+
+
+def test_a_death_is_noticed_and_leaves_nothing_where_what_it_started_lives_on() -> None:
+    with ArmRunner({}, folder=REPOSITORY)(task(f"{USERS}:make_forking_arm")) as process:
+        (pid,) = children()
+        begin = time.monotonic()
+        with pytest.raises(ProcessDiedError, match=r"^exit code 3: it said nothing$"):
+            process.slice(0.0)
+        assert time.monotonic() - begin < 30
+        assert len(group(pid)) == 1
+    deadline = time.monotonic() + 10
+    while group(pid) and time.monotonic() < deadline:  # init has not reaped it yet
+        pass
+    assert group(pid) == []
 
 
 def test_a_process_that_takes_too_long_is_ended() -> None:

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasttrain.measure.bench.summary import command, fastest, markdown, number, summarise, terminal, text
+from fasttrain.measure.bench.summary import command, fastest, markdown, notes, number, summarise, terminal, text
 from fasttrain.measure.verdict.stats import Noise
 from tests.measure.bench.bench_fakes import arm, figures, record
 
 TEXTBOOK = arm(4e-3, 2e-3)
 COMPILED = arm(
     blocks=(
-        figures(0, 1e-3, compile_s=0.6, repeats=1, engine="compiled: asked for"),
-        figures(1, 1e-3, compile_s=0.4, flags=("load",), engine="compiled: asked for"),
+        figures(0, 1e-3, compile_s=30.0, repeats=1, engine="compiled: asked for"),
+        figures(1, 1e-3, compile_s=0.5, flags=("load",), engine="compiled: asked for"),
     ),
     repeated=(figures(0, 9.0, compile_s=30.0, flags=("load",)),),
 )
@@ -28,6 +28,14 @@ def test_ratios_are_formed_within_blocks() -> None:
     assert compiled.rate.median == pytest.approx(128 / 1e-3)
     assert (compiled.first_compile_s, compiled.warm_compile_s) == (30.0, 0.5)
     assert (textbook.first_compile_s, textbook.warm_compile_s) == (None, None)
+
+
+def test_costs_that_most_turns_do_not_meet_are_told() -> None:
+    dear = arm(blocks=(figures(0, 1e-3, seconds=0.121), figures(1, 1e-3, seconds=0.125)))
+    found = record({"textbook": TEXTBOOK, "eager": arm(1e-3, 1e-3), "dear": dear})
+    told = [note for note in notes(found) if "longer in all" in note]
+    assert len(told) == 1
+    assert told[0].startswith("dear: its steps took 23% longer in all than this tells (the arms' median: 0%)")
 
 
 def test_the_yardstick_is_the_fastest_of_its_kind() -> None:
@@ -56,7 +64,7 @@ def test_a_table_tells_all_that_is_known() -> None:
         assert "1 under 'load'; repeats: 1" in shown
         assert "noise floor 2.0%, smallest detectable effect 5.0% (10 pairs)" in shown
         assert "A CPU, 4 cores; torch 2.13.0" in shown
-        assert "2 blocks, arms in turn, 50 ms each, 1 s in all, threads 1." in shown
+        assert "2 blocks, arms in turn, 50 ms each, 1 s a block, threads 1." in shown
     assert markdown(found, "A title").startswith("## A title\n\n| arm | samples/s |")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from itertools import chain, repeat
 
 import torch
 
-from fasttrain.measure.bench.arm import Arm
+from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
 from fasttrain.workloads.job import Job
 
 
@@ -43,6 +45,34 @@ class WrongArm(MyArm):
 
 def make_wrong_arm(workload: Job) -> Arm:
     return WrongArm(workload)
+
+
+class HangingArm(MyArm):
+    """Hangs in its first turn."""
+
+    def step(self) -> None:
+        if len(self.found) >= CHECKED_STEPS:
+            time.sleep(60)
+        super().step()
+
+
+def make_hanging_arm(workload: Job) -> Arm:
+    return HangingArm(workload)
+
+
+class ForkingArm(MyArm):
+    """Starts a process that inherits all that is open, and ends in its first turn."""
+
+    def step(self) -> None:
+        if len(self.found) >= CHECKED_STEPS:
+            if os.fork() == 0:
+                os.execlp("sleep", "sleep", "60")
+            os._exit(3)
+        super().step()
+
+
+def make_forking_arm(workload: Job) -> Arm:
+    return ForkingArm(workload)
 
 
 def make_no_arm(workload: Job) -> Arm:

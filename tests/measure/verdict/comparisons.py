@@ -45,6 +45,7 @@ def arm(step_us: float, spread: Sequence[float] = SPREAD, **changes: Any) -> Arm
             position=0,
             step_s=step_us * 1e-6 * (1 + each),
             steps=1000,
+            seconds=1e-3 * step_us * (1 + each),
             rounds=20,
             samples_per_step=128,
             import_s=2.0,
