@@ -16,9 +16,9 @@ from fasttrain.measure.bench import record as bench
 from fasttrain.measure.bench.record import BenchRecord
 from fasttrain.measure.bench.summary import (
     command,
-    conditions,
     conditions_of,
     fastest,
+    machine_of,
     markdown,
     number,
     ranged,
@@ -174,28 +174,21 @@ def benchmarks_page(found: Found) -> str:
 
 
 def headline(found: Found) -> str:
-    """The tables of the top README: one of all trainings, and one of each other record."""
-    trainings, others, _ = found
-    parts = [summary(trainings)] if trainings else []
-    for record in others:
-        rows = [figures(record, name) for name in record.series]
-        parts.append(f"**{text(record.title)}**\n\n{table(header(record), rows)}\n{origin(record)}")
-    return "\n".join(parts) or NO_RECORDS.lstrip()
-
-
-def summary(records: Sequence[BenchRecord]) -> str:
-    """A row an arm of each training: its samples/s, and how many times faster than textbook, tuned and JAX."""
-    columns = ["", "arm", "samples/s", "times textbook", "times tuned", "times JAX"]
-    rows = [row for record in records for row in main_rows(record)]
-    sources = "".join(
-        f"- {text(title(record))}: {text(conditions(record))} Measured by {command(record.command)}.\n"
-        for record in records
-    )
-    return f"{table(columns, rows, num_left=2)}\n{sources}"
+    """The table of the top README: a row an arm of each training, and under what they were measured."""
+    trainings, _, _ = found
+    if not trainings:
+        return NO_RECORDS.lstrip()
+    columns = ["job", "arm", "samples/s", "times textbook", "times tuned", "times JAX"]
+    rows = [row for record in trainings for row in main_rows(record)]
+    machines: dict[str, list[str]] = {}
+    for record in trainings:
+        machines.setdefault(machine_of(record.environment), []).append(f"{job(record)}: {text(measured(record))}")
+    conditions = "".join(f"- {text(machine)}: {'; '.join(told)}.\n" for machine, told in machines.items())
+    return f"{table(columns, rows, num_left=2)}\n{conditions}"
 
 
 def main_rows(record: BenchRecord) -> list[list[str]]:
-    """The main arms of a training; a ratio's range stands behind it."""
+    """The main arms of a training; a ratio's range stands behind it. The job stands in the first row alone."""
     arms = {arm.label: arm for arm in summarise(record)}
     shown = [label for kind in MAIN_ARMS if (label := fastest(record, kind)) is not None]
     rows: list[list[str]] = []
@@ -203,8 +196,21 @@ def main_rows(record: BenchRecord) -> list[list[str]]:
         others = [fastest(record, kind) for kind in ("textbook", "tuned", "jax")]
         ratios = [None if other is None else arms[label].ratios.get(other) for other in others]
         cells = ["" if ratio is None else ranged(ratio, "x") for ratio in ratios]
-        rows.append([text(title(record)), text(label), number(arms[label].rate.median), *cells])
+        rows.append(["" if rows else job(record), text(label), number(arms[label].rate.median), *cells])
     return rows
+
+
+def job(record: BenchRecord) -> str:
+    """What was trained; and where, if it was not the CPU."""
+    found = record.environment
+    return text(record.workload["name"] + ("" if found["device"] == found["cpu"] else ", cuda"))
+
+
+def measured(record: BenchRecord) -> str:
+    """How much was measured of a training, of which code and when."""
+    commit = record.environment.get("commit")
+    built = "no commit" if commit is None else f"commit {commit[:10]}"
+    return f"{record.design.blocks * (1 + record.design.extended)} blocks, {built}, {record.created[:10]}"
 
 
 # Of other records, such as that of whole commands.
@@ -220,11 +226,6 @@ def section(record: Record) -> str:
         f"\n## {text(record.title)}\n\n{table(columns, rows)}\n{described(record)}\n\n"
         f"- workload: {text(workload)}\n{notes}\nMeasured by {command(record.command)}.\n"
     )
-
-
-def origin(record: Record) -> str:
-    """One line: under what a record was measured, and by which command."""
-    return f"{described(record)} Measured by {command(record.command)}.\n"
 
 
 def with_block(page: str, block: str, name: str) -> str:

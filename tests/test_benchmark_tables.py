@@ -135,7 +135,8 @@ def test_tables_are_written_and_then_up_to_date(tmp_path: Path) -> None:
     page = (root / "benchmarks" / "README.md").read_text()
     assert "| fast | 4,500 samples/s (4,000 to 5,000) | 70.0x (40.0 to 100) | 2 | a \\| loop &lt;b> |" in page
     assert "| peak | 612 MB |  | 1 | memory |" in page
-    assert "A CPU, 4 cores; torch 2.13.0" in front
+    assert "A CPU, 4 cores; torch 2.13.0" in page
+    assert "No results are recorded yet." in front  # of trainings
 
     record = small_record(notes=["another note"])
     write_record(record, root / "benchmarks" / "results" / "0.json")
@@ -153,14 +154,16 @@ def test_the_top_table_has_a_row_for_each_main_arm(tmp_path: Path) -> None:
     root = repository(tmp_path / "r", first, second, front=FRONT)
     tables.update(root, is_check=False)
     front = (root / "README.md").read_text()
-    assert "|  | arm | samples/s | times textbook | times tuned | times JAX |\n| --- | --- | ---: |" in front
-    assert "| Training: mlp, cpu | textbook | 16,000 | 1.00x (1.00 to 1.00) |  |  |" in front
-    assert "| Training: mlp, cpu | compiled | 96,000 | 6.00x (4.00 to 8.00) |  |  |" in front
-    assert "| Training: reviews, cpu | tuned | 32,000 | 2.00x | 1.00x | 0.250x |" in front
-    assert "| Training: reviews, cpu | jax-step | 128,000 | 8.00x | 4.00x | 1.00x |" in front
+    assert "| job | arm | samples/s | times textbook | times tuned | times JAX |\n| --- | --- | ---: |" in front
+    assert "| mlp | textbook | 16,000 | 1.00x (1.00 to 1.00) |  |  |" in front
+    assert "|  | compiled | 96,000 | 6.00x (4.00 to 8.00) |  |  |" in front
+    assert "|  | tuned | 32,000 | 2.00x | 1.00x | 0.250x |" in front
+    assert "|  | jax-step | 128,000 | 8.00x | 4.00x | 1.00x |" in front
     assert "jax-scan" not in front
     assert "mine" not in front
-    assert front.index("reviews, cpu") < front.index("mlp, cpu")
+    assert front.index("| reviews |") < front.index("| mlp |")
+    told = "reviews: 2 blocks, commit 0123456789, 2026-01-02; mlp: 2 blocks, commit 0123456789, 2026-01-02."
+    assert f"- A CPU, 4 cores; torch 2.13.0, Python 3.11.7: {told}\n" in front
     page = (root / "benchmarks" / "README.md").read_text()
     assert "| arm | samples/s | us a step | times textbook | times tuned | times jax-step | blocks |" in page
     assert "| mine |" in page
@@ -172,7 +175,7 @@ def test_records_of_other_things_keep_their_own_table(tmp_path: Path) -> None:
     record = small_record(series=series, yardstick="whole command", ratios=ratios)
     root = repository(tmp_path / "r", record, front=FRONT)
     tables.update(root, is_check=False)
-    assert "| whole command | 2.00 s | 1.00x | 1 |" in (root / "README.md").read_text()
+    assert "| whole command | 2.00 s | 1.00x | 1 |" in (root / "benchmarks" / "README.md").read_text()
 
 
 def test_tables_do_without_a_top_readme_and_without_records(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "conditions",
     "conditions_of",
     "fastest",
+    "machine_of",
     "markdown",
     "number",
     "ranged",
@@ -240,12 +241,17 @@ def conditions_of(environment: dict[str, Any], created: str) -> str:
     commit = found.get("commit")
     built = "no commit" if commit is None else f"commit {commit[:10]}"
     changed = " with uncommitted changes" if found.get("has_uncommitted_changes") else ""
-    machine = found["device"] if found["device"] == found["cpu"] else f"{found['device']}, {found['cpu']}"
     return (
-        f"{machine}, {found['cores']} cores; torch {found['torch']}, Python {found['python']}, fasttrain "
-        f"{found['fasttrain']}, {built}{changed}; {created[:10]}; load average {found['load_average']} before, "
-        f"{found['load_average_after']} after"
+        f"{machine_of(found)}, fasttrain {found['fasttrain']}, {built}{changed}; {created[:10]}; load average "
+        f"{found['load_average']} before, {found['load_average_after']} after"
     )
+
+
+def machine_of(environment: dict[str, Any]) -> str:
+    """The machine of an environment, and what ran on it."""
+    found = environment
+    name = found["device"] if found["device"] == found["cpu"] else f"{found['device']}, {found['cpu']}"
+    return f"{name}, {found['cores']} cores; torch {found['torch']}, Python {found['python']}"
 
 
 def terminal(record: BenchRecord) -> str:
