@@ -74,7 +74,8 @@ GPU were slowed down (throttled); where half of the arms are, the rounds are rep
 
 All processes of a benchmark share one cache of compiled programs, empty at first: "compile" is what an arm's first
 process waited (another engine may have filled the cache by then), and the median of the later ones. Peak memory is the
-process's on the CPU, with the job's data, and that of torch's allocator on CUDA.
+process's on the CPU, with the job's data, and that of torch's allocator on CUDA. All processes of a block are there at
+once: with every peer that takes 7 GB.
 
 Figures are medians over the blocks, with the range from smallest to largest. A ratio is formed within each block, and
 the median and the range of those are shown; above 1 is faster. "Times textbook" is the textbook at the number of
