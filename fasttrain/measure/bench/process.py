@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import sys
 import time
@@ -28,7 +29,7 @@ from fasttrain.measure.bench.sources import find_factory
 from fasttrain.measure.environment import core_wait_s
 from fasttrain.workloads.job import load_job
 
-__all__ = ["ReadyArm", "Stopwatch", "main", "start"]
+__all__ = ["ReadyArm", "Stopwatch", "main", "move_to", "start"]
 
 LEAD_IN = 0.1
 """Before a slice, so much of it is run untimed: the caches are full of what others had in theirs. Calls that take
@@ -50,19 +51,35 @@ def main(arguments: Sequence[str]) -> int:
             tell(Started(refused=str(error)))
             return 0
         tell(about)
-        for seconds in requests:
-            tell(arm.state() if seconds is None else arm.slice(seconds))
+        for request in requests:
+            if request is None:
+                tell(arm.state())
+                continue
+            seconds, core = request
+            move_to(core)
+            tell(arm.slice(seconds))
     return 0
 
 
 def _requests(parent: Connection) -> Iterator[Any]:
-    """The task, then the seconds of each slice (None: the arm's state), until the parent hangs up."""
+    """The task, then seconds and core of each slice (None: the arm's state), until the parent hangs up."""
     while True:
         try:
             request = parent.recv_bytes()
         except EOFError:
             return
         yield json.loads(request)
+
+
+def move_to(core: int) -> None:
+    """Has this thread go on on one of the cores that it may use, by number, round and round; it may leave it again.
+
+    It is not bound to it: threads that the arm starts in its turn would be, too.
+    """
+    if hasattr(os, "sched_setaffinity"):  # it is there on Linux alone
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {sorted(cores)[core % len(cores)]})
+        os.sched_setaffinity(0, cores)
 
 
 def start(task: ArmTask, started: float) -> tuple[Started, ReadyArm]:

@@ -1,8 +1,9 @@
 """The rounds of a block: the processes of its arms take turns, a slice of steps each, all others asleep.
 
-On a shared machine the speed of a core swings by a factor of two within seconds. Arms that are timed one after the
-other meet different speeds; arms that alternate every 50 ms meet nearly the same one in each round, and it is taken
-out. The more arms, the longer the rounds, and the less of it.
+On a shared machine the speed of a core swings by a factor of two within seconds, and each core's at other times. Arms
+that are timed one after the other meet different speeds; arms that alternate every 50 ms, and go from core to core
+together, meet nearly the same one in each round, and it is taken out. The more arms, the longer the rounds, and the
+less of it.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Process(Protocol):
         """What it told once it was ready."""
         ...
 
-    def slice(self, seconds: float, /) -> Slice:
-        """Has it run steps for so long; raises `ProcessDiedError`."""
+    def slice(self, seconds: float, core: int, /) -> Slice:
+        """Has it run steps for so long, on one of the cores; raises `ProcessDiedError`."""
         ...
 
     def state(self) -> ArmState:
@@ -73,6 +74,8 @@ def run_rounds(
 ) -> tuple[dict[str, Timing], dict[str, ProcessDiedError]]:
     """Lets the arms take turns, in random order in each round, until they have so many seconds each on average.
 
+    A round is run on one core, the next one on another: left alone, each process would stay on a core of its own.
+
     Args:
         processes: by label.
         seconds: of each arm, on average; there are 20 rounds at least.
@@ -87,7 +90,7 @@ def run_rounds(
     while slices and (rounds < LEAST_ROUNDS or total_s < seconds * len(slices)):
         for label in draw.sample(list(slices), len(slices)):
             try:
-                found = processes[label].slice(SLICE_S)
+                found = processes[label].slice(SLICE_S, rounds)
             except ProcessDiedError as error:
                 died[label] = error
                 del slices[label]

@@ -71,9 +71,9 @@ class ArmProcess:
         self._timeout_s = timeout_s
         self.started = self._ask(task.to_dict(), Started.from_node)
 
-    def slice(self, seconds: float) -> Slice:
-        """Has it run steps for so long; raises `ProcessDiedError`."""
-        return self._ask(seconds, Slice.from_node)
+    def slice(self, seconds: float, core: int) -> Slice:
+        """Has it run steps for so long, on one of the cores; raises `ProcessDiedError`."""
+        return self._ask([seconds, core], Slice.from_node)
 
     def state(self) -> ArmState:
         """What is known of its arm by now; raises `ProcessDiedError`."""

@@ -89,7 +89,7 @@ class FakeProcess:
         self._found: Given | None = found
         self._given = given
 
-    def slice(self, _seconds: float) -> Slice:
+    def slice(self, _seconds: float, _core: int) -> Slice:
         if self._found is None:
             self._found = next(self._given)
         if isinstance(self._found, DiesInRoundsError):

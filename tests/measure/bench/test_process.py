@@ -178,7 +178,7 @@ def test_an_arm_of_other_losses_is_not_timed(reference: tuple[float, ...]) -> No
         process.start(task(f"{USERS}:make_wrong_arm", reference), time.time())
 
 
-def served(given: ArmTask, requests: list[float | None]) -> list[dict[str, Any]]:
+def served(given: ArmTask, requests: list[tuple[float, int] | None]) -> list[dict[str, Any]]:
     """What `main` answers, run in a thread of this process: the parent asks, and hangs up after the last answer."""
     parent, child = Pipe()
     answers: list[dict[str, Any]] = []
@@ -194,11 +194,22 @@ def served(given: ArmTask, requests: list[float | None]) -> list[dict[str, Any]]
 
 
 def test_the_process_serves_slices_until_the_parent_hangs_up(reference: tuple[float, ...]) -> None:
-    started, first, second, state = served(task("tuned", reference), [0.01, 0.02, None])
+    started, first, second, state = served(task("tuned", reference), [(0.01, 0), (0.02, 1), None])
     assert started["refused"] is None
     assert first["steps"] >= 1
     assert second["seconds"] >= 0.02
     assert state["engine"] is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity of threads to cores")
+def test_turns_move_from_core_to_core_and_are_bound_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5, 7})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(set(cores)))
+    for core in range(4):
+        process.move_to(core)
+    assert bound[::2] == [{2}, {5}, {7}, {2}]
+    assert bound[1::2] == [{2, 5, 7}] * 4
 
 
 def test_the_process_says_why_it_refuses_and_ends(reference: tuple[float, ...]) -> None:

@@ -33,9 +33,11 @@ class Turning:
     def __init__(self, name: str, step_s: float, turns: Turns, num_arms: int, dies_at: int = -1) -> None:
         self._name, self._step_s, self._turns, self._num_arms, self._dies_at = name, step_s, turns, num_arms, dies_at
         self.asked: list[float] = []
+        self.cores: list[int] = []
 
-    def slice(self, seconds: float) -> Slice:
+    def slice(self, seconds: float, core: int) -> Slice:
         self.asked.append(seconds)
+        self.cores.append(core)
         if len(self.asked) == self._dies_at:
             raise ProcessDiedError("killed")
         self._turns.order.append(self._name)
@@ -59,6 +61,7 @@ def test_every_arm_has_a_turn_in_each_round_and_none_is_always_first() -> None:
     assert len(Counter(order[0] for order in rounds)) == 3
     assert {each.rounds for each in timed.values()} == {LEAST_ROUNDS}
     assert arms["a"].asked == [SLICE_S] * LEAST_ROUNDS
+    assert arms["a"].cores == arms["b"].cores == list(range(LEAST_ROUNDS))
 
 
 def test_arms_have_so_many_seconds_on_average() -> None:

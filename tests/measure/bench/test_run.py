@@ -251,7 +251,7 @@ def test_an_interrupt_in_the_rounds_ends_the_processes() -> None:
                 process.slice = interrupt
                 yield process
 
-    def interrupt(_: float) -> Any:
+    def interrupt(*_: float) -> Any:
         assert runner.living == ["eager"]
         raise KeyboardInterrupt
 

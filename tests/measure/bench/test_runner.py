@@ -50,8 +50,8 @@ def test_a_process_runs_slices_and_ends(tmp_path: Path) -> None:
     with start(task("tuned")) as first, start(task("tuned", first.started.running_losses)) as second:
         assert second.started.agreement == 0.0
         assert first.started.agreement is None
-        assert second.slice(0.02).seconds >= 0.02
-        assert second.slice(0.0).steps == 1
+        assert second.slice(0.02, 0).seconds >= 0.02
+        assert second.slice(0.0, 0).steps == 1
         peak = second.state().peak_bytes
         assert peak is not None
         assert peak > 50e6
@@ -72,11 +72,11 @@ def test_a_process_that_dies_leaves_its_last_words() -> None:
 
 def test_a_process_that_is_killed_in_its_turn_has_died() -> None:
     with ArmRunner({}, folder=REPOSITORY)(task(f"{USERS}:make_arm")) as process:
-        process.slice(0.0)
+        process.slice(0.0, 0)
         (pid,) = children()
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ProcessDiedError, match=r"^exit code -9: it said nothing$"):
-            process.slice(0.0)
+            process.slice(0.0, 0)
 
 
 def group(leader: int) -> list[int]:
@@ -94,7 +94,7 @@ def test_a_process_that_hangs_in_its_turn_is_ended_at_once(monkeypatch: pytest.M
         (pid,) = children()
         monkeypatch.setattr(process, "_timeout_s", 0.2)
         with pytest.raises(ProcessDiedError, match=r"^it was ended after 0\.2 s$"):
-            process.slice(0.0)
+            process.slice(0.0, 0)
         assert group(pid) == []
 
 
@@ -103,7 +103,7 @@ def test_a_death_is_noticed_and_leaves_nothing_where_what_it_started_lives_on() 
         (pid,) = children()
         begin = time.monotonic()
         with pytest.raises(ProcessDiedError, match=r"^exit code 3: it said nothing$"):
-            process.slice(0.0)
+            process.slice(0.0, 0)
         assert time.monotonic() - begin < 30
         assert len(group(pid)) == 1
     deadline = time.monotonic() + 10
