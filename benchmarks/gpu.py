@@ -22,7 +22,8 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-ARMS = ("textbook", "tuned", "eager", "compiled", "auto", "graphed")
+ARMS = ("textbook", "tuned", "eager", "compiled", "graphed")
+"""Not `auto`, which is eager on CUDA."""
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
 PROFILED = ("textbook", "auto")
 

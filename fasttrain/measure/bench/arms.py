@@ -39,6 +39,9 @@ __all__ = [
 PASS_S = SLICE_S / 2
 """A pass over an epoch that would take longer than this ends when it has taken so long: turns are to be short."""
 
+EPOCH_S = 0.25
+"""The same for `FastLoop`, whose epochs begin with a shuffle of all rows: that belongs to as many steps as it is for."""
+
 
 class TextbookArm:
     """The textbook's loop over its own Dataset and DataLoader.
@@ -172,7 +175,7 @@ class LoopArm:
         """See `Arm.step`; an epoch in one go, or a part of a long one. Steps that are put back do not count."""
         if self._checked.is_enough:
             self._begin_again_if_due()
-            limit = self._checked.steps_in(PASS_S)
+            limit = self._checked.steps_in(EPOCH_S)
             return self._part_of_epoch(limit) if limit < len(self._batches) else self._epoch()
         if self._checked.losses and self._start is not None:
             self._settle(self._start)

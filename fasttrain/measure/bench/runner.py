@@ -27,7 +27,7 @@ __all__ = ["THREAD_VARIABLES", "ArmProcess", "ArmRunner", "check_users_arm", "fr
 TIMEOUT_S = 900.0
 """A process that does not answer for so long has died: the longest part is a compiler, which takes a minute or two."""
 
-GRACE_S = 10.0
+GRACE_S = 3.0
 """So long a process may take to end of itself."""
 
 LOOK_S = 1.0

@@ -77,17 +77,17 @@ def weights(model: nn.Module) -> list[list[float]]:
 
 
 def test_long_calls_train_as_many_steps_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms, "PASS_S", 1e9)
+    monkeypatch.setattr(arms, "EPOCH_S", 1e9)
     arm = LoopArm(small_mlp(), engine="eager")
     run(arm, CHECKED_STEPS)
     assert arm.step() == STEPS_IN_EPOCH
-    monkeypatch.setattr(arms, "PASS_S", 0.0)
+    monkeypatch.setattr(arms, "EPOCH_S", 0.0)
     assert arm.step() == 1
     assert len(arm.losses()) == CHECKED_STEPS
 
 
 def test_a_loop_arm_trains_whole_epochs_after_the_checked_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms, "PASS_S", 1e9)
+    monkeypatch.setattr(arms, "EPOCH_S", 1e9)
     job = small_mlp()
     arm = LoopArm(job, engine="eager")
     run(arm, CHECKED_STEPS + STEPS_IN_EPOCH)
@@ -102,7 +102,7 @@ def test_a_loop_arm_trains_whole_epochs_after_the_checked_steps(monkeypatch: pyt
 
 def test_auto_is_given_steps_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "SETTLING_STEPS", 3)
-    monkeypatch.setattr(arms, "PASS_S", 0.0)
+    monkeypatch.setattr(arms, "EPOCH_S", 0.0)
     job = small_mlp()
     arm, eager = LoopArm(job, engine="auto"), LoopArm(job, engine="eager")
     assert run(arm, CHECKED_STEPS) == run(eager, CHECKED_STEPS) == CHECKED_STEPS

@@ -122,6 +122,7 @@ def test_rounds_alternate_and_the_first_does_not_count() -> None:
 @pytest.fixture
 def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasttrain.measure.bench.arms.PASS_S", 0.01)
+    monkeypatch.setattr("fasttrain.measure.bench.arms.EPOCH_S", 0.01)
     monkeypatch.setattr("fasttrain.commands.train.receipt_of", partial(receipt_of, round_s=0.01))
 
 
