@@ -40,7 +40,7 @@ PASS_S = SLICE_S / 2
 """A pass over an epoch that would take longer than this ends when it has taken so long: turns are to be short."""
 
 EPOCH_S = 0.25
-"""The same for `FastLoop`, whose epochs begin with a shuffle of all rows: that belongs to as many steps as it is for."""
+"""The same for `FastLoop`, whose epochs begin with a shuffle of all rows: it belongs to as many steps as it is for."""
 
 
 class TextbookArm:
