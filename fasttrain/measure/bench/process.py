@@ -169,17 +169,20 @@ class ReadyArm:
 
     def warm_up(self, seconds: float) -> None:
         """Runs steps that nobody times, one call of `step` at least."""
-        self._steps_for(seconds)
+        begin = self._clock()
+        self._run(1)
+        while (left_s := seconds - (self._clock() - begin)) > 0:
+            self._run(self._calls_in(left_s / 4))
         self._ended = self._times()
 
     def slice(self, seconds: float) -> Slice:
-        """Runs steps for so long, one call of `step` at least, and waits for the device."""
+        """Runs steps for about so long, one call of `step` at least, and waits for the device."""
         others_s, awake_s = (now - then for now, then in zip(self._times(), self._ended, strict=True))
         if self._call_s < seconds:
-            self._steps_for(LEAD_IN * seconds)
+            self._run(self._calls_in(LEAD_IN * seconds))
         waited_s = core_wait_s()
         self._stopwatch.start()
-        steps = self._steps_for(seconds)
+        steps = self._run(self._calls_in(seconds))
         taken_s = self._stopwatch.stop()
         waited_s = core_wait_s() - waited_s
         self._ended = self._times()
@@ -193,11 +196,14 @@ class ReadyArm:
             engine=getattr(self._arm, "engine", None),
         )
 
-    def _steps_for(self, seconds: float) -> int:
-        steps, calls, begin = 0, 0, self._clock()
-        while calls == 0 or self._clock() - begin < seconds:
-            steps += self._arm.step() or 1
-            calls += 1
+    def _calls_in(self, seconds: float) -> int:
+        """By what calls took last: a clock would see how soon they return, not how soon the device has done them."""
+        return max(1, round(seconds / self._call_s)) if self._call_s else 1
+
+    def _run(self, calls: int) -> int:
+        """Runs so many calls of `step` and waits for the device; returns the steps."""
+        begin = self._clock()
+        steps = sum(self._arm.step() or 1 for _ in range(calls))
         self._arm.sync()
         self._call_s = (self._clock() - begin) / calls
         return steps
