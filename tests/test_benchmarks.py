@@ -37,6 +37,10 @@ REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
+XLA_VARIABLES = ("NPROC", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
+"""What the peers in JAX set for the life of their process."""
+
+
 @pytest.fixture(scope="module")
 def job() -> ReviewJob:
     return review_job(CPU, generate_reviews(4_000).table)
@@ -85,7 +89,7 @@ def test_every_peer_has_a_module() -> None:
 @pytest.mark.usefixtures("imported_peers")
 @pytest.mark.parametrize("name", ["jax-scan", "jax-step"])
 def test_jax_trains_the_same_numbers(name: str, job: ReviewJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("NPROC", "XLA_FLAGS"):  # which the peer sets for the life of its process
+    for variable in XLA_VARIABLES:
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
     assert_trains_alike(peer(name, job), job)
     small = mlp_job(CPU, 1_000)  # 20 steps are three epochs of it
@@ -95,7 +99,7 @@ def test_jax_trains_the_same_numbers(name: str, job: ReviewJob, monkeypatch: pyt
 @pytest.mark.usefixtures("imported_peers", "data_dir")
 @pytest.mark.parametrize("workload", ["cnn", "chars"])
 def test_networks_in_jax_are_the_same_networks(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("NPROC", "XLA_FLAGS"):
+    for variable in XLA_VARIABLES:
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
     jax = pytest.importorskip("jax")
     jax_jobs = importlib.import_module("benchmarks.peers.jax_jobs")
