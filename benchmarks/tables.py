@@ -70,7 +70,7 @@ others' did. An arm whose single call takes longer has longer turns, on which sh
 
 An arm is flagged where more work than cores was there before the rounds (load), where its process had to wait for a
 core (waited) or used one in the others' turns (awake), where memory came back from the disk (swapped), or where CPU or
-GPU were slowed down (throttled); where half of the arms are, the rounds are repeated, up to two times.
+GPU were slowed down (throttled); the rounds of such a block are repeated, up to two times.
 
 All processes of a benchmark share one cache of compiled programs, empty at first: "compile" is what an arm's first
 process waited (another engine may have filled the cache by then), and the median of the later ones. Peak memory is the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fasttrain.errors import FasttrainError
@@ -44,13 +44,9 @@ class ArmTask:
     reference: tuple[float, ...] | None
     warmup_s: float = 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> ArmTask:
-        """What `to_dict` made, once it went through JSON."""
+        """What `asdict` made, once it went through JSON."""
         fields: dict[str, Any] = {**given}
         fields["reference"] = None if given["reference"] is None else tuple(given["reference"])
         return cls(**fields)
@@ -81,10 +77,6 @@ class Started:
     samples_per_step: int = 1
     import_s: float = 0.0
     first_step_s: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
     @classmethod
     def from_node(cls, node: Node) -> Started:
@@ -120,10 +112,6 @@ class Slice:
     others_s: float
     awake_s: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
     @classmethod
     def from_node(cls, node: Node) -> Slice:
         """Reads one; raises `DataError`."""
@@ -149,10 +137,6 @@ class ArmState:
     compile_s: float | None
     peak_bytes: int | None
     engine: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
     @classmethod
     def from_node(cls, node: Node) -> ArmState:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     with Connection(int(descriptor)) as parent:
 
         def tell(message: Started | Slice | ArmState) -> None:
-            parent.send_bytes(json.dumps(message.to_dict(), allow_nan=False).encode())
+            parent.send_bytes(json.dumps(asdict(message), allow_nan=False).encode())
 
         requests = _requests(parent)
         try:
@@ -169,20 +171,23 @@ class ReadyArm:
 
     def warm_up(self, seconds: float) -> None:
         """Runs steps that nobody times, one call of `step` at least."""
-        begin = self._clock()
-        self._run(1)
-        while (left_s := seconds - (self._clock() - begin)) > 0:
-            self._run(self._calls_in(left_s / 4))
+        begin, calls = self._clock(), 1
+        self._run(calls)
+        while self._clock() - begin < seconds:
+            calls = min(2 * calls, math.ceil(seconds / 4 / self._call_s))
+            self._run(calls)
         self._ended = self._times()
 
     def slice(self, seconds: float) -> Slice:
         """Runs steps for about so long, one call of `step` at least, and waits for the device."""
         others_s, awake_s = (now - then for now, then in zip(self._times(), self._ended, strict=True))
-        if self._call_s < seconds:
-            self._run(self._calls_in(LEAD_IN * seconds))
+        # By what calls took last: a clock would see how soon they return, not how soon the device has done them.
+        calls = max(1, round(seconds / self._call_s)) if self._call_s else 1
+        if calls > 1:
+            self._run(math.ceil(LEAD_IN * calls))
         waited_s = core_wait_s()
         self._stopwatch.start()
-        steps = self._run(self._calls_in(seconds))
+        steps = self._run(calls)
         taken_s = self._stopwatch.stop()
         waited_s = core_wait_s() - waited_s
         self._ended = self._times()
@@ -195,10 +200,6 @@ class ReadyArm:
             peak_bytes=peak_bytes(self._device),
             engine=getattr(self._arm, "engine", None),
         )
-
-    def _calls_in(self, seconds: float) -> int:
-        """By what calls took last: a clock would see how soon they return, not how soon the device has done them."""
-        return max(1, round(seconds / self._call_s)) if self._call_s else 1
 
     def _run(self, calls: int) -> int:
         """Runs so many calls of `step` and waits for the device; returns the steps."""

@@ -18,8 +18,7 @@ from fasttrain.measure.verdict.stats import FEWEST_PAIRS, MOST_PAIRS, Noise, mar
 __all__ = ["measured_noise", "run_bench"]
 
 MAX_REPEATS = 2
-"""So often the rounds of a block are run again of which half the arms were flagged, and a process that died is started
-again."""
+"""So often the rounds of a block that was flagged are run again, and a process that died is started again."""
 
 MOST_WAITED = 0.05
 """A process that waits for a core for more than this share of its time is flagged."""
@@ -183,7 +182,7 @@ class _Progress:
         return any(verdict(each, margin).kind == "INCONCLUSIVE" for each in pairs if each)
 
     def _run_block(self, block: _Block) -> None:
-        """The rounds of a block, run again while half of its arms are flagged, or one dies in them."""
+        """The rounds of a block, run again while one of its arms is flagged or dies in them."""
         for repeats in range(MAX_REPEATS + 1):
             for label in block.order:
                 while label in self._taking_part and label not in block.processes:
@@ -197,7 +196,7 @@ class _Progress:
                     figures[label] = _figures(block, label, timing, seen, others, repeats)
                 except ProcessDiedError as error:
                     died[label] = error
-            is_good = not died and 2 * sum(bool(each.flags) for each in figures.values()) < len(figures)
+            is_good = not died and not any(each.flags for each in figures.values())
             is_last = is_good or repeats == MAX_REPEATS
             for label, error in died.items():
                 del block.processes[label]

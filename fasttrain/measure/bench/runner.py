@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -69,7 +70,7 @@ class ArmProcess:
         self._connection = connection
         self._output = output
         self._timeout_s = timeout_s
-        self.started = self._ask(task.to_dict(), Started.from_node)
+        self.started = self._ask(asdict(task), Started.from_node)
 
     def slice(self, seconds: float, core: int) -> Slice:
         """Has it run steps for so long, on one of the cores; raises `ProcessDiedError`."""

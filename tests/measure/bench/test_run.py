@@ -85,19 +85,7 @@ def test_a_block_that_stays_flagged_is_kept_with_its_flag() -> None:
     assert len(record.arms["eager"].repeated) == 2
 
 
-def test_an_arm_of_many_that_is_flagged_keeps_its_flag_without_a_repeat() -> None:
-    awake = slice_of(9e-3, awake_s=0.1)
-    runner = FakeRunner({"eager": [1e-3], "tuned": [5e-4], "mine": [awake]})
-    record, _ = run(plan("eager", "tuned", "mine", blocks=1), runner)
-    assert {label: arm.blocks[0].flags for label, arm in record.arms.items()} == {
-        "eager": (),
-        "tuned": (),
-        "mine": ("awake",),
-    }
-    assert [arm.repeated for arm in record.arms.values()] == [()] * 3
-
-
-def test_where_half_of_the_arms_are_flagged_the_whole_block_is_timed_again() -> None:
+def test_a_flagged_arm_has_the_whole_block_timed_again() -> None:
     waited = slice_of(9e-3, waited_s=0.1)
     runner = FakeRunner({"eager": [waited, 1e-3], "tuned": [5e-4, 6e-4]})
     record, _ = run(plan("eager", "tuned", blocks=1), runner)
@@ -119,6 +107,11 @@ def test_what_a_process_says_of_itself_is_a_flag_too() -> None:
     record, _ = run(plan("eager", blocks=1), runner, FakeMachine(("load",)))
     assert [each.step_s for each in record.arms["eager"].blocks] == pytest.approx([1e-3])
     assert record.arms["eager"].repeated[0].flags == ("waited", "load")
+
+
+def test_a_process_that_is_awake_in_the_others_turns_is_flagged() -> None:
+    record, _ = run(plan("eager", blocks=1), FakeRunner({"eager": [slice_of(9e-3, awake_s=0.1), 1e-3]}))
+    assert [each.flags for each in record.arms["eager"].repeated] == [("awake",)]
 
 
 def test_a_process_that_dies_at_its_start_is_started_again() -> None:

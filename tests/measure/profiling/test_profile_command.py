@@ -65,7 +65,7 @@ def test_a_users_own_arm_is_profiled(tmp_path: Path) -> None:
     line = ARM.splitlines().index("        self.last = loss.item()") + 1
     assert [(each.kind, each.file, each.line) for each in profile.findings] == [("host read", "my_code.py", line)]
     assert profile.workload["arm"] == "my_code:make_arm"
-    assert profile.phases["other"] < 0.2 * profile.step_us  # 0.1 was passed once on a busy machine
+    assert profile.phases["other"] < 0.1 * profile.step_us
     assert profile.phases["data wait"] > 0
 
 
