@@ -16,6 +16,7 @@ from fasttrain.measure.bench import record as bench
 from fasttrain.measure.bench.record import BenchRecord
 from fasttrain.measure.bench.summary import (
     command,
+    commit_of,
     conditions_of,
     fastest,
     machine_of,
@@ -209,9 +210,8 @@ def job(record: BenchRecord) -> str:
 
 def measured(record: BenchRecord) -> str:
     """How much was measured of a training, of which code and when."""
-    commit = record.environment.get("commit")
-    built = "no commit" if commit is None else f"commit {commit[:10]}"
-    return f"{record.design.blocks * (1 + record.design.extended)} blocks, {built}, {record.created[:10]}"
+    blocks = record.design.blocks * (1 + record.design.extended)
+    return f"{blocks} blocks, {commit_of(record.environment)}, {record.created[:10]}"
 
 
 # Of other records, such as that of whole commands.

@@ -17,6 +17,7 @@ __all__ = [
     "ArmSummary",
     "Spread",
     "command",
+    "commit_of",
     "compared_with",
     "conditions",
     "conditions_of",
@@ -238,13 +239,17 @@ def conditions_of(environment: dict[str, Any], created: str) -> str:
         created: ISO 8601.
     """
     found = environment
-    commit = found.get("commit")
-    built = "no commit" if commit is None else f"commit {commit[:10]}"
     changed = " with uncommitted changes" if found.get("has_uncommitted_changes") else ""
     return (
-        f"{machine_of(found)}, fasttrain {found['fasttrain']}, {built}{changed}; {created[:10]}; load average "
+        f"{machine_of(found)}, fasttrain {found['fasttrain']}, {commit_of(found)}{changed}; {created[:10]}; load average "
         f"{found['load_average']} before, {found['load_average_after']} after"
     )
+
+
+def commit_of(environment: dict[str, Any]) -> str:
+    """The commit of an environment, in ten digits."""
+    commit = environment.get("commit")
+    return "no commit" if commit is None else f"commit {commit[:10]}"
 
 
 def machine_of(environment: dict[str, Any]) -> str:
