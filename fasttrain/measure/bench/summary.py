@@ -241,8 +241,8 @@ def conditions_of(environment: dict[str, Any], created: str) -> str:
     found = environment
     changed = " with uncommitted changes" if found.get("has_uncommitted_changes") else ""
     return (
-        f"{machine_of(found)}, fasttrain {found['fasttrain']}, {commit_of(found)}{changed}; {created[:10]}; load average "
-        f"{found['load_average']} before, {found['load_average_after']} after"
+        f"{machine_of(found)}, fasttrain {found['fasttrain']}, {commit_of(found)}{changed}; {created[:10]}; "
+        f"load average {found['load_average']} before, {found['load_average_after']} after"
     )
 
 
