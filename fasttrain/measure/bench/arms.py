@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, count, islice
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasttrain.loop import FastLoop, Interrupted
+from fasttrain.data.resident import Span
+from fasttrain.loop import FastLoop
 from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, ArmFactory
 from fasttrain.measure.bench.rounds import SLICE_S
 from fasttrain.metrics import count_correct
@@ -40,7 +41,7 @@ PASS_S = SLICE_S / 2
 """A pass over an epoch that would take longer than this ends when it has taken so long: turns are to be short."""
 
 EPOCH_S = 0.25
-"""The same for `FastLoop`, whose epochs begin with a shuffle of all rows: it belongs to as many steps as it is for."""
+"""An epoch of `FastLoop` that would take longer is gone on with in the next pass; a shorter one stays whole."""
 
 
 class TextbookArm:
@@ -133,7 +134,7 @@ class TunedArm:
 
 
 class LoopArm:
-    """`FastLoop` over resident batches, an epoch a call where that is short enough.
+    """`FastLoop` over resident batches, an epoch a call where that is short enough, else its step, some at a call.
 
     With "auto", "compiled" and "graphed", the second call waits until it is decided what runs the steps, as it is early
     in a long job. The job is then put back to its start, so that what gives the checked losses is what is timed.
@@ -155,7 +156,8 @@ class LoopArm:
         self._batches = job.batches()
         self._first_epoch = iter(self._batches)
         self._checked = CheckedSteps()
-        self._passes = 0
+        self._launches = self._launch_after_launch()
+        self._steps = 0
         self._early: Snapshot | None = None
         # None once it is settled; the other engines run the second step as they run all that follow.
         self._start = _Start(self._loop) if engine in ("auto", "compiled", "graphed") else None
@@ -175,8 +177,10 @@ class LoopArm:
         """See `Arm.step`; an epoch in one go, or a part of a long one. Steps that are put back do not count."""
         if self._checked.is_enough:
             self._begin_again_if_due()
-            limit = self._checked.steps_in(EPOCH_S)
-            return self._part_of_epoch(limit) if limit < len(self._batches) else self._epoch()
+            is_long = self._checked.steps_in(EPOCH_S) < len(self._batches)
+            steps = self._part_of_epoch() if is_long else self._loop.train(self._batches).batches
+            self._steps += steps
+            return steps
         if self._checked.losses and self._start is not None:
             self._settle(self._start)
             steps = self._checked_steps()  # the first one again
@@ -192,30 +196,29 @@ class LoopArm:
         return self._checked.losses
 
     def _begin_again_if_due(self) -> None:
-        """Every ten epochs, or parts of long ones: back to where the first of them began."""
+        """After so many steps as ten epochs have: back to where the first of them began."""
         tensors, device = [*_tensors(self._loop.model), *_state(self._loop.optimizer)], self._loop.step.device
-        if self._passes == 0:
+        if self._early is None:
             self._early = Snapshot.of(tensors, device)
-        elif self._passes % EPOCHS == 0 and self._early is not None:
+        elif self._steps >= EPOCHS * len(self._batches):
             self._early.restore(tensors, device)
-        self._passes += 1
+            self._steps = 0
 
-    def _epoch(self) -> int:
-        return self._loop.train(self._batches).batches
+    def _part_of_epoch(self) -> int:
+        limit, steps = self._checked.steps_in(PASS_S), 0
+        while steps < limit:
+            steps += next(self._launches)
+        return steps
 
-    def _part_of_epoch(self, num_steps: int) -> int:
-        ran = 0
-
-        def watch(batches: int, *_: object) -> None:
-            nonlocal ran
-            ran = batches
-            if batches >= num_steps:
-                raise Interrupted
-
-        with suppress(Interrupted):
-            self._loop.train(self._batches, watch=watch)
-        self._loop.step.metrics.compute()  # HOST READ: what the end of an epoch reads
-        return ran
+    def _launch_after_launch(self) -> Iterator[int]:
+        """Epochs without an end, as `FastLoop.train` runs them; what each launch was of, in steps."""
+        step = self._loop.step
+        while True:
+            step.metrics.reset()
+            for ran in step.run(iter(self._batches)):
+                yield ran.steps if isinstance(ran, Span) else 1
+            step.flush()
+            step.metrics.compute()  # HOST READ: an epoch's figures
 
     def _checked_steps(self) -> int:
         """One step, or as many as the loop would run as one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fasttrain import DataError, EngineError
 from fasttrain.measure.bench import arms
-from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
+from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, Arm
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm, endless
 from fasttrain.measure.bench.losses import check_losses, running_means
 from fasttrain.reference import TextbookDataset, train_epoch
@@ -82,8 +82,36 @@ def test_long_calls_train_as_many_steps_as_they_say(monkeypatch: pytest.MonkeyPa
     run(arm, CHECKED_STEPS)
     assert arm.step() == STEPS_IN_EPOCH
     monkeypatch.setattr(arms, "EPOCH_S", 0.0)
+    monkeypatch.setattr(arms, "PASS_S", 0.0)
     assert arm.step() == 1
     assert len(arm.losses()) == CHECKED_STEPS
+
+
+def test_a_loop_arm_goes_on_within_a_long_epoch_and_over_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "EPOCH_S", 0.0)
+    monkeypatch.setattr(arms, "PASS_S", 0.0)
+    job = small_mlp()
+    arm = LoopArm(job, engine="eager")
+    run(arm, CHECKED_STEPS)
+    steps = [arm.step() for _ in range(2 * STEPS_IN_EPOCH)]
+    assert steps == [1] * len(steps)
+    assert arm._loop.step.metrics.compute().loss == pytest.approx(trained(job, (0, 1, 2, 3, 4))[1], rel=1e-5)
+    assert_trained_as(arm, job, epochs=(0, 1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("epoch_s", [0.0, 1e9], ids=["in parts", "whole"])
+def test_a_loop_arm_begins_again_after_ten_epochs(epoch_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "EPOCH_S", epoch_s)
+    monkeypatch.setattr(arms, "PASS_S", 0.0)
+    job = small_mlp()
+    arm = LoopArm(job, engine="eager")
+    run(arm, CHECKED_STEPS)
+    begun = weights(arm._loop.model)
+    found = arm._loop.optimizer.state_dict()["state"][0]["step"].item()
+    run(arm, EPOCHS * STEPS_IN_EPOCH)
+    assert weights(arm._loop.model) != begun
+    steps = arm.step()
+    assert arm._loop.optimizer.state_dict()["state"][0]["step"].item() == found + steps
 
 
 def test_a_loop_arm_trains_whole_epochs_after_the_checked_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,11 +119,25 @@ def test_a_loop_arm_trains_whole_epochs_after_the_checked_steps(monkeypatch: pyt
     job = small_mlp()
     arm = LoopArm(job, engine="eager")
     run(arm, CHECKED_STEPS + STEPS_IN_EPOCH)
+    assert_trained_as(arm, job, epochs=(0, 1, 2, 3))
+
+
+def trained(job: Job, epochs: Iterable[int]) -> tuple[nn.Module, float]:
+    """The textbook's model after these epochs, and the last one's loss.
+
+    The third ends where the checked steps do: it is not gone on with.
+    """
     model, optimizer, loss = job.textbook_model()
-    for epoch in (0, 1, 2, 3):  # the checked steps end early in the third epoch, which is not gone on with
-        batches = islice(job.textbook_batches(job.order(epoch).tolist()), CHECKED_STEPS % STEPS_IN_EPOCH or None)
-        whole = job.textbook_batches(job.order(epoch).tolist())
-        train_epoch(model, batches if epoch == 2 else whole, loss, optimizer)
+    mean = 0.0
+    for epoch in epochs:
+        batches = job.textbook_batches(job.order(epoch).tolist())
+        part = islice(batches, CHECKED_STEPS % STEPS_IN_EPOCH) if epoch == 2 else batches
+        mean = train_epoch(model, part, loss, optimizer).loss
+    return model, mean
+
+
+def assert_trained_as(arm: LoopArm, job: Job, *, epochs: Iterable[int]) -> None:
+    model, _ = trained(job, epochs)
     found = [parameter.detach() for parameter in arm._loop.model.parameters()]
     torch.testing.assert_close(found, [parameter.detach() for parameter in model.parameters()])
 
@@ -103,6 +145,7 @@ def test_a_loop_arm_trains_whole_epochs_after_the_checked_steps(monkeypatch: pyt
 def test_auto_is_given_steps_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "SETTLING_STEPS", 3)
     monkeypatch.setattr(arms, "EPOCH_S", 0.0)
+    monkeypatch.setattr(arms, "PASS_S", 0.0)
     job = small_mlp()
     arm, eager = LoopArm(job, engine="auto"), LoopArm(job, engine="eager")
     assert run(arm, CHECKED_STEPS) == run(eager, CHECKED_STEPS) == CHECKED_STEPS
