@@ -10,22 +10,20 @@ import argparse
 import csv
 import gzip
 import json
-import os
 import random
-import resource
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from benchmarks.places import REPOSITORY, RESULTS, log
+from benchmarks.children import Ran, run_child
+from benchmarks.places import RESULTS, log
 from benchmarks.records import Record, Series, ratios_to, write_record
 from fasttrain.data.table import read_reviews
 from fasttrain.data.text import encode_reviews
@@ -42,14 +40,6 @@ ORDER_SEED = 0
 
 WHOLE = "train, cold"
 TEXTBOOK = "textbook script"
-
-
-class Ran(NamedTuple):
-    """What a child process took and printed."""
-
-    seconds: float
-    peak_mb: float
-    output: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,45 +127,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not options.data.is_file():
         parser.error(f"{options.data} does not exist: set $FASTTRAIN_DATA, or give --data")
     return options
-
-
-def run_child(*arguments: str, cache: Path) -> Ran:
-    """Runs Python in a fresh process, with its own cache folder, and waits for it.
-
-    Raises:
-        FasttrainError: it failed; its last words are in the message.
-    """
-    child_environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        begin = time.perf_counter()
-        child = subprocess.Popen(
-            [sys.executable, *arguments], cwd=REPOSITORY, env=child_environment, stdout=output, stderr=errors
-        )
-        # wait4, not RUSAGE_CHILDREN: that is the largest of all children so far.
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - begin
-        child.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        errors.seek(0)
-        if child.returncode != 0:
-            last_words = errors.read().decode(errors="replace")[-2000:]
-            raise FasttrainError(f"python {' '.join(arguments)} exited with {child.returncode}: {last_words}")
-        return Ran(seconds, peak_mb(usage), output.read().decode())
-
-
-def peak_mb(usage: resource.struct_rusage) -> float:
-    """Peak resident memory of a process, MB (10**6 bytes).
-
-    On Linux a child starts with its parent's size as its peak, so that only more than that is its own.
-
-    Raises:
-        DataError: it is not more.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if usage.ru_maxrss <= own:
-        raise DataError(f"a child's peak memory hides behind that of this process, {own * unit / 1e6:.0f} MB")
-    return usage.ru_maxrss * unit / 1e6
 
 
 def against_textbook(place: Place, options: argparse.Namespace) -> tuple[dict[str, Series], list[str]]:

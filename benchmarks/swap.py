@@ -1,7 +1,8 @@
 """What `auto` costs beside `eager`: first step, trace, swap, a short job and a long one, all in fresh processes.
 
-Each repeat runs every process once, in random order: the long job with eager, with auto and an empty cache, and with
-auto once more over what that has left; the short one with eager and with auto over an empty cache.
+Each repeat runs the long job with eager, with auto and an empty cache, and with auto once more over what that has left,
+one after the other. The short job runs with eager and with auto over an empty cache side by side, on two cores that the
+two trade all the time: one after the other, they would differ by what the cores' speed does meanwhile.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
 
-from benchmarks.commands import run_child
+from benchmarks.children import Command, Ran, run_child, run_side_by_side
 from benchmarks.places import RESULTS, log
 from benchmarks.records import Record, Series, ratios_to, times_better, write_record
 from fasttrain import FastLoop
@@ -33,7 +34,7 @@ ORDER_SEED = 0
 
 EAGER, COLD, WARM = "eager", "auto, empty cache", "auto, once more"
 SHORT_EAGER, SHORT_AUTO = "short job, eager", "short job, auto"
-FRESH = (EAGER, COLD, SHORT_EAGER, SHORT_AUTO)
+LONG, SHORT = (EAGER, COLD), (SHORT_EAGER, SHORT_AUTO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Measures and writes the record."""
     started_at = environment(torch.device("cpu"))
-    ran: dict[str, list[Watched]] = {}
-    for repeat, names in zip(range(1, options.repeats + 1), orders(FRESH, ORDER_SEED), strict=False):
-        with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
-            for name in names:
-                for each in (COLD, WARM) if name == COLD else (name,):
-                    got = run(each, options, Path(scratch))
-                    log(f"repeat {repeat}/{options.repeats}: {each}: {got.process_s:.1f} s, {got.engine}")
-                    ran.setdefault(each, []).append(got)
+    ran = {**run_long(options), **run_short(options)}
     record = Record(
         benchmark="swap",
         title=f"What auto costs, {options.workload}, cpu",
@@ -110,22 +104,50 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workload", choices=sorted(JOBS), default="reviews")
     parser.add_argument("--epochs", type=int, default=600, help="of the long job (default: 600)")
     parser.add_argument("--short-epochs", type=int, default=3, help="of the short job (default: 3)")
-    parser.add_argument("--repeats", type=int, default=5, help="of each process (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each long job (default: 5)")
+    parser.add_argument("--short-repeats", type=int, default=20, help="of the two short jobs (default: 20)")
     parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/swap-<workload>-cpu.json)")
     options = parser.parse_args(arguments)
-    if min(options.epochs, options.short_epochs, options.repeats) < 1:
+    if min(options.epochs, options.short_epochs, options.repeats, options.short_repeats) < 1:
         parser.error("every number must be 1 or more")
     return options
 
 
-def run(name: str, options: argparse.Namespace, scratch: Path) -> Watched:
-    """Runs one training in a fresh process."""
-    is_short = name in (SHORT_EAGER, SHORT_AUTO)
+def run_long(options: argparse.Namespace) -> dict[str, list[Watched]]:
+    """The long job, one after the other."""
+    ran: dict[str, list[Watched]] = {EAGER: [], COLD: [], WARM: []}
+    for repeat, names in enumerate(islice(orders(LONG, ORDER_SEED), options.repeats), 1):
+        with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
+            for name in names:
+                for each in (COLD, WARM) if name == COLD else (name,):
+                    got = watched(run_child(*arguments_of(each, options), cache=Path(scratch)))
+                    log(f"repeat {repeat}/{options.repeats}: {each}: {got.process_s:.1f} s, {got.engine}")
+                    ran[each].append(got)
+    return ran
+
+
+def run_short(options: argparse.Namespace) -> dict[str, list[Watched]]:
+    """The short job, side by side."""
+    ran: dict[str, list[Watched]] = {name: [] for name in SHORT}
+    for repeat, names in enumerate(islice(orders(SHORT, ORDER_SEED), options.short_repeats), 1):
+        with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
+            commands = [Command(arguments_of(name, options), Path(scratch, name)) for name in names]
+            for name, each in zip(names, run_side_by_side(commands), strict=True):
+                ran[name].append(watched(each))
+        took = ", ".join(f"{name} {ran[name][-1].process_s:.2f} s" for name in SHORT)
+        log(f"side by side {repeat}/{options.short_repeats}: {took}")
+    return ran
+
+
+def arguments_of(name: str, options: argparse.Namespace) -> list[str]:
+    """The arguments of Python for a training."""
     engine = "eager" if name in (EAGER, SHORT_EAGER) else "auto"
-    epochs = options.short_epochs if is_short else options.epochs
-    cache = scratch / ("long" if name in (COLD, WARM) else name)
-    arguments = ("-m", "benchmarks.swap", "--child", options.workload, engine, str(epochs))
-    ran = run_child(*arguments, cache=cache)
+    epochs = options.short_epochs if name in SHORT else options.epochs
+    return ["-m", "benchmarks.swap", "--child", options.workload, engine, str(epochs)]
+
+
+def watched(ran: Ran) -> Watched:
+    """What a child tells."""
     found = json.loads(ran.output)
     return Watched(process_s=ran.seconds, **{**found, "steps_s": tuple(found["steps_s"])})
 
@@ -178,8 +200,12 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
         return Series(description=description, unit="s", values=tuple(values))
 
     series = {
-        "first step, eager": seconds("from the call of `fit` on", [each.first_step_s for each in ran[EAGER]]),
-        "first step, auto": seconds("the same, with an empty cache", [each.first_step_s for each in ran[COLD]]),
+        "first step, eager": seconds(
+            "of the short job, from the call of `fit` on", [each.first_step_s for each in ran[SHORT_EAGER]]
+        ),
+        "first step, auto": seconds(
+            "the same, side by side, with an empty cache", [each.first_step_s for each in ran[SHORT_AUTO]]
+        ),
         "trace": seconds("what `auto` stops for, once", [each.steps_s[each.traced_at or 0] for each in ran[COLD]]),
         "swap": seconds(
             "the longest step after the trace and before five steps of the program, cache empty and full",
@@ -195,7 +221,7 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
         ),
         "short job, eager": seconds("the whole process", [each.process_s for each in ran[SHORT_EAGER]]),
         "short job, auto": seconds(
-            "the whole process, with an empty cache", [each.process_s for each in ran[SHORT_AUTO]]
+            "the whole process, side by side, with an empty cache", [each.process_s for each in ran[SHORT_AUTO]]
         ),
         "long job, eager": seconds("the training", [each.fit_s for each in ran[EAGER]]),
         "long job, auto": seconds("the same, with an empty cache", [each.fit_s for each in ran[COLD]]),

@@ -25,7 +25,13 @@ PLAIN = replace(AUTO, first_step_s=0.02, traced_at=None, swapped_at=None, trace_
 
 
 def watched(**changed: Watched) -> dict[str, list[Watched]]:
-    ran = {EAGER: PLAIN, COLD: AUTO, WARM: replace(AUTO, fit_s=1.0), SHORT_EAGER: PLAIN, SHORT_AUTO: PLAIN}
+    ran = {
+        EAGER: PLAIN,
+        COLD: AUTO,
+        WARM: replace(AUTO, fit_s=1.0),
+        SHORT_EAGER: PLAIN,
+        SHORT_AUTO: replace(PLAIN, first_step_s=0.022),
+    }
     return {name: [changed.get(name.replace(" ", "_").replace(",", ""), each)] for name, each in ran.items()}
 
 

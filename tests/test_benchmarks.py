@@ -5,13 +5,11 @@ import importlib
 import importlib.util
 import json
 import os
-import resource
 import signal
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +17,10 @@ import pytest
 import torch
 
 from benchmarks import commands, first_step, gpu
+from benchmarks.children import Ran
 from benchmarks.peers import NAMES, native
 from benchmarks.records import times_better
-from fasttrain import DataError, EngineError, FasttrainError
+from fasttrain import DataError, EngineError
 from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
 from fasttrain.measure.bench.arms import TextbookArm
 from fasttrain.measure.bench.losses import check_losses, running_means
@@ -229,11 +228,11 @@ def test_the_gpu_check_fits_in_nine_minutes(tmp_path: Path) -> None:
 class FakePlace(commands.Place):
     """Commands whose times are made up."""
 
-    def train(self, *options: str, data: Path | None = None) -> commands.Ran:
-        return commands.Ran(2.0, 600.0, json.dumps({"epochs": 3, "test_accuracy": 90.0}))
+    def train(self, *options: str, data: Path | None = None) -> Ran:
+        return Ran(2.0, 600.0, json.dumps({"epochs": 3, "test_accuracy": 90.0}))
 
-    def textbook(self, epochs: int, threads: int) -> commands.Ran:
-        return commands.Ran(50.0, 500.0, json.dumps({"epochs": 3, "test_accuracy": 91.0}))
+    def textbook(self, epochs: int, threads: int) -> Ran:
+        return Ran(50.0, 500.0, json.dumps({"epochs": 3, "test_accuracy": 91.0}))
 
 
 def test_whole_commands_are_compared_over_the_same_epochs(tmp_path: Path) -> None:
@@ -246,20 +245,6 @@ def test_whole_commands_are_compared_over_the_same_epochs(tmp_path: Path) -> Non
     options.epochs = 4
     with pytest.raises(DataError, match="ran 3 epochs where 4"):
         commands.against_textbook(place, options)  # pyright: ignore[reportArgumentType]
-
-
-def test_a_failed_command_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FasttrainError, match=r"exited with 1.*(?s:.*)no table"):
-        commands.run_child("-c", "raise SystemExit('no table')", cache=tmp_path)
-
-
-def test_peak_memory_below_the_parents_is_not_believed() -> None:
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    usage: Any = SimpleNamespace(ru_maxrss=2 * own)
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert commands.peak_mb(usage) == pytest.approx(2 * own * unit / 1e6)
-    with pytest.raises(DataError, match="hides"):
-        commands.peak_mb(SimpleNamespace(ru_maxrss=own))  # pyright: ignore[reportArgumentType]
 
 
 def test_copies_hold_every_row_in_several_orders(tmp_path: Path) -> None:
