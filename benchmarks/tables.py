@@ -32,7 +32,8 @@ from fasttrain.measure.strict import read_json
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
 
-MAIN_ARMS = ("textbook", "tuned", "eager", "compiled", "auto", "graphed", "jax", "native")
+MAIN_ARMS = ("auto", "graphed", "compiled", "eager")
+"""The first of them that was measured is shown in the top README: what a user gets who asks for nothing."""
 """Kinds of arms that the top README shows, each the fastest of its kind."""
 
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
@@ -79,8 +80,9 @@ process's on the CPU, with the job's data, and that of torch's allocator on CUDA
 once: with every peer that takes 7 GB.
 
 Figures are medians over the blocks, with the range from smallest to largest. A ratio is formed within each block, and
-the median and the range of those are shown; above 1 is faster. "Times textbook" is the textbook at the number of
-threads, one or torch's own, at which it is faster, "times jax" the faster of JAX's arms.
+the median and the range of those are shown; above 1 is faster. Every arm has one thread, or as many as the heading
+says. Where the textbook was measured with torch's own number too, "times textbook" is the faster one; "times jax" is
+the faster of JAX's arms.
 """
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
@@ -152,23 +154,24 @@ def read_results(folder: Path) -> Found:
     return sorted(trainings, key=place), others, exactness
 
 
-def place(record: BenchRecord) -> tuple[int, str, str]:
+def place(record: BenchRecord) -> tuple[int, str, int]:
     """Where a training comes in the tables."""
     name = record.workload["name"]
-    return WORKLOADS.index(name) if name in WORKLOADS else len(WORKLOADS), name, record.environment["device"]
+    return WORKLOADS.index(name) if name in WORKLOADS else len(WORKLOADS), where(record), record.design.threads
 
 
-def title(record: BenchRecord) -> str:
-    """The heading of a training's table."""
-    found = record.environment
-    return f"Training: {record.workload['name']}, {'cpu' if found['device'] == found['cpu'] else 'cuda'}"
+def where(record: BenchRecord) -> str:
+    """The device, and the threads if there were several."""
+    found, threads = record.environment, record.design.threads
+    device = "cpu" if found["device"] == found["cpu"] else "cuda"
+    return device + (f", {threads} threads" if threads > 1 else "")
 
 
 def benchmarks_page(found: Found) -> str:
     """The whole of benchmarks/README.md."""
     trainings, others, exactness = found
     sections = [
-        *(f"\n{markdown(each, title(each))}" for each in trainings),
+        *(f"\n{markdown(each, f'Training: {job(each)}')}" for each in trainings),
         *(section(each) for each in others),
         *(f"\n{errors.markdown(each)}" for each in exactness),
     ]
@@ -176,12 +179,12 @@ def benchmarks_page(found: Found) -> str:
 
 
 def headline(found: Found) -> str:
-    """The table of the top README: a row an arm of each training, and under what they were measured."""
+    """The table of the top README: a row each training, and under what they were measured."""
     trainings, _, _ = found
     if not trainings:
         return NO_RECORDS.lstrip()
     columns = ["job", "arm", "samples/s", "times textbook", "times tuned", "times JAX"]
-    rows = [row for record in trainings for row in main_rows(record)]
+    rows = [row for record in trainings if (row := main_row(record)) is not None]
     machines: dict[str, list[str]] = {}
     for record in trainings:
         machines.setdefault(machine_of(record.environment), []).append(f"{job(record)}: {text(measured(record))}")
@@ -189,23 +192,21 @@ def headline(found: Found) -> str:
     return f"{table(columns, rows, num_left=2)}\n{conditions}"
 
 
-def main_rows(record: BenchRecord) -> list[list[str]]:
-    """The main arms of a training; a ratio's range stands behind it. The job stands in the first row alone."""
+def main_row(record: BenchRecord) -> list[str] | None:
+    """The main arm of a training; a ratio's range stands behind it. None: it was not measured."""
     arms = {arm.label: arm for arm in summarise(record)}
-    shown = [label for kind in MAIN_ARMS if (label := fastest(record, kind)) is not None]
-    rows: list[list[str]] = []
-    for label in shown:
-        others = [fastest(record, kind) for kind in ("textbook", "tuned", "jax")]
-        ratios = [None if other is None else arms[label].ratios.get(other) for other in others]
-        cells = ["" if ratio is None else ranged(ratio, "x") for ratio in ratios]
-        rows.append(["" if rows else job(record), text(label), number(arms[label].rate.median), *cells])
-    return rows
+    label = next((label for label in MAIN_ARMS if label in arms), None)
+    if label is None:
+        return None
+    others = [fastest(record, kind) for kind in ("textbook", "tuned", "jax")]
+    ratios = [None if other is None else arms[label].ratios.get(other) for other in others]
+    cells = ["" if ratio is None else ranged(ratio, "x") for ratio in ratios]
+    return [job(record), label, number(arms[label].rate.median), *cells]
 
 
 def job(record: BenchRecord) -> str:
-    """What was trained; and where, if it was not the CPU."""
-    found = record.environment
-    return text(record.workload["name"] + ("" if found["device"] == found["cpu"] else ", cuda"))
+    """What was trained, and where."""
+    return text(f"{record.workload['name']}, {where(record)}")
 
 
 def measured(record: BenchRecord) -> str:

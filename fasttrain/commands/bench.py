@@ -68,7 +68,8 @@ class Bench:
     """auto, cpu, cuda or cuda:N."""
 
     cpu_threads: int = 1
-    """Torch's threads in every process. The textbook is measured with torch's own number too."""
+    """Torch's threads in every process. With the arms of the default, the textbook is measured with torch's own number
+    too."""
 
     warmup_s: float = 0.5
     """Least seconds of steps in a process before any is timed."""
@@ -159,7 +160,7 @@ class Bench:
         for source in sources:
             check_source(source)
             specs.append(ArmSpec(label=source, source=source, threads=self.cpu_threads))
-            if source == "textbook" and default_threads != self.cpu_threads:
+            if source == "textbook" and self.arms == DEFAULT_ARMS and default_threads != self.cpu_threads:
                 label = f"textbook, {default_threads} threads"
                 specs.append(ArmSpec(label=label, source=source, threads=default_threads))
         return specs

@@ -47,8 +47,9 @@ def main(arguments: Sequence[str]) -> int:
             parent.send_bytes(json.dumps(asdict(message), allow_nan=False).encode())
 
         requests = _requests(parent)
+        task = ArmTask.from_dict(next(requests))
         try:
-            about, arm = start(ArmTask.from_dict(next(requests)), float(started))
+            about, arm = start(task, float(started))
         except FasttrainError as error:
             tell(Started(refused=str(error)))
             return 0
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
                 tell(arm.state())
                 continue
             seconds, core = request
-            move_to(core)
+            if task.threads == 1:  # several threads are on several cores, and the others would stay where they are
+                move_to(core)
             tell(arm.slice(seconds))
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fasttrain.errors import FasttrainError
 from fasttrain.measure.bench.messages import ArmTask, ProcessDiedError, Started
-from fasttrain.measure.bench.plan import BenchPlan, StartArm, Watcher, log_ratios, orders
+from fasttrain.measure.bench.plan import ArmSpec, BenchPlan, StartArm, Watcher, log_ratios, orders
 from fasttrain.measure.bench.record import ArmRecord, BenchRecord, BlockFigures, Design
 from fasttrain.measure.bench.rounds import SLICE_S, Process, Timing, run_rounds
 from fasttrain.measure.verdict.stats import FEWEST_PAIRS, MOST_PAIRS, Noise, margin_for, noise_of, verdict
@@ -24,7 +24,8 @@ MOST_WAITED = 0.05
 """A process that waits for a core for more than this share of its time is flagged."""
 
 MOST_AWAKE = 0.05
-"""A process that uses a core for more than this share of the others' time is flagged."""
+"""A process whose threads use cores for more than this share of the others' time each is flagged: those of OpenMP look
+for more work a while before they sleep."""
 
 
 def run_bench(
@@ -193,7 +194,7 @@ class _Progress:
             for label, timing in timed.items():
                 seen = self._watcher.flags(None if others is None else others + self._specs[label].threads)
                 try:
-                    figures[label] = _figures(block, label, timing, seen, others, repeats)
+                    figures[label] = _figures(block, self._specs[label], timing, seen, others, repeats)
                 except ProcessDiedError as error:
                     died[label] = error
             is_good = not died and not any(each.flags for each in figures.values())
@@ -281,16 +282,16 @@ class _Block:
 
 
 def _figures(
-    block: _Block, label: str, timing: Timing, seen: tuple[str, ...], others: int | None, repeats: int
+    block: _Block, arm: ArmSpec, timing: Timing, seen: tuple[str, ...], others: int | None, repeats: int
 ) -> BlockFigures:
     """Of an arm in a block; raises `ProcessDiedError`."""
-    process = block.processes[label]
+    process = block.processes[arm.label]
     started, state = process.started, process.state()
     waited = ("waited",) if timing.waited_share > MOST_WAITED else ()
-    awake = ("awake",) if timing.awake_share > MOST_AWAKE else ()
+    awake = ("awake",) if timing.awake_share > MOST_AWAKE * arm.threads else ()
     return BlockFigures(
         block=block.number,
-        position=block.order.index(label),
+        position=block.order.index(arm.label),
         step_s=timing.step_s,
         steps=timing.steps,
         seconds=timing.seconds,

@@ -7,11 +7,14 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain import ConfigError
+from fasttrain.commands.bench import Bench
 from fasttrain.measure.bench.plan import ArmSpec, log_ratios, orders
+from fasttrain.measure.bench.sources import DEFAULT_ARMS
 from tests.measure.bench.bench_fakes import arm, figures, plan
 
 
@@ -22,6 +25,23 @@ def test_the_order_is_a_permutation_in_each_block(num_blocks: int, seed: int) ->
     first, second = (list(itertools.islice(orders(labels, seed), num_blocks)) for _ in range(2))
     assert all(sorted(order) == labels for order in first)
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ({}, [*DEFAULT_ARMS[:1], "textbook, 4 threads", *DEFAULT_ARMS[1:]]),
+        ({"cpu_threads": 4}, list(DEFAULT_ARMS)),
+        ({"arms": ("textbook", "auto")}, ["textbook", "auto"]),
+    ],
+)
+def test_the_textbook_has_torchs_own_threads_too_where_no_arms_are_asked_for(
+    options: dict[str, Any], labels: list[str]
+) -> None:
+    found = Bench(**options).plan(4, torch.device("cpu"))
+    assert [each.label for each in found.arms] == labels
+    own = [each.threads for each in found.arms if each.label == "textbook, 4 threads"]
+    assert {each.threads for each in found.arms} == {options.get("cpu_threads", 1), *own}
 
 
 def test_the_order_varies() -> None:

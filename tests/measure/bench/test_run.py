@@ -114,6 +114,16 @@ def test_a_process_that_is_awake_in_the_others_turns_is_flagged() -> None:
     assert [each.flags for each in record.arms["eager"].repeated] == [("awake",)]
 
 
+def test_each_thread_of_an_arm_may_be_awake_for_a_while() -> None:
+    specs = (ArmSpec(label="one", source="eager", threads=1), ArmSpec(label="four", source="tuned", threads=4))
+    runner = FakeRunner({"eager": [1e-3], "tuned": [slice_of(9e-3, awake_s=0.038), 1e-3]})  # 19% of the others' time
+    record, _ = run(plan("x", arms=specs, blocks=1), runner)
+    assert not record.arms["four"].repeated
+    runner = FakeRunner({"eager": [1e-3], "tuned": [slice_of(9e-3, awake_s=0.042), 1e-3]})
+    record, _ = run(plan("x", arms=specs, blocks=1), runner)
+    assert [each.flags for each in record.arms["four"].repeated] == [("awake",)]
+
+
 def test_a_process_that_dies_at_its_start_is_started_again() -> None:
     runner = FakeRunner({"eager": [ProcessDiedError("exit code -9"), 1e-3]})
     record, _ = run(plan("eager", blocks=1), runner)
