@@ -1,7 +1,8 @@
 """The whole command in fresh processes: against the textbook's script, its second start, its memory, its text speed.
 
-The fast command and the textbook's script run the same epochs from the same file, nothing cached, one after the other
-in random order in each repeat, both with one thread for torch unless told otherwise. Nothing is extrapolated.
+The fast command and the textbook's script run the same epochs from the same file, nothing cached (each repeat has an
+empty cache of programs), one after the other in random order in each repeat, both with one thread for torch unless told
+otherwise. Nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ class Place:
     data: Path
     scratch: Path
 
-    def train(self, *options: str, data: Path | None = None) -> Ran:
-        """Runs `python -m fasttrain train` in a fresh process."""
+    def train(self, *options: str, data: Path | None = None, is_cold: bool = False) -> Ran:
+        """Runs `python -m fasttrain train` in a fresh process; `is_cold`: with a cache of its own, which is empty."""
         out = tempfile.mkdtemp(dir=self.scratch)
         given = ("--data", str(data or self.data), "--out", f"{out}/run", "--device", "cpu", "--json")
-        return run_child("-m", "fasttrain", "train", *given, *options, cache=self.scratch / "cache")
+        cache = Path(out, "cache") if is_cold else self.scratch / "cache"
+        return run_child("-m", "fasttrain", "train", *given, *options, cache=cache)
 
     def textbook(self, epochs: int, threads: int) -> Ran:
         """Runs the textbook's script in a fresh process."""
@@ -137,7 +139,8 @@ def against_textbook(place: Place, options: argparse.Namespace) -> tuple[dict[st
         for name in names:
             log(f"repeat {repeat}/{options.repeats}: {name}, epochs {epochs}")
             if name == WHOLE:
-                got = place.train("--no-cache", "--epochs", str(epochs), "--patience", ENOUGH_PATIENCE)
+                wanted = ("--no-cache", "--epochs", str(epochs), "--patience", ENOUGH_PATIENCE)
+                got = place.train(*wanted, is_cold=True)
             else:
                 got = place.textbook(epochs, threads)
             log(f"{got.seconds:.1f} s, peak {got.peak_mb:.0f} MB")

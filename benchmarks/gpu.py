@@ -79,7 +79,7 @@ def run_part(part: Part, out: Path, limit_s: float) -> str:
 
 def start(command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
     """Starts a command in a session of its own, in which Ctrl-C can be heard."""
-    # One thread: torch's own number would only add a second arm of the textbook.
+    # One thread in the tests and the profiles too, as the arms of a benchmark have.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # A shell has what it starts in the background ignore Ctrl-C, and a child inherits that, but no handler.
     found = signal.signal(signal.SIGINT, signal.default_int_handler)

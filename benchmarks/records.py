@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.errors import DataError
+from fasttrain.measure.files import write_text
 
 SCHEMA_VERSION = 1
 """Raise it when a field changes its meaning, appears or goes; files of another version are refused."""
@@ -195,10 +196,13 @@ def ratios_to(series: dict[str, Series], yardstick: str, names: Sequence[str]) -
 
 
 def write_record(record: Record, path: Path) -> None:
-    """Writes a record as JSON, in place of an older one. Folders above it are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Writes a record as JSON, in place of an older one at once. Folders above it are made.
+
+    Raises:
+        DataError: it cannot be written there.
+    """
+    content = json.dumps(record.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, content + "\n", "the record")
 
 
 def read_record(path: Path) -> Record:

@@ -21,12 +21,14 @@ from fasttrain.measure.bench.summary import (
     fastest,
     machine_of,
     markdown,
+    num_blocks,
     number,
     ranged,
     summarise,
     table,
     text,
 )
+from fasttrain.measure.files import write_text
 from fasttrain.measure.strict import read_json
 
 BEGIN = "<!-- benchmarks:begin -->"
@@ -34,7 +36,6 @@ END = "<!-- benchmarks:end -->"
 
 MAIN_ARMS = ("auto", "graphed", "compiled", "eager")
 """The first of them that was measured is shown in the top README: what a user gets who asks for nothing."""
-"""Kinds of arms that the top README shows, each the fastest of its kind."""
 
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
 """In the order of the tables; others follow."""
@@ -129,7 +130,7 @@ def update(root: Path, *, is_check: bool) -> list[Path]:
     stale = [path for path, page in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != page]
     if not is_check:
         for path in stale:
-            path.write_text(wanted[path], encoding="utf-8")
+            write_text(path, wanted[path], "the page")
     return stale
 
 
@@ -211,8 +212,7 @@ def job(record: BenchRecord) -> str:
 
 def measured(record: BenchRecord) -> str:
     """How much was measured of a training, of which code and when."""
-    blocks = record.design.blocks * (1 + record.design.extended)
-    return f"{blocks} blocks, {commit_of(record.environment)}, {record.created[:10]}"
+    return f"{num_blocks(record)} blocks, {commit_of(record.environment)}, {record.created[:10]}"
 
 
 # Of other records, such as that of whole commands.

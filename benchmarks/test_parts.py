@@ -31,8 +31,7 @@ def test_step(job: ReviewJob, benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="metrics")
 def test_metrics_update(benchmark: BenchmarkFixture) -> None:
-    metrics = RunningMetrics(torch.device("cpu"))
-    metrics.rule = "logit"
+    metrics = RunningMetrics(torch.device("cpu"), accuracy="logit")
     benchmark(metrics.update, torch.tensor(0.5), torch.randn(BATCH_SIZE), torch.ones(BATCH_SIZE))
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import operator
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
 
-from fasttrain.commands.shared import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Runnable
+from fasttrain.commands.shared import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Runnable, drop_output
 from fasttrain.errors import FasttrainError
+from fasttrain.printable import printable
 
 __all__ = ["main"]
 
@@ -32,21 +32,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 2 bad input or usage, 130 interrupted; `compare` has more."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    code = EXIT_INTERRUPTED
     try:
         code = _parse(arguments).execute(arguments)
         sys.stdout.flush()
-        return code
-    except FasttrainError as error:
+    except (FasttrainError, UnicodeEncodeError) as error:  # the latter: of a terminal, or a pipe, that is not UTF-8
         if debug:
             raise
-        print(f"fasttrain: {error}", file=sys.stderr)  # noqa: T201
+        for line in f"fasttrain: {error}".split("\n"):  # it may quote from anybody's files
+            print(printable(line), file=sys.stderr)  # noqa: T201
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        return 0
+        drop_output()  # Python flushes once more at its end
     except KeyboardInterrupt:
         print("fasttrain: interrupted", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
+    return code
 
 
 def _parse(arguments: list[str]) -> Runnable:

@@ -40,6 +40,9 @@ PrecisionOrAuto = Literal["auto", "fp32", "bf16", "fp16"]
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux tells of the processor."""
 
+MEMINFO = Path("/proc/meminfo")
+"""Where it tells of memory."""
+
 _AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {
     "fp32": None,
     "bf16": torch.bfloat16,
@@ -70,9 +73,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise DeviceError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+        raise DeviceError(f"device {str(name)!r} is not supported: use auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
-        raise DeviceError(f"device {str(name)!r} was asked for, but {_why_no_cuda()}; use --device cpu or auto")
+        raise DeviceError(f"device {str(name)!r} was asked for, but {_why_no_cuda()}; use cpu or auto")
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise DeviceError(
@@ -94,7 +97,7 @@ def device_name(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """The processor's model, or its architecture where the system does not tell."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return _line_of(CPUINFO, "model name") or platform.processor() or platform.machine()
 
 
 def cpu_features() -> str:
@@ -102,13 +105,13 @@ def cpu_features() -> str:
 
     A virtual machine may hide some of it: processors of one name then differ, and code for one is illegal on another.
     """
-    return _cpuinfo("flags") or _cpuinfo("Features") or ""  # on x86, on ARM
+    return _line_of(CPUINFO, "flags") or _line_of(CPUINFO, "Features") or ""  # on x86, on ARM
 
 
-def _cpuinfo(name: str) -> str | None:
-    """A line of what Linux tells of the first processor."""
+def _line_of(path: Path, name: str) -> str | None:
+    """What stands behind a name in a file in which Linux tells of itself; the first, where there are several."""
     try:
-        with CPUINFO.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8") as lines:
             for line in lines:
                 if line.startswith(name):
                     return line.partition(":")[2].strip()
@@ -128,9 +131,16 @@ def total_bytes(device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory in bytes that is free on the device right now; None where the system does not tell."""
+    """Memory in bytes that can be had on the device right now; None where the system does not tell.
+
+    What caches hold that make room counts: the system's of files, torch's of freed CUDA memory.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    available = _line_of(MEMINFO, "MemAvailable")
+    if available is not None:
+        return int(available.split()[0]) * 1024
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):

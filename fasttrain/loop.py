@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,9 @@ class FastLoop:
 
     The objects stay the user's: the same tensors are updated in place, their `state_dict()`s are right whenever the
     user looks. No global (threads, TF32, deterministic flags) and no option of a parameter group is changed.
+
+    As in the book, `train` puts the whole model in train mode and `evaluate` in eval mode, for as long as they run: a
+    part that is to stay in eval mode (frozen batch norm) says so in its own `train` method.
 
     Args:
         model: the model, on its device.
@@ -113,7 +117,7 @@ class FastLoop:
         self._evaluation = RunningMetrics(self.step.device, metrics)
         self._evaluation_is_observed = False
         self._epochs_left: int | None = None
-        self._steps_done = 0
+        self._steps_done = self._last_epoch_steps = 0
         self._prefetchers: dict[int, tuple[Iterable[Batch], Prefetcher[Batch]]] = {}
 
     def train(self, batches: Iterable[Batch], *, watch: Watch | None = None) -> EpochResult:
@@ -121,7 +125,8 @@ class FastLoop:
 
         Args:
             batches: whatever forward takes, from any iterable; brought to the device while the steps run.
-            watch: called after every launch, of a batch or several; may raise `Interrupted`.
+            watch: called after every launch, of a batch or several; may raise `Interrupted`. Not the place to step a
+                scheduler batch by batch: several batches may be one launch (see `TrainStep` for that).
 
         Returns:
             The epoch's figures; loss and accuracy are means of the batches' values, as in the book.
@@ -143,6 +148,8 @@ class FastLoop:
                 return self._result(counts, step.metrics)
         finally:
             self._steps_done += counts.batches
+            self._last_epoch_steps = counts.batches
+            step.spec.gathered.count = 0  # an epoch that ends early leaves nothing for the next
             for parameter in step.spec.trained():
                 parameter.grad = None
 
@@ -247,7 +254,7 @@ class FastLoop:
         if is_best:
             history.best_epoch, history.best_loss = epoch, watched
             if val is not None:
-                state.best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+                state.best_weights = copy.deepcopy(self.model.state_dict())
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(watched)
         elif scheduler is not None:
@@ -257,7 +264,7 @@ class FastLoop:
 
     def _steps_to_come(self, batches: Iterable[Batch]) -> int:
         """Steps of the fit that are left; in a loop of the user's own, this epoch and as many as there have been."""
-        in_epoch = _length(batches) or 0
+        in_epoch = _length(batches) or self._last_epoch_steps
         return in_epoch * self._epochs_left if self._epochs_left is not None else in_epoch + self._steps_done
 
     def _evaluate_batch(self, batch: Batch, samples: int) -> None:
@@ -265,15 +272,18 @@ class FastLoop:
         if self._evaluation_is_observed:
             output = run_forward(spec, spec.forward, batch)
         else:
-            self._evaluation_is_observed = True
             with LossObserver() as observer:
                 output = run_forward(spec, spec.forward, batch)
             self._evaluation.rule = observer.rule(output.predictions, output.targets)
+            self._evaluation_is_observed = True
         self._evaluation.update(*output, weight=samples)
 
     def _result(self, counts: _Counts, metrics: RunningMetrics) -> EpochResult:
         if counts.batches == 0:
-            raise DataError("there was no batch; is the batch size larger than the number of rows?")
+            raise DataError(
+                "there was no batch: is the batch size larger than the number of rows? A generator gives its batches "
+                "once: make it anew for each epoch"
+            )
         readout = metrics.compute()
         seconds = counts.seconds()
         assert readout.loss is not None
@@ -305,8 +315,9 @@ class FastLoop:
 
     def _prefetcher(self, batches: Iterable[Batch]) -> Prefetcher[Batch]:
         """The source's prefetcher: kept from epoch to epoch, since its pinned buffers cost milliseconds to make."""
-        kept = self._prefetchers.get(id(batches))
+        kept = self._prefetchers.pop(id(batches), None)
         if kept is not None and kept[0] is batches:
+            self._prefetchers[id(batches)] = kept  # the last used comes last
             return kept[1]
         if len(self._prefetchers) >= MAX_PREFETCHERS:
             self._prefetchers.pop(next(iter(self._prefetchers)))

@@ -44,12 +44,21 @@ class RunningMetrics:
     Args:
         device: where the sums live.
         metrics: the user's metrics by name; each is called once a batch and must not read the device.
+        accuracy: how predictions are compared with targets: "argmax" (class indices against the largest prediction
+            over dimension 1), "logit" (0/1 against prediction > 0) or "probability" (0/1 against > 0.5); None: there
+            is no accuracy. `TrainStep` and `FastLoop` learn it from the first batch.
     """
 
-    def __init__(self, device: torch.device, metrics: Mapping[str, Metric] | None = None) -> None:
-        self.device = device
+    def __init__(
+        self,
+        device: str | torch.device,
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        accuracy: AccuracyRule | None = None,
+    ) -> None:
+        self.device = torch.device(device)
         self.user_metrics = dict(metrics or {})
-        self.rule: AccuracyRule | None = None
+        self.rule: AccuracyRule | None = accuracy
         # float64, so that sums over millions of batches keep what float32 batches bring.
         self.totals = torch.zeros(2 + len(self.user_metrics), dtype=torch.float64, device=device)
         self._cells = list(self.totals.unbind())

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).parent.parent
 
 # The models of the tests are tiny: more threads only wait for each other, and figures vary less with one.
 torch.set_num_threads(1)
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("fasttrain", deadline=None)
+settings.load_profile("fasttrain")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

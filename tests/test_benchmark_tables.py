@@ -166,15 +166,25 @@ def test_the_top_table_has_a_row_for_each_training(tmp_path: Path) -> None:
         "| reviews, cpu, 4 threads | auto | 64,000 | 4.00x | 2.00x | 0.500x |",
         "| mlp, cpu | compiled | 96,000 | 6.00x (4.00 to 8.00) |  |  |",
     ]
-    told = "; ".join(
-        f"{job}: 2 blocks, commit 0123456789, 2026-01-02"
-        for job in ("reviews, cpu", "reviews, cpu, 4 threads", "mlp, cpu", "chars, cpu")
-    )
+    measured = {"reviews, cpu": 1, "reviews, cpu, 4 threads": 1, "mlp, cpu": 2, "chars, cpu": 1}  # 2 were planned
+    told = "; ".join(f"{job}: {num} blocks, commit 0123456789, 2026-01-02" for job, num in measured.items())
     assert f"- A CPU, 4 cores; torch 2.13.0, Python 3.11.7: {told}.\n" in front
     page = (root / "benchmarks" / "README.md").read_text()
     assert "| arm | samples/s | us a step | times textbook | times tuned | times jax-step | blocks |" in page
     assert "| mine |" in page
     assert "## Training: reviews, cpu, 4 threads\n" in page
+
+
+def test_the_top_table_tells_of_blocks_that_were_measured() -> None:
+    found = training("mlp", textbook=(8e-3,) * 20, eager=(1e-3,) * 13)
+    found = replace(found, design=replace(found.design, blocks=15, extended=True))
+    assert tables.measured(found).startswith("20 blocks, ")
+
+
+def test_a_record_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        write_record(small_record(), tmp_path / "file" / "record.json")
 
 
 def test_records_of_other_things_keep_their_own_table(tmp_path: Path) -> None:

@@ -228,7 +228,8 @@ def test_the_gpu_check_fits_in_nine_minutes(tmp_path: Path) -> None:
 class FakePlace(commands.Place):
     """Commands whose times are made up."""
 
-    def train(self, *options: str, data: Path | None = None) -> Ran:
+    def train(self, *options: str, data: Path | None = None, is_cold: bool = False) -> Ran:
+        assert is_cold
         return Ran(2.0, 600.0, json.dumps({"epochs": 3, "test_accuracy": 90.0}))
 
     def textbook(self, epochs: int, threads: int) -> Ran:
@@ -245,6 +246,22 @@ def test_whole_commands_are_compared_over_the_same_epochs(tmp_path: Path) -> Non
     options.epochs = 4
     with pytest.raises(DataError, match="ran 3 epochs where 4"):
         commands.against_textbook(place, options)  # pyright: ignore[reportArgumentType]
+
+
+def test_each_cold_command_has_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[Path] = []
+
+    def run_child(*_: str, cache: Path) -> Ran:
+        caches.append(cache)
+        return Ran(2.0, 600.0, "")
+
+    monkeypatch.setattr(commands, "run_child", run_child)
+    place = commands.Place(data=tmp_path / "table.csv", scratch=tmp_path)
+    for is_cold in (True, True, False, False):
+        place.train(is_cold=is_cold)
+    assert len(set(caches)) == 3
+    assert caches[2] == caches[3]
+    assert not any(cache.exists() for cache in caches)
 
 
 def test_copies_hold_every_row_in_several_orders(tmp_path: Path) -> None:

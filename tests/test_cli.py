@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fasttrain import DataError
 from fasttrain.cli import main
 from fasttrain.commands.info import Info
 from fasttrain.commands.predict import Predict
@@ -279,6 +282,72 @@ def test_wrong_usage_is_explained(
     assert named in captured.err
     assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what goes wrong, whatever the command ---
+
+
+def run_as(monkeypatch: pytest.MonkeyPatch, execute: Callable[[], int]) -> int:
+    monkeypatch.setattr("fasttrain.cli._parse", lambda _: SimpleNamespace(execute=lambda _: execute()))
+    return main(["info"])
+
+
+def test_an_error_that_quotes_a_file_moves_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> int:
+        raise DataError("no arm '\x1b[2J\r\ud800', but:\n  - é")
+
+    assert run_as(monkeypatch, fail) == 2
+    assert capsys.readouterr().err == "fasttrain: no arm '\\x1b[2J\\r\\ud800', but:\n  - é\n"
+
+
+def test_output_that_cannot_be_encoded_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tell() -> int:
+        "\ud800".encode()
+        return 0
+
+    assert run_as(monkeypatch, tell) == 2
+    assert "surrogates not allowed" in capsys.readouterr().err
+
+
+CLOSED_EARLY = """
+import sys
+from types import SimpleNamespace
+from fasttrain import cli
+from fasttrain.commands.shared import print_line
+
+def execute(_):
+    for _ in range(int(sys.argv[1])):
+        print_line("a line")
+    print("went on", file=sys.stderr)
+    return 3
+
+cli._parse = lambda _: SimpleNamespace(execute=execute)
+input()
+sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.parametrize("num_lines", [1, 10_000])
+def test_a_command_goes_on_to_its_verdict_when_its_reader_has_left(num_lines: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED_EARLY, str(num_lines)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stderr.read() == b"went on\n"
+        assert process.wait(60) == 3
 
 
 def test_the_module_runs_as_a_command(trained: Path) -> None:

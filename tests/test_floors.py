@@ -11,6 +11,7 @@ FLOORS = {
     "errors": 0,
     "device": 1,
     "json_text": 1,
+    "printable": 1,
     "data": 2,
     "metrics": 2,
     "history": 2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,19 +10,20 @@ from typing import Literal
 
 import torch
 
-from fasttrain.commands.shared import EXIT_INTERRUPTED, print_line
+from fasttrain.commands.shared import EXIT_INTERRUPTED, print_line, recorded_command
 from fasttrain.device import resolve_device
-from fasttrain.errors import ConfigError, DataError
+from fasttrain.errors import ConfigError
 from fasttrain.json_text import json_text
 from fasttrain.measure.bench.machine import Machine
-from fasttrain.measure.bench.noise import known_noise, remember_noise
+from fasttrain.measure.bench.noise import noise_with, remember_noise
 from fasttrain.measure.bench.plan import ArmSpec, BenchPlan
-from fasttrain.measure.bench.record import BenchRecord, check_target, write_record
+from fasttrain.measure.bench.record import BenchRecord, check_target, with_threads, write_record
 from fasttrain.measure.bench.run import measured_noise, run_bench
 from fasttrain.measure.bench.runner import ArmRunner, check_users_arm, fresh_caches
 from fasttrain.measure.bench.sources import DEFAULT_ARMS, check_source, peers
 from fasttrain.measure.bench.summary import markdown, terminal
 from fasttrain.measure.environment import clock_mhz, environment, load_average, now
+from fasttrain.measure.files import write_text
 from fasttrain.measure.verdict.stats import Noise
 
 __all__ = ["Bench"]
@@ -94,10 +95,12 @@ class Bench:
 
     def execute(self, arguments: list[str]) -> int:
         """Measures; returns the exit code."""
+        command = recorded_command(arguments)
         device = resolve_device(self.device)
         before = environment(device)
         plan = self.plan(torch.get_num_threads(), device)
-        plan = replace(plan, noise=known_noise(before, self.workload))
+        known = noise_with(before, self.workload)
+        plan = replace(plan, noise=None if known is None else known[1])
         self._check(plan, device)
         with fresh_caches() as variables:
             record, is_interrupted = run_bench(
@@ -106,17 +109,17 @@ class Bench:
                 Machine(device),
                 _log,
                 environment=before,
-                command=shlex.join(["python", "-m", "fasttrain", *arguments]),
+                command=command,
                 created=now(),
             )
-        record = replace(
-            record, environment={**before, "load_average_after": load_average(), "clock_mhz_after": clock_mhz()}
-        )
+        noise = measured_noise(plan, record.arms)
+        told = () if noise is not None or known is None else (f"the noise was measured before, with {known[0]}",)
+        after = {"load_average_after": load_average(), "clock_mhz_after": clock_mhz()}
+        record = replace(record, environment={**before, **after}, notes=(*record.notes, *told))
         try:
             self._keep(record, device)
         finally:  # what was measured is shown even where it cannot be kept
             print_line(json_text(record.to_dict()) if self.json else terminal(record))
-        noise = measured_noise(plan, record.arms)
         if noise is not None and not is_interrupted:
             _keep_noise(record, self.workload, noise)
         return EXIT_INTERRUPTED if is_interrupted else 0
@@ -161,15 +164,18 @@ class Bench:
             check_source(source)
             specs.append(ArmSpec(label=source, source=source, threads=self.cpu_threads))
             if source == "textbook" and self.arms == DEFAULT_ARMS and default_threads != self.cpu_threads:
-                label = f"textbook, {default_threads} threads"
+                label = with_threads(source, default_threads)
                 specs.append(ArmSpec(label=label, source=source, threads=default_threads))
         return specs
 
     def _check(self, plan: BenchPlan, device: torch.device) -> None:
         """Refuses, before anything is measured, what could only fail afterwards."""
-        for path in (self._out(device), self.markdown):
-            if path is not None:
-                check_target(path)
+        out = self._out(device)
+        check_target(out)
+        if self.markdown is not None:
+            check_target(self.markdown)
+            if os.path.realpath(out) == os.path.realpath(self.markdown):
+                raise ConfigError(f"the record and the table are both to be {self.markdown}: name two files")
         for source in dict.fromkeys(spec.source for spec in plan.arms if ":" in spec.source):
             check_users_arm(source)
 
@@ -181,13 +187,7 @@ class Bench:
         write_record(record, path)
         _log(f"written: {path}")
         if self.markdown is not None:
-            title = f"Training: {self.workload}, {device.type}"
-            try:
-                self.markdown.parent.mkdir(parents=True, exist_ok=True)
-                self.markdown.write_text(markdown(record, title), encoding="utf-8")
-            except OSError as error:
-                problem = f"the table cannot be written: {error.strerror or error}"
-                raise DataError(problem, file=str(self.markdown)) from error
+            write_text(self.markdown, markdown(record, f"Training: {self.workload}, {device.type}"), "the table")
 
 
 def _keep_noise(record: BenchRecord, workload: str, noise: Noise) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +9,14 @@ from typing import Literal
 
 import tyro
 
-from fasttrain.commands.shared import print_json, print_line
+from fasttrain.commands.shared import print_json, print_line, recorded_command
 from fasttrain.comparison import Comparison
-from fasttrain.errors import ConfigError, DataError
+from fasttrain.errors import ConfigError
 from fasttrain.measure.bench.record import check_target, write_record
+from fasttrain.measure.files import write_text
 from fasttrain.measure.verdict.compare import compare, compare_stored
 from fasttrain.measure.verdict.revision_record import RevisionRecord
+from fasttrain.measure.verdict.sides import file_of
 from fasttrain.measure.verdict.text import comparison_lines
 from fasttrain.pages.comparison import render_comparison
 
@@ -47,7 +47,8 @@ class Compare:
     revision's own."""
 
     blocks: int = 10
-    """With --rev: how many blocks. If they decide nothing, as many again are measured, once."""
+    """With --rev: how many blocks. If they decide nothing, as many again are measured, once: with fewer than 4, no
+    verdict can be reached."""
 
     timed_s: float = 2.0
     """With --rev: seconds of timed steps of each revision in a block; they take turns."""
@@ -79,32 +80,43 @@ class Compare:
     def execute(self, arguments: list[str]) -> int:
         """Compares; returns the exit code."""
         self._check_targets()
-        found, record = self._found(shlex.join(["python", "-m", "fasttrain", *arguments]))
-        if self.json:
-            print_json(found.to_dict())
-        else:
-            for line in comparison_lines(found):
-                print_line(line)
-        try:  # after it is told: what was measured is seen even if a file finds no room
-            if self.out is not None and record is not None:
-                write_record(record, self.out)
-                _log(f"written: {self.out}")
-        finally:
-            if self.html is not None:
-                _write(self.html, render_comparison(found))
+        found, record = self._found(recorded_command(arguments))
+        try:  # before it is told: a reader of the output that has seen enough costs no record
+            self._keep(found, record)
+        finally:  # what was measured is told even where a file finds no room
+            self._tell(found)
         return found.exit_code
 
     def _check_targets(self) -> None:
-        """Refuses, before minutes of measuring, files that could not be written after them."""
-        if self.html is not None:
-            _check_writable(self.html)
-        if self.out is None:
-            return
-        if self.rev is None:
+        """Refuses, before minutes of measuring, files that could not, or must not, be written after them."""
+        if self.out is not None and self.rev is None:
             raise ConfigError("--out keeps what --rev measures: files are kept already")
-        if self.html is not None and self.out.resolve() == self.html.resolve():
+        if self.html is not None and self.out is not None and self.out.resolve() == self.html.resolve():
             raise ConfigError(f"--out and --html are both {self.out}: name two files")
-        check_target(self.out)
+        for path in (self.out, self.html):
+            if path is not None:
+                check_target(path)
+        if self.html is not None and any(_is_one_file(self.html, path) for path in self._inputs()):
+            raise ConfigError(f"--html {self.html} is a file that is compared: name another one for the page")
+
+    def _inputs(self) -> list[Path]:
+        return [*(file_of(side) for side in self.sides), *(self.profiles or ())]
+
+    def _keep(self, found: Comparison, record: RevisionRecord | None) -> None:
+        try:
+            if self.out is not None and record is not None:
+                write_record(record, self.out)
+                _log(f"written: {self.out}")
+        finally:  # one file that finds no room does not cost the other
+            if self.html is not None:
+                write_text(self.html, render_comparison(found), "the page")
+
+    def _tell(self, found: Comparison) -> None:
+        if self.json:
+            print_json(found.to_dict())
+            return
+        for line in comparison_lines(found):
+            print_line(line)
 
     def _found(self, command: str) -> tuple[Comparison, RevisionRecord | None]:
         """What is found, and what was measured for it, if anything was."""
@@ -141,29 +153,5 @@ def _log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _check_writable(path: Path) -> None:
-    """Refuses a file that the page could not be written to, before minutes of measuring.
-
-    Raises:
-        DataError: it is refused.
-    """
-    problem = None
-    if not path.parent.is_dir():
-        problem = f"there is no folder {path.parent}"
-    elif path.is_dir():
-        problem = "is a folder; name a file in it"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        problem = "may not be written"
-    if problem is not None:
-        raise _unwritable(path, problem)
-
-
-def _write(path: Path, page: str) -> None:
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error.strerror or str(error)) from error
-
-
-def _unwritable(path: Path, problem: str) -> DataError:
-    return DataError(f"the page cannot be written: {problem}", file=str(path))
+def _is_one_file(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)

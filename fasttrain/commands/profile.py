@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fasttrain.commands.shared import print_json, print_line
+from fasttrain.commands.shared import print_json, print_line, recorded_command
 from fasttrain.device import resolve_device
 from fasttrain.errors import ConfigError
 from fasttrain.measure.bench.sources import check_source
@@ -67,7 +66,7 @@ class Profile:
             threads=self.cpu_threads,
             name=self.name or source.replace(":", "-"),
             out=str(self.out),
-            command=shlex.join(["python", "-m", "fasttrain", *arguments]),
+            command=recorded_command(arguments),
         )
         profile = run_profile(task)
         if self.json:

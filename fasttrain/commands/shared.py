@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+from fasttrain.errors import ConfigError
 from fasttrain.json_text import json_text
+from fasttrain.printable import is_utf8
 
-__all__ = ["EXIT_BAD_INPUT", "EXIT_INTERRUPTED", "Runnable", "print_json", "print_line"]
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "EXIT_INTERRUPTED",
+    "Runnable",
+    "drop_output",
+    "print_json",
+    "print_line",
+    "recorded_command",
+]
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -33,5 +47,27 @@ def print_json(document: Any) -> None:
 
 
 def print_line(line: str) -> None:
-    """One line on stdout."""
-    print(line)  # noqa: T201
+    """One line on stdout, if its reader is still there: a command goes on without, to its files and its exit code."""
+    try:
+        print(line)  # noqa: T201
+    except BrokenPipeError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Has what is still to go to stdout, what is buffered too, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def recorded_command(arguments: Sequence[str]) -> str:
+    """The command line, as a record keeps it.
+
+    Raises:
+        ConfigError: UTF-8 cannot hold it, because a file has such a name.
+    """
+    for argument in arguments:
+        if not is_utf8(argument):
+            raise ConfigError(f"{argument!r}: the command is recorded; use names in UTF-8")
+    return shlex.join(["python", "-m", "fasttrain", *arguments])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from types import FrameType
 import tyro
 
 from fasttrain.commands.process import set_up_process
-from fasttrain.commands.shared import EXIT_INTERRUPTED, print_json, print_line
+from fasttrain.commands.shared import EXIT_INTERRUPTED, print_json, print_line, recorded_command
 from fasttrain.errors import ConfigError
 from fasttrain.loop import Interrupted
 from fasttrain.measure.verdict.receipt import receipt_of
@@ -58,7 +57,7 @@ class Train:
                 config,
                 resume=self.resume,
                 check_interrupt=interrupt.check,
-                command=shlex.join(["python", "-m", "fasttrain", *arguments]),
+                command=recorded_command(arguments),
             )
         receipt = None
         if self.receipt and outcome.summary["stopped"] != "interrupted":

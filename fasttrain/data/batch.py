@@ -19,31 +19,40 @@ __all__ = ["map_tensors", "num_samples", "tensors"]
 
 def tensors(batch: Any) -> Iterator[Tensor | Ragged]:
     """The tensors of a batch, in order; a `Ragged` counts as one. Anything else in it is passed over."""
-    if isinstance(batch, Tensor | Ragged):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from tensors(value)
-    elif is_dataclass(batch):
-        for field in fields(batch):
-            yield from tensors(getattr(batch, field.name))
+    for each in _leaves(batch):
+        yield from (value for value in each if value is not None) if isinstance(each, PackedSequence) else (each,)
 
 
 def num_samples(batch: Any) -> int:
-    """Samples in a batch: the size of its first tensor's first dimension (rows, for a `Ragged`).
+    """Samples in a batch, by the first tensor in it: the size of its first dimension.
+
+    Of a `Ragged` these are the rows, of a `PackedSequence` the sequences.
 
     Raises:
         DataError: there is no tensor in the batch.
     """
-    first = next(tensors(batch), None)
+    first = next(_leaves(batch), None)
     if first is None:
         raise DataError(f"a batch must hold at least one tensor; this one is a {type(batch).__name__} without any")
     if isinstance(first, Ragged):
         return first.num_rows
+    if isinstance(first, PackedSequence):
+        return int(first.batch_sizes[0])  # it is on the host, always
     return first.shape[0] if first.dim() else 1
+
+
+def _leaves(batch: Any) -> Iterator[Tensor | Ragged | PackedSequence]:
+    if isinstance(batch, Tensor | Ragged | PackedSequence):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _leaves(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _leaves(value)
+    elif is_dataclass(batch):
+        for field in fields(batch):
+            yield from _leaves(getattr(batch, field.name))
 
 
 def map_tensors(node: Any, move: Callable[[Tensor], Tensor]) -> Any:

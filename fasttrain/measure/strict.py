@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from fasttrain.errors import DataError
+from fasttrain.printable import is_utf8
 
 __all__ = ["Node", "read_json"]
 
@@ -23,12 +25,16 @@ def read_json(path: Path) -> Any:
     """A JSON file's content, unchecked.
 
     Raises:
-        DataError: it cannot be read, is larger than 32 MiB or is not JSON; the file is named.
+        DataError: it cannot be read, is no regular file, is larger than 32 MiB or is not JSON; the file is named.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end, or never begin
+            raise DataError("is no regular file: name a JSON file", file=str(path))
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)  # a file of /proc has more than the size that it tells
+        if len(content) > MAX_FILE_BYTES:
             raise DataError(f"is larger than {MAX_FILE_BYTES >> 20} MiB: it is no record", file=str(path))
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot be read as JSON: {error}", file=str(path)) from error
 
@@ -51,7 +57,7 @@ class Node:
         self._where = where
 
     def text(self, name: str) -> str:
-        """Text of at most 4,000 characters."""
+        """Text of at most 4,000 characters that UTF-8 can hold."""
         return _text(self._get(name), self._at(name))
 
     def text_or_none(self, name: str) -> str | None:
@@ -148,6 +154,8 @@ class Node:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise DataError(f"{where} must be text of at most {MAX_TEXT} characters, not {_shown(value)}")
+    if not is_utf8(value):
+        raise DataError(f"{where} must be text without lone surrogates, not {_shown(value)}")
     return value
 
 

@@ -11,6 +11,7 @@ from fasttrain.pages import charts
 from fasttrain.pages.panels import Key, Panel
 from fasttrain.pages.templates import template
 from fasttrain.pages.values import MISSING, as_rate, as_text, written
+from fasttrain.printable import printable
 
 __all__ = ["render_comparison"]
 
@@ -114,8 +115,15 @@ def render_comparison(found: Comparison) -> str:
         kinds=[] if found.memory is None else _memory_rows(found.memory),
         differences=[_Row(each.name, each.a, each.b, each.is_fatal) for each in found.differences],
         conditions=_conditions(found.a, found.b),
-        commands=list(dict.fromkeys((found.command, found.a.command, found.b.command))),
+        command=printable(found.command),
+        commands_of_sides=_commands_of_sides(found),
     )
+
+
+def _commands_of_sides(found: Comparison) -> list[_Fact]:
+    """What the files of A and B say of themselves, which may be anything; not where it is this comparison's own."""
+    said = dict.fromkeys((side.source, side.command) for side in (found.a, found.b) if side.command != found.command)
+    return [_Fact(f"{printable(source)} says that it was measured by", printable(command)) for source, command in said]
 
 
 def _headline(found: Comparison) -> _Headline:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fasttrain.device import PrecisionOrAuto
 from fasttrain.errors import ConfigError
+from fasttrain.printable import is_utf8
 from fasttrain.step.plan import EngineName
 
 __all__ = ["TrainConfig"]
@@ -86,7 +87,7 @@ class TrainConfig:
         is_enough = not isinstance(self.threads, int) or self.threads >= 1
         _require(is_enough, "threads", self.threads, "1 or more, or auto")
         for name in ("data", "out"):
-            _require(_is_utf8(getattr(self, name)), name, getattr(self, name), "a name in UTF-8")
+            _require(is_utf8(str(getattr(self, name))), name, getattr(self, name), "a name in UTF-8")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, as in config.json."""
@@ -109,11 +110,6 @@ class TrainConfig:
             _require(_is_stored(value, kinds[name]), name, value, "a value of the option's type")
         paths: dict[str, Any] = {name: Path(given[name]) for name in ("data", "out") if given.get(name) is not None}
         return cls(**{**given, **paths})
-
-
-def _is_utf8(path: Path | None) -> bool:
-    """Whether JSON can hold this path: Python keeps other bytes of a name as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in str(path))
 
 
 def _is_stored(value: object, kind: Any) -> bool:

@@ -96,7 +96,7 @@ class AutoEngine:
         self._verdict: Verdict | None = None
         self._taken_up = self._choice
         self._steps = self._last_step = self._traces = self._mismatches = self._proofs = self._looked = 0
-        self._is_settling = False
+        self._is_settling = self._is_closed = False
         self._eager_times: list[float] = []
         self._program_s = 0.0
         self._trial = _Trial()
@@ -143,17 +143,21 @@ class AutoEngine:
         """See `Engine.expect`."""
         is_more = self._steps + steps > self._last_step
         self._last_step = self._steps + steps
+        self._is_closed = False
         if is_more and self._run == self._run_short_of_steps:
-            self._run = self._consider
+            self._run = self._measure_eager
 
     def close(self) -> None:
-        """See `Engine.close`."""
+        """See `Engine.close`; what was not decided is taken up again where more steps are expected."""
         if self._pending is not None:
             self._programs.drop(self._pending.traced)  # it was not measured to the end
         is_early = self._pending is not None
+        is_open = self._run not in (self._replay, self._programs.step)
         self._give_up("training ended before the program was ready" if is_early else self._choice.reason)
+        if is_open and not len(self._programs):
+            self._run = self._run_short_of_steps
         self._launches.close()
-        self._traces = MAX_TRACES
+        self._is_closed = True
 
     def settle(self, batches: Iterable[Batch]) -> None:
         """See `Engine.settle`; some hundred steps are enough."""
@@ -261,7 +265,7 @@ class AutoEngine:
     def _replay(self, batch: Batch) -> Tensor:
         self._look(1)
         loss = self._programs.step(batch)
-        if not self._launches.is_considered and len(self._programs):
+        if not (self._launches.is_considered or self._is_closed) and len(self._programs):
             self._launches.consider(batch)
         return loss
 
@@ -278,7 +282,7 @@ class AutoEngine:
         self._choice = self._taken_up
         if missed >= seen - steps:
             self._choice = Choice("eager", f"the program does not hold since this changed: {self._programs.why_missed}")
-        if missed > MISSED_SHARE * seen and self._traces < MAX_TRACES:
+        if missed > MISSED_SHARE * seen and self._traces < MAX_TRACES and not self._is_closed:
             self._run = self._consider
 
     # What the steps above decide.
@@ -287,7 +291,8 @@ class AutoEngine:
         compiler = self._compiler = self._compiler or Compiler(self._spec)
         known = compiler.verdict(batch)
         if known is not None and known.refused is not None:
-            self._give_up(f"an earlier run of this job refused its program: {known.refused}")
+            again = "`python -m fasttrain cache clear` has it tried again"
+            self._give_up(f"an earlier run of this job refused its program: {known.refused}; {again}")
             return
         missing = shortfall(self._last_step - self._steps, self._eager_s, known)
         if missing is not None:

@@ -90,7 +90,8 @@ class ProgramCache:
             known = json.loads(record.read_text(encoding="utf-8"))
             is_whole = known["format"] == FORMAT and known["sha256"] == _sha256(package)
             if is_whole:
-                os.utime(record)
+                with suppress(OSError):  # on a read-only file system it stays as old as it is
+                    os.utime(record)
                 return package
         except (OSError, ValueError, KeyError, TypeError):
             pass  # it is damaged, or another process has removed it meanwhile

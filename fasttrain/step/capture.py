@@ -83,9 +83,11 @@ class CudaLane:
         """See `Lane.aside`."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)  # what was launched there before an error may still run
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See `Lane.capture`."""

@@ -22,6 +22,8 @@ Batch = Any
 class EagerEngine:
     """Runs each step operator by operator: fused optimizer where left open, gradients set to None, no host read.
 
+    One exception: a `GradScaler` (fp16) reads the device once a step, unless the optimizer was made with `fused=True`.
+
     Args:
         spec: the step.
         choice: why it is this engine.
@@ -58,9 +60,9 @@ class EagerEngine:
         output = self._observed_forward(batch)
         scaled = output.loss if spec.accumulate == 1 else output.loss / spec.accumulate
         self._backward(scaled if spec.scaler is None else spec.scaler.scale(scaled))
-        spec.gathered.count += 1
         loss = output.loss.detach()
         spec.metrics.update(loss, output.predictions, output.targets)
+        spec.gathered.count += 1
         return loss
 
     def apply_if_due(self) -> None:
@@ -93,10 +95,10 @@ class EagerEngine:
     def _observed_forward(self, batch: Batch) -> StepOutput:
         if self._is_observed:
             return run_forward(self._spec, self._forward, batch)
-        self._is_observed = True
         with LossObserver() as observer:
             output = run_forward(self._spec, self._spec.forward, batch)
         self._spec.metrics.rule = observer.rule(output.predictions, output.targets)
+        self._is_observed = True
         return output
 
     def _backward(self, loss: Tensor) -> None:
@@ -108,6 +110,7 @@ class EagerEngine:
 
     def _apply(self) -> None:
         spec = self._spec
+        spec.gathered.count = 0  # first: a step that fails is not gone on with
         if spec.clip_norm is not None or spec.clip_value is not None:
             self._clip()
         with self._fused_where_open:
@@ -120,7 +123,6 @@ class EagerEngine:
             self.has_stepped = True
             note_step(spec.optimizer)
         self._zero_gradients()
-        spec.gathered.count = 0
 
     def _zero_gradients(self) -> None:
         """By hand: `Optimizer.zero_grad` takes 13 us for two parameters, this takes 1."""

@@ -1,7 +1,8 @@
 """What a traced step takes for granted, and the check before every step that it still holds.
 
 A traced graph remembers nothing of Python: a changed option, mode or tensor would keep its old meaning in silence.
-What no guard can see is Python state of the user's own: an attribute or a closed-over object that forward reads.
+Plain values that forward reads are guarded where they can be found (see `python_state`); what no guard can see is what
+lies deeper in objects of the user's own, such as a number in a list.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import is_
+from types import CellType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from fasttrain.data.ragged import Ragged
 from fasttrain.errors import EngineError
 from fasttrain.step.optimizer import has_own_step
 from fasttrain.step.options import GroupOptions
+from fasttrain.step.python_state import PLAIN, modules_of, plain_values_of
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import (
     NO_GRADIENT_HOOKS,
@@ -143,7 +146,7 @@ class Guards:
         """What has changed since the trace, None where nothing has. Makes no host read."""
         try:
             return None if self._hold() else self._facts.first_broken()
-        except KeyError:  # an entry is gone
+        except (KeyError, ValueError):  # an entry, or what a cell held, is gone
             return self._facts.first_broken()
 
     def agree(self, other: Guards) -> bool:
@@ -174,14 +177,19 @@ class _Facts:
         self.values.append(objects[-1])
         self.add(reason, expression, *objects)
 
-    def add_tables(self, reason: str, tables: Iterable[dict[Any, Any]]) -> None:
-        """The entries of dicts stay the same objects, and no entry comes or goes."""
+    def add_tables(self, reason: str, tables: Iterable[dict[Any, Any]], *, are_inputs: bool = True) -> None:
+        """The entries of dicts stay the same objects, and no entry comes or goes.
+
+        Tensors among them may be replaced by others where they are inputs of the graph.
+        """
         for table in tables:
             self.add(reason, "len({}) == {}" if table else "not {}", *((table, len(table)) if table else (table,)))
             for key, value in table.items():
                 self.add(reason, "{}[{}] is {}", table, key, value)
                 if not isinstance(value, Tensor):  # another module or hook computes something else
                     self.values.append((key, value))
+                elif not are_inputs:
+                    self.values.append((key, id(value)))
 
     def all_hold(self) -> Callable[[], bool]:
         """All facts as one function."""
@@ -193,7 +201,7 @@ class _Facts:
             try:
                 if not self._compiled(expression)():
                     return reason
-            except KeyError:
+            except (KeyError, ValueError):
                 return reason
         raise AssertionError("all facts hold")
 
@@ -222,7 +230,7 @@ def _optimizer_facts(spec: StepSpec, options: GroupOptions, facts: _Facts) -> No
     facts.add("the optimizer's step was replaced", "{}.get('step') is {}", own, own.get("step"))
     facts.values.append(has_own_step(optimizer))  # a scheduler's wrapper may come and go
     for name, value in own.items():
-        if isinstance(value, _PLAIN) and name not in _NOTES:
+        if isinstance(value, PLAIN) and name not in _NOTES:
             facts.add_value("an attribute of the optimizer", "{}[{}] == {}", own, name, value)
     for number, group in enumerate(optimizer.param_groups):
         _options_facts(number, group, options, facts)
@@ -234,7 +242,6 @@ def _optimizer_facts(spec: StepSpec, options: GroupOptions, facts: _Facts) -> No
     facts.add_tables("the optimizer's state", optimizer.state.values())
 
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
 _NOTES = frozenset(
     {"_opt_called", "_step_count", "_need_device_dtype_check_for_fused", "_warned_capturable_if_run_uncaptured"}
 )
@@ -259,10 +266,18 @@ def _options_facts(number: int, group: dict[str, Any], options: GroupOptions, fa
 
 def _model_facts(spec: StepSpec, facts: _Facts) -> None:
     facts.add_tables("a hook of all modules", global_module_hooks())
-    for module in spec.model.modules():
-        facts.add_tables("a module, parameter, buffer or hook of the model", module_tables(module))
-    for module in spec.model.modules():
+    own = set(spec.model.modules())
+    for _, module in modules_of(spec):
+        is_own = module in own
+        reason = f"a module, parameter, buffer or hook of the {'model' if is_own else 'loss or a metric'}"
+        facts.add_tables(reason, module_tables(module), are_inputs=is_own)
+    for _, module in modules_of(spec):
         facts.add_value("train or eval mode of a module", "{}.training is {}", module, module.training)
+    for name, holder, value in plain_values_of(spec):
+        if isinstance(holder, CellType):
+            facts.add_value(f"the value of {name!r}", "{}.cell_contents == {}", holder, value)
+        else:
+            facts.add_value(f"the value of {name!r}", "{}[{}] == {}", holder, name, value)
 
 
 def _other_facts(spec: StepSpec, facts: _Facts) -> None:

@@ -98,12 +98,12 @@ class Launches:
         self._reason = reason and f"; {reason}"
 
     def close(self) -> None:
-        """Ends a compiling child; without a program, single steps go on for good."""
+        """Ends a compiling child; without a program, single steps go on until it is considered again."""
         if self._pending is not None:
             self._pending.close()
             self._pending = None
-        if self._program is None:
-            self._size = 1
+        if self._program is None and self._size > 1:
+            self._size = 0
 
     def begin(self, compiler: Compiler, span: Span, *, only_from_cache: bool = False) -> None:
         """Has a program made for spans like this one, beside the training; not yet if the step does not hold for it.
@@ -203,7 +203,6 @@ class Launches:
     def _prove(self, span: Span) -> Tensor:
         """One span both ways; what differs from single steps, which have been compared with eager, is dropped."""
         assert self._traced is not None
-        self._is_proven = True
         step, device = self._traced.step, self._spec.device
         if not fits_in_memory(step.tensors, device):
             self.drop("two copies of the step's state, to check a program of several steps with, do not fit in memory")
@@ -223,6 +222,7 @@ class Launches:
         )
         if difference is not None:
             self.drop(f"a program of {span.steps} steps gives other numbers than single steps: {difference}")
+        self._is_proven = True
         return losses
 
     def _try_out(self, span: Span) -> Tensor:

@@ -22,7 +22,7 @@ MAX_PROGRAMS = 4
 """Programs kept at a time, one a shape; the one that was not used for longest goes."""
 
 ENOUGH_STEPS = 16
-"""Steps of a kind that no program holds for run eagerly until there were so many; then there is one for them too."""
+"""Steps that no program holds for run eagerly until there were so many; then there is one more program."""
 
 Batch = Any
 
@@ -164,8 +164,7 @@ class Programs:
 
     def _prove(self, entry: _Entry, batch: Batch) -> Tensor:
         """One step both ways; the state is eager's."""
-        traced = entry.traced
-        entry.proven.add(traced.due)
+        traced, due = entry.traced, entry.traced.due
 
         def by_program(batch: Batch) -> Tensor:
             inputs = traced.inputs(batch)
@@ -195,4 +194,5 @@ class Programs:
         if difference is not None:
             self.drop(traced)
             self._refuse(difference)
+        entry.proven.add(due)
         return loss

@@ -92,7 +92,7 @@ class Engine(Protocol):
 
     @property
     def choice(self) -> Choice:
-        """What runs the steps now ("eager" or "compiled"), and why."""
+        """What runs the steps now (such as "eager" or "compiled"), and why."""
         ...
 
     def step(self, batch: Batch) -> Tensor:
@@ -133,7 +133,10 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what runs beside the training (a compiling child). Steps may follow; they compile nothing more."""
+        """Ends what runs beside the training (a compiling child).
+
+        Steps may follow; they compile nothing until more are expected (`expect`).
+        """
         ...
 
 

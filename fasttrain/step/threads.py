@@ -69,7 +69,7 @@ def choose_threads(
 
     Args:
         spec: the step, before any of an unfinished accumulation.
-        batches: of the job, on its device; walked anew when they are at their end.
+        batches: of the job, on its device; those of one pass are kept, and gone through again at their end.
         steps: that are to come; where measuring would take too large a share of them, it is left.
         clock: tells seconds.
 

@@ -9,7 +9,7 @@ Where the optimizer's step cannot be recorded there is the first of these alone,
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from fasttrain.step.guards import BatchLayout, Guards
 from fasttrain.step.kernels import use_kernels
 from fasttrain.step.optimizer import OptimizerNotTracedError, first_line
 from fasttrain.step.options import MOVED, GroupOptions
+from fasttrain.step.python_state import RandomNumbers, containers_of, modules_of, plain_values_of
 from fasttrain.step.recorded import TracedPart
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import StepState
@@ -249,49 +250,51 @@ def _trace_part(
 def _record(
     spec: StepSpec, function: StepFunction, inputs: Sequence[Tensor], open_dims: Sequence[frozenset[int]]
 ) -> torch.fx.GraphModule:
-    with _unchanged_modules(spec):
+    with _unchanged(spec):
         graph = trace_graph(function, inputs, open_dims)
     if not has_onednn_lstm(graph):
         return graph
     # Its backward cannot be compiled; without oneDNN, torch records the cell's own operators. Only where it must be:
     # without oneDNN torch also takes the results of convolutions for contiguous that are channels_last when they run.
-    with without_onednn(), _unchanged_modules(spec):
+    with without_onednn(), _unchanged(spec):
         return trace_graph(function, inputs, open_dims)
 
 
 @contextmanager
-def _unchanged_modules(spec: StepSpec) -> Generator[None]:
-    """Puts the modules' attributes back after a trace, which leaves tensors in them that hold no values.
+def _unchanged(spec: StepSpec) -> Generator[None]:
+    """Puts back after a trace what it has changed, such as attributes that it leaves tensors in which hold no values.
 
     Raises:
-        EngineError: forward has changed one: a graph would not, and later steps may read it.
+        EngineError: forward has changed something: a graph would not, and later steps may read it.
     """
-    before = [(name, module, Attributes(vars(module))) for name, module in _modules(spec)]
+    modules = [(name, module, Attributes(vars(module))) for name, module in modules_of(spec)]
+    containers, values, numbers = Attributes(containers_of(spec)), plain_values_of(spec), RandomNumbers()
     changed: list[str] = []
     try:
         yield
     finally:
-        for name, module, attributes in before:
+        for name, module, attributes in modules:
             remade = _REMADE if isinstance(module, nn.RNNBase) else ()
             changed += [f"{name}.{each}".lstrip(".") for each in attributes.changed() if each not in remade]
             attributes.put_back()
+        changed += containers.changed()
+        containers.put_back()
+        changed += [read.name for read in values if read.put_back()]
+        are_drawn = numbers.put_back()
+    if are_drawn:
+        raise EngineError(
+            "forward draws random numbers from Python's or numpy's generator, and a compiled step would keep those "
+            "that it was traced with: draw them from torch's"
+        )
     if changed:
         raise EngineError(
-            f"forward changes {changed[0]!r}, an attribute of a module, which a compiled step would not do: if it is "
-            "to be kept from step to step, make it a buffer (register_buffer), else do not keep it on the module"
+            f"forward changes {changed[0]!r}, which a compiled step would not do: if it is to be kept from step to "
+            "step, make it a buffer of the model (register_buffer), else do not keep it"
         )
 
 
 _REMADE = ("_flat_weights", "_flat_weight_refs")
 """torch's own lists of a recurrent module's weights, which its forward makes anew where other weights are put in."""
-
-
-def _modules(spec: StepSpec) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a step runs through: the model's, and those of the loss and the metrics."""
-    yield from spec.model.named_modules()
-    for name, value in {**vars(spec.forward), **spec.metrics.user_metrics}.items():
-        if isinstance(value, nn.Module):
-            yield from value.named_modules(prefix=name.lstrip("_"))
 
 
 def _drop_unreached(

@@ -95,7 +95,7 @@ class TrainStep:
 
     @property
     def engine(self) -> Choice:
-        """What runs the steps now ("eager" or "compiled"), and why."""
+        """What runs the steps now (such as "eager" or "compiled"), and why."""
         return self._engine.choice
 
     @property
@@ -143,7 +143,10 @@ class TrainStep:
         self._engine.settle(batches)
 
     def close(self) -> None:
-        """Ends what runs beside the training (a compiling child). Steps may follow; they compile nothing more."""
+        """Ends what runs beside the training (a compiling child).
+
+        Steps may follow; they compile nothing until more are expected (`expect`).
+        """
         self._engine.close()
 
     def flush(self) -> None:
@@ -156,7 +159,7 @@ def _agreed_device(model: nn.Module, device: str | torch.device | None) -> torch
     found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(found) > 1:
         raise ConfigError(f"the model is spread over {', '.join(map(str, found))}; move it to one device first")
-    home = found.pop() if found else torch.device("cpu")
+    home = resolve_device(found.pop()) if found else torch.device("cpu")
     if device is None:
         return home
     wanted = resolve_device(device)

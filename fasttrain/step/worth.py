@@ -24,6 +24,11 @@ def shortfall(steps: int, eager_s: float, known: Verdict | None) -> str | None:
         eager_s: what one takes eagerly.
         known: what was measured of the program in an earlier run, if it was.
     """
+    if steps <= 0:
+        return (
+            "no more steps are expected: where batches have no length and in a loop of your own, say how many are to "
+            "come (TrainStep.expect)"
+        )
     trace_s = known.trace_s if known is not None else EXPECTED_TRACE_S
     compile_s = EXPECTED_COMPILE_S
     gain = GAIN_OF_SMALL_STEPS if eager_s < SMALL_STEP_S else GAIN_OF_LARGE_STEPS

@@ -249,5 +249,5 @@ def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(DeviceError, match="'cuda:2' was asked for, but this machine has 2"):
         prefetch([], "cuda:2")
     monkeypatch.setattr(stream.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match=r"'cuda' was asked for, but .*use --device cpu"):
+    with pytest.raises(DeviceError, match=r"'cuda' was asked for, but .*use cpu"):
         prefetch([], torch.device("cuda"))

@@ -157,8 +157,22 @@ def test_counters_memory_conditions_and_commands() -> None:
         assert expected in shown.texts
     assert shown.count("svg") == 1
     assert set(shown.curves()) == {"train", "val"}
-    commands = ["python -m fasttrain compare A B", "python -m fasttrain bench --arms eager"]
-    assert set(commands) <= set(shown.texts)
+    ours, of_a, of_b = (
+        f"python -m fasttrain {each}" for each in ("compare A B", "bench --arms eager", "bench --arms auto")
+    )
+    said = "results/reviews-cpu.json says that it was measured by"
+    place = shown.texts.index("Run it again")
+    assert shown.texts[place + 1 : place + 6] == [ours, said, of_a, said, of_b]
+
+
+def test_a_command_of_a_file_is_shown_as_what_it_is() -> None:
+    hidden = "true \u202e# txt\x1b[2J\nrm -rf ~"
+    html = render_comparison(comparison(a=side("eager", command=hidden), b=side("auto", command=hidden)))
+    assert not {"\u202e", "\x1b"} & set(html)
+    assert Page(html).texts.count("true \\u202e# txt\\x1b[2J\\nrm -rf ~") == 1, "both are of one file"
+    own = comparison().command
+    live = render_comparison(comparison(a=side("A", command=own), b=side("B", command=own)))
+    assert "says that it was measured by" not in live
 
 
 def test_a_comparison_without_time_or_profiles() -> None:

@@ -98,6 +98,8 @@ CHANGES: dict[str, Callable[[int], dict[int, Change]]] = {
         at + 3: lambda step: step.spec.model.train(),
     },
     "eval mode of the dropout": once(lambda step: layer(step, 2).eval()),
+    "the share of dropout": once(lambda step: setattr(layer(step, 2), "p", 0.1)),
+    "the momentum of batch norm": once(lambda step: setattr(layer(step, 1), "momentum", 0.5)),
     "a frozen layer": once(lambda step: layer(step, 0).requires_grad_(False)),
     "the model's state": saved_and_loaded("model"),
     "the optimizer's state": saved_and_loaded("optimizer"),

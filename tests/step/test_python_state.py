@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,6 +105,144 @@ def test_what_forward_keeps_on_a_module_is_refused_and_training_goes_on_as_befor
         for later in batches(build(), 3):
             assert type(eager.step(later)) is Tensor
     assert_same(spec, untraced, rtol=0)
+
+
+class Annealed:
+    """A forward that reads a number of its object."""
+
+    def __init__(self, case: Case) -> None:
+        self.scale = 1.0
+        self._loss = case.loss
+
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        return self._loss(model(batch[0]), batch[1]) * self.scale
+
+
+BETA = 1.0
+
+
+def by_global(model: nn.Module, batch: Any) -> Tensor:
+    return MLP.loss(model(batch[0]), batch[1]) * weight_of_loss()
+
+
+def weight_of_loss() -> float:
+    return BETA
+
+
+def set_global(value: float) -> None:
+    globals()["BETA"] = value
+
+
+def kept_in_a_cell() -> tuple[Callable[..., Tensor], Callable[[float], None]]:
+    beta = 1.0
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return MLP.loss(model(batch[0]), batch[1]) * beta
+
+    def change(value: float) -> None:
+        nonlocal beta
+        beta = value
+
+    return forward, change
+
+
+def kept_on_self() -> tuple[Callable[..., Tensor], Callable[[float], None]]:
+    annealed = Annealed(MLP)
+    return annealed.forward, partial(setattr, annealed, "scale")
+
+
+def kept_in_a_partial() -> tuple[Callable[..., Tensor], Callable[[float], None]]:
+    def weighted(model: nn.Module, batch: Any, *, beta: float) -> Tensor:
+        return MLP.loss(model(batch[0]), batch[1]) * beta
+
+    forward = partial(weighted, beta=1.0)
+    return forward, lambda value: forward.keywords.update(beta=value)
+
+
+def kept_in_a_global() -> tuple[Callable[..., Tensor], Callable[[float], None]]:
+    return by_global, set_global
+
+
+NUMBERS = [kept_in_a_cell, kept_on_self, kept_in_a_partial, kept_in_a_global]
+
+
+@pytest.mark.parametrize("kept", NUMBERS)
+def test_a_number_that_forward_reads_is_guarded(
+    kept: Callable[[], tuple[Callable[..., Tensor], Callable[[float], None]]],
+) -> None:
+    forward, change = kept()
+    spec, batch = started(MLP, SGD)
+    spec = with_forward(spec, forward)
+    traced = trace_step(spec, batch)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    change(0.5)
+    mismatch = traced.inputs(batch)
+    assert isinstance(mismatch, Mismatch)
+    assert mismatch.reason.startswith("the value of ")
+    assert not traced.rebind()
+    change(1.0)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+
+
+def test_settings_of_the_loss_are_guarded_and_its_weights_traced_anew() -> None:
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3), label_smoothing=0.1)
+    spec, batch = started(Case(MLP.build, MLP.inputs, MLP.targets, loss), SGD)
+    traced = trace_step(spec, batch)
+    loss.label_smoothing = 0.0
+    assert traced.inputs(batch) == Mismatch("the value of 'label_smoothing'")
+    loss.label_smoothing = 0.1
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    loss.weight = torch.tensor([1.0, 2.0, 3.0])
+    assert traced.inputs(batch) == Mismatch("a module, parameter, buffer or hook of the loss or a metric")
+    assert not traced.rebind()  # the graph holds the old one
+
+
+def collecting_hook() -> tuple[Callable[[nn.Module], Any], dict[str, Tensor]]:
+    found: dict[str, Tensor] = {}
+    return lambda model: model.register_forward_hook(lambda _m, _i, output: found.update(fc=output.detach())), found
+
+
+def test_a_hook_that_collects_is_refused_and_what_it_has_collected_stays() -> None:
+    register, found = collecting_hook()
+    spec, batch = started(MLP, SGD)
+    register(spec.model)
+    EagerEngine(spec, ASKED).step(batch)
+    before = found["fc"]
+    with pytest.raises(EngineError, match="forward changes 'found'"):
+        trace_step(spec, batch)
+    assert found["fc"] is before
+
+
+def test_a_number_that_forward_counts_outside_is_refused_and_stays() -> None:
+    count = 0
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        return MLP.loss(model(batch[0]), batch[1])
+
+    spec, batch = started(MLP, SGD)
+    with pytest.raises(EngineError, match="forward changes 'count'"):
+        trace_step(with_forward(spec, forward), batch)
+    assert count == 0
+
+
+DRAWS: dict[str, Callable[[], float]] = {"Python": random.random, "numpy": np.random.rand}
+
+
+@pytest.mark.parametrize("whose", DRAWS)
+def test_random_numbers_of_others_than_torch_are_refused_and_none_is_lost(whose: str) -> None:
+    draw = DRAWS[whose]
+    spec, batch = started(MLP, SGD)
+    spec = with_forward(spec, lambda model, batch: MLP.loss(model(batch[0]), batch[1]) * draw())
+    random.seed(3)
+    np.random.seed(3)
+    wanted = draw()
+    random.seed(3)
+    np.random.seed(3)
+    with pytest.raises(EngineError, match="random numbers from Python's or numpy's"):
+        trace_step(spec, batch)
+    assert draw() == wanted
 
 
 def test_a_trace_leaves_the_weights_that_a_recurrent_layer_lists() -> None:

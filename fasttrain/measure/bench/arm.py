@@ -13,8 +13,9 @@ CHECKED_STEPS = 20
 
 
 EPOCHS = 10
-"""An arm that trains so many epochs within a block begins again, as a job would end. After a hundred epochs of the
-review job the loss is 2e-7 and gradients are denormal numbers, with which a CPU takes up to twice as long."""
+"""After so many epochs an arm that trains whole ones in a turn (`FastLoop`'s engines, `jax-scan`, `native`) goes back
+to where it began, as a job would end: after a hundred epochs of the review job the loss is 2e-7 and gradients are
+denormal numbers, with which a CPU takes up to twice as long. The others go on."""
 
 
 class Arm(Protocol):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fasttrain.errors import DataError
 from fasttrain.measure.bench.record import noise_from
+from fasttrain.measure.files import write_text
 from fasttrain.measure.strict import Node, read_json
 from fasttrain.measure.verdict.stats import Noise
 from fasttrain.step.cache import default_folder
 
-__all__ = ["known_noise", "noise_file", "remember_noise"]
+__all__ = ["known_noise", "noise_file", "noise_with", "remember_noise"]
 
 SCHEMA_VERSION = 2
 """Raise it when noise is measured in another way; what an older version has measured is forgotten."""
@@ -49,13 +49,7 @@ def remember_noise(environment: dict[str, Any], workload: str, noise: Noise) -> 
             machine: {name: asdict(each) for name, each in known.items()} for machine, known in machines.items()
         },
     }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"the noise cannot be kept: {error.strerror or error}", file=str(path)) from error
+    write_text(path, json.dumps(content, indent=1), "the noise")
 
 
 def known_noise(environment: dict[str, Any], workload: str) -> Noise | None:
@@ -64,8 +58,16 @@ def known_noise(environment: dict[str, Any], workload: str) -> Noise | None:
     Raises:
         DataError: the file is damaged: remove it.
     """
+    found = noise_with(environment, workload)
+    return None if found is None else found[1]
+
+
+def noise_with(environment: dict[str, Any], workload: str) -> tuple[str, Noise] | None:
+    """As `known_noise`, with the workload that it was measured with."""
     known = _machines(noise_file()).get(_machine(environment), {})
-    return known.get(workload) or max(known.values(), key=lambda noise: noise.floor, default=None)
+    if workload in known:
+        return workload, known[workload]
+    return max(known.items(), key=lambda entry: entry[1].floor, default=None)
 
 
 def _machine(environment: dict[str, Any]) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fasttrain.errors import DataError
+from fasttrain.measure.files import write_text
 from fasttrain.measure.strict import Node, read_json
 from fasttrain.measure.verdict.stats import Noise
 
@@ -25,6 +27,7 @@ __all__ = [
     "check_target",
     "noise_from",
     "read_record",
+    "with_threads",
     "write_record",
 ]
 
@@ -33,6 +36,10 @@ SCHEMA_VERSION = 3
 
 SHOWN_OF_ENVIRONMENT = ("cpu", "device", "torch", "python", "fasttrain")
 """Text that every record's environment has; more is in it."""
+
+
+OWN_THREADS = re.compile(", ([0-9]{1,6}) threads$")
+"""In the label of an arm that has another number than the rest; see `with_threads`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +172,8 @@ class Design:
         extended: the one extension, to twice as many, was made.
         warmup_s: least seconds of steps before any is timed.
         timed_s: seconds of timed steps of an arm in a block, on average over the arms; there are 20 rounds at least.
-        slice_s: least seconds of an arm's turn in a round.
+        slice_s: how long an arm's turn in a round is meant to take. A turn is a number of calls, by what they took in
+            the turn before; where one call takes longer, it is the whole turn.
         threads: of every arm that has no number of its own in its name.
         seed: of the order of the arms in each block.
     """
@@ -177,6 +185,11 @@ class Design:
     slice_s: float
     threads: int
     seed: int
+
+    def threads_of(self, label: str) -> int:
+        """Torch's threads of an arm."""
+        own = OWN_THREADS.search(label)
+        return self.threads if own is None else int(own[1])
 
     @classmethod
     def from_node(cls, node: Node) -> Design:
@@ -249,6 +262,11 @@ class BenchRecord:
         )
 
 
+def with_threads(source: str, threads: int) -> str:
+    """The label of an arm that has a number of threads of its own, which `Design.threads_of` finds in it."""
+    return f"{source}, {threads} threads"
+
+
 def check_target(path: Path) -> None:
     """Checks that a file can be written, before what goes into it is measured. Nothing is made or changed.
 
@@ -260,11 +278,15 @@ def check_target(path: Path) -> None:
     """
     if path.is_dir():
         raise DataError("is a folder: name a file", file=str(path))
-    found = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
-    if found != path and not found.is_dir():
-        raise DataError(f"cannot be written: {found} is no folder", file=str(path))
-    if not os.access(found, os.W_OK if found == path else os.W_OK | os.X_OK):
-        raise DataError(f"cannot be written: {found} is read-only for this user", file=str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise DataError("cannot be written: it is read-only for this user", file=str(path))
+    if path.exists() and not path.is_file():  # a device or a pipe is not replaced
+        return
+    folder = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
+    if not folder.is_dir():
+        raise DataError(f"cannot be written: {folder} is no folder", file=str(path))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"cannot be written: {folder} is read-only for this user", file=str(path))
 
 
 class Storable(Protocol):
@@ -276,17 +298,13 @@ class Storable(Protocol):
 
 
 def write_record(record: Storable, path: Path) -> None:
-    """Writes a record as JSON, in place of an older one. Folders above it are made.
+    """Writes a record as JSON, in place of an older one at once. Folders above it are made.
 
     Raises:
         DataError: it cannot be written there.
     """
-    text = json.dumps(record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the record cannot be written: {error.strerror or error}", file=str(path)) from error
+    content = json.dumps(record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, content + "\n", "the record")
 
 
 def read_record(path: Path) -> BenchRecord:

@@ -1,9 +1,9 @@
 """The rounds of a block: the processes of its arms take turns, a slice of steps each, all others asleep.
 
 On a shared machine the speed of a core swings by a factor of two within seconds, and each core's at other times. Arms
-that are timed one after the other meet different speeds; arms that alternate every 50 ms, and go from core to core
-together, meet nearly the same one in each round, and it is taken out. The more arms, the longer the rounds, and the
-less of it.
+that are timed one after the other meet different speeds; arms that alternate every 50 ms and, of one thread each, go
+from core to core together, meet nearly the same one in each round, and it is taken out. The more arms, the longer the
+rounds, and the less of it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from fasttrain.measure.bench.messages import ArmState, ProcessDiedError, Slice, 
 __all__ = ["LEAST_ROUNDS", "SLICE_S", "Process", "Timing", "levels", "run_rounds"]
 
 SLICE_S = 0.05
-"""Least seconds of a slice. With the MLP's eager loop against itself, the root mean square of log ratios in 12 blocks
-of a second each was about 0.02 with slices of 0.02 or 0.05 s, 0.03 with 0.1 s, and 0.36 one after the other."""
+"""What a slice is meant to take: it is as many calls as took so long last, or one that takes longer. With the MLP's
+eager loop against itself, the root mean square of log ratios in 12 blocks of a second each was about 0.02 with slices
+of 0.02 or 0.05 s, 0.03 with 0.1 s, and 0.36 one after the other."""
 
 LEAST_ROUNDS = 20
 
@@ -40,7 +41,7 @@ class Process(Protocol):
         ...
 
     def slice(self, seconds: float, core: int, /) -> Slice:
-        """Has it run steps for so long, on one of the cores; raises `ProcessDiedError`."""
+        """Has it run steps for about so long, on one of the cores if it has one thread; raises `ProcessDiedError`."""
         ...
 
     def state(self) -> ArmState:
@@ -74,7 +75,8 @@ def run_rounds(
 ) -> tuple[dict[str, Timing], dict[str, ProcessDiedError]]:
     """Lets the arms take turns, in random order in each round, until they have so many seconds each on average.
 
-    A round is run on one core, the next one on another: left alone, each process would stay on a core of its own.
+    In a round, arms of one thread run on one core, in the next on another: left alone, each process would stay on a
+    core of its own. Arms of several threads stay where the system puts them.
 
     Args:
         processes: by label.

@@ -250,7 +250,7 @@ class _Progress:
             return
         self._log(error.last_words)
         reason = f"its process died {deaths} times: {error}"
-        if label in self._measured:  # what it gave before stands
+        if label in self._measured and self._measured[label].blocks:  # what it gave before stands
             self._taking_part.discard(label)
             self.notes.append(f"{label}: takes no part from block {block.number + 1} on: {reason}")
         else:

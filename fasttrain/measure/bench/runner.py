@@ -73,7 +73,7 @@ class ArmProcess:
         self.started = self._ask(asdict(task), Started.from_node)
 
     def slice(self, seconds: float, core: int) -> Slice:
-        """Has it run steps for so long, on one of the cores; raises `ProcessDiedError`."""
+        """Has it run steps for about so long, on one of the cores if it has one thread; raises `ProcessDiedError`."""
         return self._ask([seconds, core], Slice.from_node)
 
     def state(self) -> ArmState:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fasttrain.measure.bench.plan import log_ratios
 from fasttrain.measure.bench.record import ArmRecord, BenchRecord
+from fasttrain.printable import printable
 
 __all__ = [
     "ArmSummary",
@@ -24,6 +25,7 @@ __all__ = [
     "fastest",
     "machine_of",
     "markdown",
+    "num_blocks",
     "number",
     "ranged",
     "summarise",
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 RARE_COSTS = 0.1
-"""An arm's excess over the usual one from which on it is told."""
+"""An arm's excess over the median of the others' from which on it is told."""
 
 COMPARED = ("textbook", "tuned", "jax")
 """Kinds of arms that all are compared with, each the fastest of its kind, where a record has them."""
@@ -193,24 +195,29 @@ def _agreement(agreement: float | None, tolerance: float) -> str:
 def _rare_costs(record: BenchRecord) -> list[str]:
     """Of arms whose steps took longer in all than the median turn tells, by more than those of the others."""
     found = {label: statistics.median(block.excess for block in arm.blocks) for label, arm in record.arms.items()}
-    usual = statistics.median(found.values())
-    return [
-        f"{label}: its steps took {excess:.0%} longer in all than this tells (the arms' median: {usual:.0%}): "
-        "it has costs that most of its turns do not meet, or was disturbed"
-        for label, excess in found.items()
-        if excess > usual + RARE_COSTS
-    ]
+    told: list[str] = []
+    for label, excess in found.items():
+        others = [each for other, each in found.items() if other != label]
+        if others and excess > (usual := statistics.median(others)) + RARE_COSTS:
+            told.append(
+                f"{label}: its steps took {excess:.0%} longer in all than this tells (median of the other arms: "
+                f"{usual:.0%}): it has costs that most of its turns do not meet, or was disturbed"
+            )
+    return told
 
 
 def _flags(record: BenchRecord) -> list[str]:
-    """How many figures were taken under a flag, and how many were repeated because of one."""
-    kept = [flag for arm in record.arms.values() for block in arm.blocks for flag in block.flags]
-    repeated = sum(len(arm.repeated) for arm in record.arms.values())
-    total = sum(len(arm.blocks) for arm in record.arms.values())
-    if not kept and not repeated:
-        return [f"none of {total} timings was flagged"]
-    counts = ", ".join(f"{kept.count(flag)} under {flag!r}" for flag in sorted(set(kept))) or "none"
-    return [f"of {total} timings, flagged all the same after repeats: {counts}; repeats: {repeated}"]
+    """How many figures were taken under a flag, and how many blocks were run again because of one, or of a death."""
+    kept = [block for arm in record.arms.values() for block in arm.blocks]
+    flags = [flag for block in kept for flag in block.flags]
+    repeated = len({block.block for block in kept if block.repeats})
+    if not flags and not repeated:
+        return [f"none of {len(kept)} timings was flagged"]
+    counts = ", ".join(f"{flags.count(flag)} under {flag!r}" for flag in sorted(set(flags))) or "none"
+    return [
+        f"of {len(kept)} timings, flagged all the same after repeats: {counts}; "
+        f"blocks with repeats: {repeated} of {num_blocks(record)}"
+    ]
 
 
 def _noise(record: BenchRecord) -> str:
@@ -218,17 +225,28 @@ def _noise(record: BenchRecord) -> str:
         return "this machine's noise is not known: bench --aa ARM measures it"
     noise = record.noise
     return (
-        f"an arm against itself: noise floor {noise.floor:.1%}, smallest detectable effect {noise.smallest_effect:.1%} "
-        f"({noise.pairs} pairs)"
+        f"an arm against itself on this machine: noise floor {noise.floor:.1%}, smallest detectable effect "
+        f"{noise.smallest_effect:.1%} ({noise.pairs} pairs)"
     )
+
+
+def num_blocks(record: BenchRecord) -> int:
+    """Blocks that were measured: fewer than planned after an interrupt, more with the extension."""
+    return len({block.block for arm in record.arms.values() for block in arm.blocks})
+
+
+def _blocks(record: BenchRecord) -> str:
+    measured, design = num_blocks(record), record.design
+    if design.extended:
+        return f"{measured} blocks, extended once from {design.blocks}"
+    return f"{measured} blocks" if measured == design.blocks else f"{measured} of {design.blocks} blocks"
 
 
 def conditions(record: BenchRecord) -> str:
     """One line: where, when and how the figures were measured."""
     design = record.design
-    blocks = f"{design.blocks} blocks{', extended once to twice as many' if design.extended else ''}"
     turns = f"arms in turn, {design.slice_s * 1e3:.0f} ms each, {design.timed_s:g} s a block, threads {design.threads}"
-    return f"{conditions_of(record.environment, record.created)}; {blocks}, {turns}."
+    return f"{conditions_of(record.environment, record.created)}; {_blocks(record)}, {turns}."
 
 
 def conditions_of(environment: dict[str, Any], created: str) -> str:
@@ -261,13 +279,13 @@ def machine_of(environment: dict[str, Any]) -> str:
 
 def terminal(record: BenchRecord) -> str:
     """The table for a terminal, with its notes."""
-    cells = [[_printable(cell) for cell in row] for row in rows(record)]
+    cells = [[printable(cell) for cell in row] for row in rows(record)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = [
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
         for pairs in (list(zip(row, widths, strict=True)) for row in cells)
     ]
-    said = [_printable(line) for line in [*notes(record), conditions(record)]]
+    said = [printable(line) for line in [*notes(record), conditions(record)]]
     return "\n".join([*(line.rstrip() for line in lines), "", *said])
 
 
@@ -284,7 +302,7 @@ def markdown(record: BenchRecord, title: str) -> str:
 
 def command(given: str) -> str:
     """A command as code in Markdown."""
-    return f"`{' '.join(_printable(given).replace('`', ' ').split())}`"
+    return f"`{printable(' '.join(given.replace('`', ' ').split()))}`"
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]], num_left: int = 1) -> str:
@@ -309,9 +327,7 @@ def number(value: float) -> str:
 
 def text(given: str) -> str:
     """Text that cannot break out of a cell or a paragraph of Markdown, or start a tag, a link or a picture."""
-    return " ".join(_printable(given).split()).replace("|", "\\|").replace("[", "\\[").replace("<", "&lt;")
-
-
-def _printable(given: str) -> str:
-    """Without what moves a terminal's cursor or colours it."""
-    return "".join(char if char.isprintable() else " " for char in given)
+    line = printable(" ".join(given.split()))
+    for active in "\\|[":  # the backslash first: one that was given would take the effect from one that is added
+        line = line.replace(active, f"\\{active}")
+    return line.replace("<", "&lt;")

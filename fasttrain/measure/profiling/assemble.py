@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from fasttrain.errors import EngineError
 from fasttrain.measure.environment import environment, now
+from fasttrain.measure.host_reads import Read
 from fasttrain.measure.places import Place, shown
 from fasttrain.measure.profiling.compile_events import CompileEvents
 from fasttrain.measure.profiling.findings import Observations, find
@@ -26,12 +28,14 @@ from fasttrain.measure.profiling.record import (
     Profile,
     Traffic,
 )
+from fasttrain.measure.profiling.steady import SETTLE
 from fasttrain.measure.profiling.trace_summary import TraceSummary
 
 __all__ = ["Timed", "Watched", "assemble"]
 
 MAX_OPERATORS = 40
 MAX_READS = 40
+OTHER_PLACES = "other places"
 MAX_UNCOUNTED = 60
 
 
@@ -98,8 +102,12 @@ def assemble(
         name: of the profile.
         workload: what is trained.
         command: that profiles.
+
+    Raises:
+        EngineError: the steps that were traced ran otherwise than those that were timed.
     """
     summary = watched.trace.summary()
+    _check_engines(timed.phases[PROGRAM], sum(summary.program.values()))
     compiled = watched.counts.compiled
     gpu = timed.gpu
     if gpu is not None and summary.idle_us is not None:
@@ -120,6 +128,14 @@ def assemble(
         gpu=gpu,
         findings=find(_observations(timed, watched, loops, compiled)),
     )
+
+
+def _check_engines(timed_us: float, traced_us: float) -> None:
+    """Refuses to join figures of a compiled program with those of steps that ran operator by operator."""
+    if (timed_us > 0) == (traced_us > 0):
+        return
+    timed, traced = ("by compiled program" if us > 0 else "operator by operator" for us in (timed_us, traced_us))
+    raise EngineError(f"the steps that were timed ran {timed}, those that were traced {traced}: {SETTLE}")
 
 
 def _program(us: float, traced: Mapping[str, float]) -> dict[str, float]:
@@ -158,10 +174,7 @@ def _counters(watched: Watched, summary: TraceSummary, programs_loaded: int) -> 
     return Counters(
         dispatched_operators=summary.num_operators / steps,
         kernel_launches=None if summary.launches is None else summary.launches / steps,
-        host_reads=[
-            HostRead(file=shown(read.file), line=read.line, what=read.what, per_step=read.count / watched.counts.steps)
-            for read in watched.counts.reads[:MAX_READS]
-        ],
+        host_reads=_host_reads(watched.counts.reads, watched.counts.steps),
         copies=Copies(
             h2d=Traffic(count=h2d[0] / steps, bytes=h2d[1] / steps),
             d2h=Traffic(count=d2h[0] / steps, bytes=d2h[1] / steps),
@@ -173,6 +186,17 @@ def _counters(watched: Watched, summary: TraceSummary, programs_loaded: int) -> 
         flops=flops.flops / watched.counts.steps,
         flops_not_counted=sorted(flops.not_counted)[:MAX_UNCOUNTED],
     )
+
+
+def _host_reads(reads: Sequence[Read], steps: int) -> list[HostRead]:
+    """By place; the last one is of all places that the list has no room for, so that they add up to all reads."""
+    rows = [
+        HostRead(file=shown(read.file), line=read.line, what=read.what, per_step=read.count / steps) for read in reads
+    ]
+    if len(rows) <= MAX_READS:
+        return rows
+    rest = sum(read.count for read in reads[MAX_READS - 1 :]) / steps
+    return [*rows[: MAX_READS - 1], HostRead(file=OTHER_PLACES, line=0, what="any", per_step=rest)]
 
 
 def _observations(timed: Timed, watched: Watched, loops: list[Place], compiled: CompileEvents) -> Observations:

@@ -12,6 +12,9 @@ from fasttrain.step.torch_private import Compilation
 
 __all__ = ["CompileEvents"]
 
+MAX_REASONS = 10
+OTHER_REASONS = "other reasons"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileEvents:
@@ -43,8 +46,12 @@ class CompileEvents:
         return cls(breaks=sorted(resumed | broken), recompiled=recompiled)
 
     def recompilations(self) -> list[Recompilation]:
-        """For the counters, by reason, most frequent first."""
+        """For the counters, by reason, most frequent first; the last one is of all that the list has no room for."""
         by_reason = Counter[str]()
         for (_, reason), count in self.recompiled.items():
             by_reason[reason] += count
-        return [Recompilation(reason=reason, count=count) for reason, count in by_reason.most_common(10)]
+        rows = [Recompilation(reason=reason, count=count) for reason, count in by_reason.most_common()]
+        if len(rows) <= MAX_REASONS:
+            return rows
+        kept, left_out = rows[: MAX_REASONS - 1], rows[MAX_REASONS - 1 :]
+        return [*kept, Recompilation(reason=OTHER_REASONS, count=sum(each.count for each in left_out))]

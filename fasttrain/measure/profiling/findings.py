@@ -24,6 +24,10 @@ MAX_FINDINGS = 24
 _READ_LATER = (
     "keep it as a tensor and read it once an epoch, or an interval late (RunningMetrics.read_late); FastLoop does so"
 )
+_LOAD_BESIDE = (
+    "keep the rows on the device with fasttrain.resident; where they do not fit, DataLoader(num_workers=...) loads "
+    "beside the steps, and fasttrain.prefetch copies to a GPU ahead of them"
+)
 _ADVICE = {
     "host read": f"each read waits for the device: {_READ_LATER}",
     "logging every step": f"write every 100 steps or so, or once an epoch; what is written, {_READ_LATER}",
@@ -32,10 +36,9 @@ _ADVICE = {
     "detached scalars of an epoch in one preallocated tensor",
     "memory grows": "let go of what a step has made before the next one ends: carry on detached values only, sum up in "
     "place, and give a cache a limit",
-    "slow __getitem__": "make the rows before training: fasttrain.resident keeps them on the device, "
-    "fasttrain.prefetch loads them beside the steps",
+    "slow __getitem__": f"make the rows before training, and {_LOAD_BESIDE}",
     "loader over tensors": "the rows are in memory already: fasttrain.resident gathers a batch in one operator",
-    "data wait": "load beside the steps with fasttrain.prefetch, or keep the rows on the device (fasttrain.resident)",
+    "data wait": _LOAD_BESIDE,
     "graph break": "torch.compile splits the function here: take what it cannot trace out of it",
     "recompilation": "it is compiled anew for what keeps changing: pad batches to one shape, drop the short last one, "
     "pass tensors instead of numbers, or compile with dynamic=True",

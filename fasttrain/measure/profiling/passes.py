@@ -193,7 +193,8 @@ class PhasePass:
 class TracePass:
     """Traces every operator, and every kernel of the compiled programs that are there when it starts.
 
-    For these it waits until they are compiled once more, where the program cache does not have them so.
+    For these it waits until they are compiled once more, where the program cache does not have them so. It does not
+    wait for the device between steps: that would be idle then, for no fault of the loop's.
 
     Args:
         phases: marks the phases in the trace.
@@ -216,8 +217,8 @@ class TracePass:
             EngineError: a program cannot be compiled so that its kernels are seen.
         """
         self._kernels = self._entered.enter_context(with_marked_kernels(loaded_programs()))
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device_type() == "cuda")
-        profiler = profile(activities=activities)
+        profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device_type() == "cuda"))
+        wait()
         profiler.start()
         self._entered.callback(self._end, profiler)
         record_empty_events()
@@ -226,7 +227,6 @@ class TracePass:
     def step(self, count: int) -> None:
         """See `Pass.step`."""
         self.steps += count
-        wait()
         self._phases.step()
 
     def stop(self) -> None:
@@ -235,6 +235,7 @@ class TracePass:
 
     def _end(self, profiler: profile) -> None:
         self._phases.stop()
+        wait()
         profiler.stop()
         profiler.export_chrome_trace(str(self._path))
 

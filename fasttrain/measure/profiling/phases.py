@@ -49,15 +49,16 @@ _RANGES = {
 def gap_phase(before: str, after: str) -> str:
     """The phase of the Python between two ranges: that of its neighbours where they agree, else by these rules.
 
-    What leads to the backward pass belongs to the forward pass (a loss that is a function is no module), what leads
-    from a batch to the program to the program (choosing it), what lies between backward and optimizer to the optimizer
-    (clipping), what follows the optimizer, the program or a read to the metrics.
+    What leads to the backward pass, or from the forward pass to the optimizer (`zero_grad` after the loss), belongs
+    to the forward pass, for a loss that is a function is no module; what leads from a batch to the program to the
+    program (choosing it), what lies between backward and optimizer to the optimizer (clipping), what follows the
+    optimizer, the program or a read to the metrics.
     """
     if before == after != STEP:
         return before
     if before == "metrics" or (after == "metrics" and before != STEP):
         return "metrics"
-    if after == "backward":
+    if after == "backward" or (before, after) == ("forward", "optimizer"):
         return "forward"
     if after == "program" and before in ("data wait", STEP):
         return "program"

@@ -29,6 +29,7 @@ from fasttrain.measure.profiling.passes import (
 )
 from fasttrain.measure.profiling.phases import Phases
 from fasttrain.measure.profiling.record import Profile
+from fasttrain.measure.profiling.steady import SteadyPass
 from fasttrain.measure.profiling.suspects import Loaders
 
 __all__ = ["Profiler", "Schedule", "Session", "Span", "profile"]
@@ -48,10 +49,12 @@ def profile(name: str, *, steps: int = 10, out: str | Path = "profiles", workloa
     print(prof.result.findings)
     ```
 
-    Make the model before: the folder's name says whether it is on a GPU. The first steps warm up; then come passes that
-    time, then those that trace, count and look for faults, and slow the loop down. Steps after the last pass
-    (`prof.is_done`) run as ever. A step that fasttrain has compiled is compiled once more before it is traced, so that
-    its kernels are seen: the loop waits for that (20 s or more) where the program cache does not have it.
+    The block needs 7 x `steps` calls of `prof.step()`: 70 batches by default, 42 with `steps=6`; where the loader has
+    fewer, loop over several epochs in it. Make the model before: the folder's name says whether it is on a GPU. The
+    first steps warm up; then come passes that time, then those that trace, count and look for faults, and slow the loop
+    down. Steps after the last pass (`prof.is_done`) run as ever. A step that fasttrain has compiled is compiled once
+    more before it is traced, so that its kernels are seen: the loop waits for that (20 s or more) where the program
+    cache does not have it.
 
     Args:
         name: of the profile: letters, digits, dots, dashes and underscores.
@@ -62,6 +65,8 @@ def profile(name: str, *, steps: int = 10, out: str | Path = "profiles", workloa
     Raises:
         ConfigError: a name is none, there are too few steps, or (at the end of the block) the loop ended before the
             last pass.
+        EngineError: (at the end of the block) `engine="auto"` changed over to a compiled program while it was measured:
+            the figures would be of two engines.
     """
     if steps < MIN_STEPS:
         raise ConfigError(f"steps {steps}: use {MIN_STEPS} or more")
@@ -153,7 +158,10 @@ class Session:
         self.loaders = Loaders()
         self.clean = CleanPass(span.calls)
         self.phased = PhasePass(self.phases)
-        passes: list[tuple[Pass, Span]] = [(self.clean, clean or span), (self.phased, span)] if is_timing else []
+        self._steady: list[SteadyPass] = []
+        passes: list[tuple[Pass, Span]] = []
+        if is_timing:
+            passes += [(self._watching(self.clean), clean or span), (self._watching(self.phased), span)]
         self.watched: Watched | None = None
         if trace is not None:
             allocations = AllocationPass()
@@ -163,7 +171,7 @@ class Session:
                 counts=CountPass(begin_s=time.time()),
                 suspects=SuspectPass(self.loaders, allocations, span.calls),
             )
-            passes += [(watched.trace, short or span), (watched.allocations, span)]
+            passes += [(self._watching(watched.trace), short or span), (watched.allocations, span)]
             passes += [(watched.counts, short or span), (watched.suspects, span)]
         self.schedule = Schedule([(WarmUpPass(), warm_up), *passes])
         self._entered = ExitStack()
@@ -182,8 +190,17 @@ class Session:
         finally:
             self._entered.close()
 
+    def _watching(self, measuring: Pass) -> SteadyPass:
+        self._steady.append(SteadyPass(measuring, self.phases))
+        return self._steady[-1]
+
     def timed(self, samples_per_step: int | None = None) -> Timed:
-        """What was timed, once the schedule is done."""
+        """What was timed, once the schedule is done.
+
+        Raises:
+            EngineError: the loop took up a compiled program meanwhile.
+        """
+        self._check()
         samples = None if samples_per_step is None else self.clean.steps * samples_per_step
         return Timed(
             step_us=self.clean.step_us,
@@ -193,7 +210,12 @@ class Session:
         )
 
     def profile(self, timed: Timed, *, name: str, workload: dict[str, Any], command: str) -> Profile:
-        """All that was seen, once the schedule is done."""
+        """All that was seen, once the schedule is done.
+
+        Raises:
+            EngineError: the loop took up a compiled program meanwhile, or what was timed had another engine.
+        """
+        self._check()
         assert self.watched is not None
         return assemble(
             timed,
@@ -204,6 +226,10 @@ class Session:
             workload=workload,
             command=command,
         )
+
+    def _check(self) -> None:
+        for each in self._steady:
+            each.check()
 
 
 class Profiler:
@@ -268,6 +294,7 @@ class Profiler:
 
         Raises:
             ConfigError: the loop ended before the last pass.
+            EngineError: the loop changed its engine while it was measured.
         """
         missing = self._session.schedule.calls_left
         self._session.__exit__(kind, error, traceback)

@@ -75,8 +75,9 @@ class HostRead:
 
     Attributes:
         file: of the innermost frame outside torch, fasttrain and the standard library (where there is none, outside
-            torch); relative to the working folder where it lies in it.
-        line: its line.
+            torch); relative to the working folder where it lies in it. "other places" in a last entry for all that the
+            list has no room for.
+        line: its line; 0 in that entry.
         what: the method or operator, such as "item".
         per_step: how often in a step.
     """
@@ -125,7 +126,10 @@ class Copies:
 
 @dataclass(frozen=True, kw_only=True)
 class Recompilation:
-    """A reason why `torch.compile` compiled a function again, and how often, over the whole process."""
+    """A reason why `torch.compile` compiled a function again, and how often, over the whole process.
+
+    "other reasons" in a last entry for all that the list has no room for.
+    """
 
     reason: str
     count: int
@@ -146,8 +150,9 @@ class Counters:
         host_reads: by place, most frequent first.
         copies: between host and device.
         allocations: of tensor memory.
-        graph_breaks: of `torch.compile`, over the whole process.
-        recompilations: of `torch.compile`, over the whole process.
+        graph_breaks: of `torch.compile`, over the whole process; likewise.
+        recompilations: of `torch.compile`, over the whole process, as far back as it keeps them: among its last 64
+            compilations.
         programs_loaded: fasttrain's compiled programs, over the whole process.
         flops: floating-point operations of a step run operator by operator; None where nothing counts them.
         flops_not_counted: operators with tensors in and out that have no formula.

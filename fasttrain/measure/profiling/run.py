@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from fasttrain.errors import EngineError, FasttrainError
-from fasttrain.measure.bench.runner import THREAD_VARIABLES
+from fasttrain.measure.bench.arms import CORE_ARMS, CheckedSteps
+from fasttrain.measure.bench.runner import THREAD_VARIABLES, end
 from fasttrain.measure.nvml import MIN_ENERGY_S
 from fasttrain.measure.profiling.file import make_folder, profile_path, read_profile
 from fasttrain.measure.profiling.record import Profile
@@ -42,7 +42,7 @@ an epoch reads) is then the same share of its steps every time, so that equal co
 would not do: each would read."""
 
 WATCHED_WHOLE = {"reviews", "mlp"}
-WATCHED_LONG = {"tuned", "eager", "torch-compile", "compiled", "auto", "graphed"}
+WATCHED_LONG = CORE_ARMS.keys() - {"textbook"}
 """Workloads and arms of short steps: a whole epoch of theirs is a part. Of others, its trace would be huge."""
 
 ENERGY_S = MIN_ENERGY_S + 0.5
@@ -82,7 +82,8 @@ def run_profile(task: ProfileTask) -> Profile:
 
     Raises:
         DataError: the profile's folder cannot be made.
-        EngineError: the arm cannot run; its last words say why.
+        EngineError: the arm cannot run, or ran otherwise while it was watched than while it was timed; its last words
+            say so.
     """
     path = task.path
     make_folder(path.parent)
@@ -109,9 +110,7 @@ def _run_child(arguments: list[str], task: ProfileTask, output: Path) -> None:
         except subprocess.TimeoutExpired:
             raise EngineError(f"the profiled process was ended after {TIMEOUT_S:g} s") from None
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)  # with what it has started, such as a compiler
-                child.wait()
+            end(child)  # a compiler that it has started outlives it, and would run beside the next measurement
     if code != 0:
         said = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise EngineError(
@@ -169,7 +168,6 @@ def watch_arm(job: Job, make_arm: ArmFactory, source: str, trace: Path) -> tuple
         source: of the arm, as `find_factory` takes it.
         trace: where the raw trace goes.
     """
-    from fasttrain.measure.bench.arms import CheckedSteps
     from fasttrain.measure.profiling.profiler import Session, Span
 
     steps = watched_steps(job, source)

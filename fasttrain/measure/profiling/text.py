@@ -37,8 +37,8 @@ def _phases(profile: Profile) -> Iterable[str]:
         if us > 0:
             share = us / profile.step_us
             yield f"{phase:<15}{_us(us):>12}  {share:>6.1%}  {'#' * round(BAR * share)}"
-        if phase == PROGRAM:
-            yield from _program(profile)
+            if phase == PROGRAM:
+                yield from _program(profile)
 
 
 def _program(profile: Profile) -> Iterable[str]:

@@ -37,7 +37,8 @@ class TraceSummary:
     """What a trace says; times in us, all over the whole trace.
 
     Attributes:
-        wall_us: from its first mark of a step to its last; without marks, from the first event to the last.
+        wall_us: from its first mark of a step to its last, and on until the device has done what was queued by then;
+            without marks, from the first event to the last.
         phases: wall time of the marked thread; without marks, all is "other".
         operators: over the whole trace, by time. Of a phase, they add up to it: "python" (or what its marks name) has
             the rest.
@@ -137,7 +138,7 @@ class _Events:
         has_device = len(self._device["ts"]) > 0
         operators = self._operators(self._with_kernels(host, timeline), timeline)
         return TraceSummary(
-            wall_us=timeline.end - timeline.begin,
+            wall_us=max(timeline.end, self._device_end) - timeline.begin,
             phases=phases,
             operators=operators,
             program=split_program({row.name: row.self_us for row in operators if row.phase == PROGRAM}),
@@ -146,6 +147,12 @@ class _Events:
             copies={way: (self._counts[way], self._bytes[way]) for way in ("h2d", "d2h")},
             idle_us=self._idle(timeline) if has_device else None,
         )
+
+    @property
+    def _device_end(self) -> float:
+        """When the last kernel or copy ended; before all time where there was none."""
+        ends = np.asarray(self._device["ts"]) + np.asarray(self._device["dur"])
+        return float(ends.max(initial=-math.inf))
 
     @property
     def _event_us(self) -> float:
@@ -224,7 +231,8 @@ def _fitted(
 
 
 def _cause(gap: float, begin: float, timeline: _Timeline, waits: list[tuple[float, float]]) -> str:
-    if gap < LAUNCH_GAP_US:
+    """After the last step all is queued, and the host does nothing but wait for the end of the trace."""
+    if gap < LAUNCH_GAP_US or begin >= timeline.end:
         return "launch gaps"
     at = bisect_right(waits, (begin, float("inf"))) - 1
     if at >= 0 and waits[at][1] >= begin:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fasttrain.comparison import Comparison, Outcome, Pair, Side, Timing
 from fasttrain.errors import ConfigError, DataError
+from fasttrain.measure.bench.record import ArmRecord
 from fasttrain.measure.verdict.explain import compare_counters, explain, memory_use
 from fasttrain.measure.verdict.revision_record import RevisionRecord, read_revisions
 from fasttrain.measure.verdict.sides import (
@@ -20,6 +21,7 @@ from fasttrain.measure.verdict.sides import (
     open_side,
 )
 from fasttrain.measure.verdict.stats import FEWEST_PAIRS, MOST_PAIRS, margin_for, verdict
+from fasttrain.measure.verdict.whole import excess_of, judge_whole
 
 __all__ = ["compare", "compare_arms", "compare_profiles", "compare_record", "compare_stored"]
 
@@ -83,10 +85,12 @@ def compare_arms(
     Raises:
         ConfigError: there is no arm `through`, it is what is compared, or a profile is of something else.
     """
-    found = _begin(a.side(), b.side(), command, is_time_asked=True)
+    # Where all other arms have as many threads, a number of its own is part of an arm, and is compared with it.
+    harmless = ("threads",) if a.record.design.threads == b.record.design.threads else ()
+    found = _begin(a.side(), b.side(), command, is_time_asked=True, harmless=harmless)
     if found.outcome == "NOT COMPARABLE":
         return found
-    judged = _judge_within(a, b) if a.record.arms == b.record.arms else _judge_across(a, b, through)
+    judged = _judged(a, b) if a.record.arms == b.record.arms else _judge_across(a, b, through)
     found = replace(
         found,
         outcome=judged.outcome,
@@ -130,9 +134,9 @@ def compare_profiles(a: StoredProfile, b: StoredProfile, *, command: str) -> Com
     return _explained(replace(found, reasons=(reason,)), a, b)
 
 
-def _begin(a: Side, b: Side, command: str, *, is_time_asked: bool) -> Comparison:
+def _begin(a: Side, b: Side, command: str, *, is_time_asked: bool, harmless: Collection[str] = ()) -> Comparison:
     """A comparison of which nothing is known but whether it can be made."""
-    differences = differences_of(a, b)
+    differences = differences_of(a, b, harmless=harmless)
     fatal = [each for each in differences if each.is_fatal]
     return Comparison(
         a=a,
@@ -147,10 +151,6 @@ def _begin(a: Side, b: Side, command: str, *, is_time_asked: bool) -> Comparison
         memory=None,
         command=command,
     )
-
-
-def _judge_within(a: BenchArm, b: BenchArm) -> _Judged:
-    return _judged(_pairs(a.seconds(), b.seconds()), a, b, through=None)
 
 
 def _judge_across(a: BenchArm, b: BenchArm, through: str | None) -> _Judged:
@@ -169,19 +169,27 @@ def _judge_across(a: BenchArm, b: BenchArm, through: str | None) -> _Judged:
                 "--through names another one",
             ),
         )
-    pairs = _pairs(_in_units(a, yardstick), _in_units(b, yardstick))
-    judged = _judged(pairs, a, b, through=yardstick)
-    reason = f"judged through {yardstick}, which both results have: it is taken to be equally fast in both"
+    judged = _judged(a, b, through=yardstick)
+    reason = (
+        f"the two were measured at different times, and are judged through {yardstick}, which is taken to be equally "
+        "fast in both: the interval holds what varied within each measurement, not what changed between them"
+    )
     return replace(judged, reasons=(reason, *judged.reasons))
 
 
-def _judged(pairs: Sequence[Pair], a: BenchArm, b: BenchArm, *, through: str | None) -> _Judged:
+def _judged(a: BenchArm, b: BenchArm, *, through: str | None = None) -> _Judged:
+    """By the pairs of their blocks; their times are in units of the arm `through`, if one is given."""
+    pairs, whole = (
+        _pairs(_in_units(a, through, is_whole=is_whole), _in_units(b, through, is_whole=is_whole))
+        for is_whole in (False, True)
+    )
     if not pairs:
         reason = "time not judged: the two arms have no block in common"
         return _Judged(outcome="TIME NOT JUDGED", timing=None, reasons=(reason,))
     noise_floor = _noise_floor(a, b)
     found = verdict([math.log(pair.a) - math.log(pair.b) for pair in pairs], margin_for(noise_floor))
-    reasons: list[str] = []
+    judged = judge_whole(found, excess_of(pairs, whole))
+    reasons = [*judged.reasons, *_left_out(a, b, len(pairs))]
     if found.low is None:
         reasons.append(f"{found.pairs} pairs are too few for an interval: it takes {FEWEST_PAIRS}")
     if found.kind == "INCONCLUSIVE":
@@ -199,7 +207,14 @@ def _judged(pairs: Sequence[Pair], a: BenchArm, b: BenchArm, *, through: str | N
         through=through,
         pairs=tuple(pairs),
     )
-    return _Judged(outcome=found.kind, timing=timing, reasons=tuple(reasons))
+    return _Judged(outcome=judged.kind, timing=timing, reasons=tuple(reasons))
+
+
+def _left_out(a: BenchArm, b: BenchArm, num_pairs: int) -> list[str]:
+    """The blocks that have no partner, as a process died or one measurement was shorter."""
+    counts = [(name, len(side.arm.blocks)) for name, side in (("A", a), ("B", b))]
+    told = [f"{total - num_pairs} of {name}'s {total} blocks" for name, total in counts if total > num_pairs]
+    return [f"left out, as they make no pair: {' and '.join(told)}"] if told else []
 
 
 def _advice(num_pairs: int, blocks_needed: int | None, *, is_extended: bool) -> str:
@@ -220,18 +235,22 @@ def _pairs(a: Mapping[int, float], b: Mapping[int, float]) -> list[Pair]:
     return [Pair(block=block, a=a[block], b=b[block], speedup=_quotient(a[block], b[block])) for block in blocks]
 
 
-def _in_units(side: BenchArm, yardstick: str) -> dict[int, float]:
-    ours, theirs = side.seconds(), side.seconds(yardstick)
+def _in_units(side: BenchArm, yardstick: str | None, *, is_whole: bool) -> dict[int, float]:
+    """Times by block: in seconds a row, or divided by those of another arm of the record."""
+    ours = side.seconds(is_whole=is_whole)
+    if yardstick is None:
+        return ours
+    theirs = side.seconds(yardstick, is_whole=is_whole)
     return {block: _quotient(ours[block], theirs[block]) for block in {*ours} & {*theirs}}
 
 
 def _quotient(a: float, b: float) -> float:
-    """The ratio of two positive numbers from a file.
+    """The ratio of two times from a file.
 
     Raises:
         DataError: it is beyond what a float holds.
     """
-    quotient = a / b
+    quotient = a / b if b else math.inf  # seconds a row may be less than a float holds
     if not 0 < quotient < math.inf:
         raise DataError(f"{a:g} s and {b:g} s cannot be times of one job: is a record damaged?")
     return quotient
@@ -276,11 +295,19 @@ def _told_of(name: str, side: BenchArm) -> list[str]:
     else:
         told.append(f"{name}: losses within {arm.agreement:.1g} of the textbook's, {arm.tolerance:.1g} is allowed")
     if arm.repeated:
-        told.append(f"{name}: {len(arm.repeated)} attempts were flagged and repeated")
+        told.append(f"{name}: {_repeats(arm)}")
     flagged = sum(bool(block.flags) for block in arm.blocks)
     if flagged:
         told.append(f"{name}: {flagged} of {len(arm.blocks)} blocks stayed flagged: the machine was not quiet")
     return told
+
+
+def _repeats(arm: ArmRecord) -> str:
+    """How many attempts were made again, and why: all arms of a block are, whichever was flagged or died."""
+    own, every = sum(bool(attempt.flags) for attempt in arm.repeated), len(arm.repeated)
+    if own == every:
+        return f"attempts that were flagged and repeated: {every}"
+    return f"attempts that were repeated: {own} for a flag of their own, {every - own} for another arm of the block"
 
 
 def _check_is_of_arm(stored: StoredProfile, label: str) -> None:

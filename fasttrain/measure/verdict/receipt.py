@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import inf, log
+from math import exp, inf, log
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +26,7 @@ from fasttrain.errors import DataError, EngineError, FasttrainError
 from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm
 from fasttrain.measure.bench.losses import check_losses, running_means
-from fasttrain.measure.verdict.stats import margin_for, verdict
+from fasttrain.measure.verdict.stats import hodges_lehmann, signed_rank_interval
 from fasttrain.receipt import TEXTBOOK, TUNED, Ratio, Receipt, ReceiptArm
 from fasttrain.reference import TextbookDataset
 from fasttrain.run.config import TrainConfig
@@ -156,8 +156,9 @@ def _ratios(seconds: Mapping[str, Sequence[float]]) -> list[Ratio]:
 
 def _ratio(arm: str, to: str, seconds: Mapping[str, Sequence[float]]) -> Ratio:
     logs = [log(theirs / ours) for ours, theirs in zip(seconds[arm], seconds[to], strict=True)]
-    found = verdict(logs, margin_for(None))
-    return Ratio(arm=arm, to=to, speedup=found.speedup, low=found.low, high=found.high)
+    interval = signed_rank_interval(logs)
+    low, high = (None, None) if interval is None else (exp(interval.low), exp(interval.high))
+    return Ratio(arm=arm, to=to, speedup=exp(hodges_lehmann(logs)), low=low, high=high)
 
 
 def _first_losses(arm: Arm) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ from fasttrain.measure.profiling.file import read_profile
 from fasttrain.measure.profiling.record import Profile
 from fasttrain.measure.strict import read_json
 
-__all__ = ["REVISIONS", "BenchArm", "StoredProfile", "contradictions", "differences_of", "open_profile", "open_side"]
+__all__ = [
+    "REVISIONS",
+    "BenchArm",
+    "StoredProfile",
+    "contradictions",
+    "differences_of",
+    "file_of",
+    "open_profile",
+    "open_side",
+]
 
 HARDWARE = ("cpu", "cores", "device")
 VERSIONS = ("python", "torch", "numpy", "cuda", "driver")
@@ -49,10 +58,18 @@ class BenchArm:
         """Its figures."""
         return self.record.arms[self.label]
 
-    def seconds(self, label: str | None = None) -> dict[int, float]:
-        """Seconds a row by block, of this arm or of another one of its record."""
+    def seconds(self, label: str | None = None, *, is_whole: bool = False) -> dict[int, float]:
+        """Seconds a row by block.
+
+        Args:
+            label: of another arm of its record; this one's by default.
+            is_whole: by all timed steps together, in place of the median turns.
+        """
         arm = self.arm if label is None else self.record.arms[label]
-        return {block.block: block.step_s / block.samples_per_step for block in arm.blocks}
+        return {
+            block.block: (block.seconds / block.steps if is_whole else block.step_s) / block.samples_per_step
+            for block in arm.blocks
+        }
 
     def side(self) -> Side:
         """What a comparison keeps of it."""
@@ -64,7 +81,7 @@ class BenchArm:
             command=record.command,
             step_s=self.arm.step_s,
             workload=record.workload,
-            environment={**record.environment, "threads": record.design.threads},
+            environment={**record.environment, "threads": record.design.threads_of(self.label)},
         )
 
 
@@ -111,6 +128,11 @@ def open_side(given: str) -> BenchArm | StoredProfile:
     return BenchArm(path=path, label=_known_arm(record, label or DEFAULT_ARM, path), record=record)
 
 
+def file_of(given: str) -> Path:
+    """The file of a side that is given as a file or as `file:arm`."""
+    return _split(given)[0]
+
+
 def open_profile(path: Path) -> StoredProfile:
     """Reads a profile.
 
@@ -120,8 +142,15 @@ def open_profile(path: Path) -> StoredProfile:
     return StoredProfile(path=path, profile=read_profile(path))
 
 
-def differences_of(a: Side, b: Side) -> list[Difference]:
-    """What differs in the work and in the environment, the fatal ones first."""
+def differences_of(a: Side, b: Side, *, harmless: Collection[str] = ()) -> list[Difference]:
+    """What differs in the work and in the environment, the fatal ones first.
+
+    Args:
+        a: one of the two.
+        b: the other one.
+        harmless: of the environment: what else may differ.
+    """
+    fatal = {*HARDWARE, *VERSIONS, "threads"} - {*harmless}
     found = [
         _difference(f"work: {name}", a.workload.get(name), b.workload.get(name), is_fatal=True)
         for name in {**a.workload, **b.workload}
@@ -130,7 +159,7 @@ def differences_of(a: Side, b: Side) -> list[Difference]:
     for name in {**a.environment, **b.environment}:
         ours, theirs = a.environment.get(name), b.environment.get(name)
         if ours != theirs and name not in ALWAYS_DIFFERENT:
-            found.append(_difference(name, ours, theirs, is_fatal=name in (*HARDWARE, *VERSIONS, "threads")))
+            found.append(_difference(name, ours, theirs, is_fatal=name in fatal))
     return sorted(found, key=lambda each: not each.is_fatal)
 
 

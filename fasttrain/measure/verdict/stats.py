@@ -31,6 +31,7 @@ __all__ = [
     "Noise",
     "Verdict",
     "VerdictKind",
+    "as_ratio",
     "hodges_lehmann",
     "margin_for",
     "noise_of",
@@ -68,8 +69,9 @@ class Verdict:
     """What a set of pairs says about the speed of B against A.
 
     Attributes:
-        kind: FASTER or SLOWER: B is, by more than the margin; SAME: the whole interval is within the margin;
-            INCONCLUSIVE: neither can be said.
+        kind: FASTER or SLOWER: B is, as the interval leaves out "no difference", and the estimate is beyond the margin
+            (the true difference may be within it); SAME: the whole interval is within the margin; INCONCLUSIVE: none of
+            these can be said.
         speedup: time(A) / time(B).
         low: lower end of its interval; None with fewer than `FEWEST_PAIRS` pairs.
         high: upper end of its interval; None with fewer than `FEWEST_PAIRS` pairs.
@@ -151,9 +153,9 @@ def verdict(log_ratios: Sequence[float], margin: float) -> Verdict:
     needed = _blocks_needed(centre, interval, tolerated, len(log_ratios)) if kind == "INCONCLUSIVE" else None
     return Verdict(
         kind=kind,
-        speedup=_ratio(centre),
-        low=None if interval is None else _ratio(interval.low),
-        high=None if interval is None else _ratio(interval.high),
+        speedup=as_ratio(centre),
+        low=None if interval is None else as_ratio(interval.low),
+        high=None if interval is None else as_ratio(interval.high),
         pairs=len(log_ratios),
         margin=margin,
         blocks_needed=needed,
@@ -183,6 +185,11 @@ def noise_of(log_ratios: Sequence[float]) -> Noise:
     return Noise(floor=floor, smallest_effect=smallest, pairs=len(log_ratios))
 
 
+def as_ratio(logarithm: float) -> float:
+    """Its exponential, within what a float holds: a pair may be as far apart as two floats can be."""
+    return math.exp(min(max(logarithm, -700.0), 700.0))
+
+
 def _kind(centre: float, interval: Interval | None, tolerated: float) -> VerdictKind:
     if interval is None:
         return "INCONCLUSIVE"
@@ -203,11 +210,6 @@ def _blocks_needed(centre: float, interval: Interval | None, tolerated: float, n
     # An interval that is not symmetric about its centre can be undecided while it is narrow enough: one more, then.
     pairs_needed = max(num_pairs + 1, num_pairs * times_too_wide * times_too_wide)
     return None if pairs_needed > MOST_PAIRS else math.ceil(pairs_needed) - num_pairs
-
-
-def _ratio(logarithm: float) -> float:
-    """Within what a float holds: a pair may be as far apart as two floats can be."""
-    return math.exp(min(max(logarithm, -700.0), 700.0))
 
 
 def _walsh_averages(values: Sequence[float]) -> NDArray[np.float64]:

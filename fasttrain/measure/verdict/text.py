@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fasttrain.comparison import Change, Comparison, CounterChange, Why
+from fasttrain.printable import printable
 
 __all__ = ["comparison_lines"]
 
@@ -28,7 +29,7 @@ def comparison_lines(found: Comparison) -> list[str]:
     if found.counters:
         lines += ["", *_table([("counters", "A", "B", "")], [_counter(each) for each in found.counters])]
     lines += [f"  {each.name}: {detail}" for each in found.risen for detail in each.details]
-    return [_printable(line) for line in lines]
+    return [printable(line) for line in lines]
 
 
 def _verdict(found: Comparison) -> str:
@@ -93,8 +94,3 @@ def _table(head: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return [
         "  ".join((line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in (1, 2, 3)))).rstrip() for line in lines
     ]
-
-
-def _printable(line: str) -> str:
-    """Without what would move a terminal's cursor or change its colours: names come from files."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in line)

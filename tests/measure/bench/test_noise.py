@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fasttrain import DataError
-from fasttrain.measure.bench.noise import known_noise, noise_file, remember_noise
+from fasttrain.measure.bench.noise import known_noise, noise_file, noise_with, remember_noise
 from fasttrain.measure.verdict.stats import Noise
 from tests.measure.bench.bench_fakes import ENVIRONMENT
 
@@ -30,6 +30,8 @@ def test_noise_is_known_of_this_machine_alone() -> None:
     assert known_noise(ENVIRONMENT, "mlp") == noise(0.01)
     assert known_noise(ENVIRONMENT, "chars") == noise(0.03)  # the worst that was met
     assert known_noise(other, "mlp") == noise(0.5)
+    assert noise_with(ENVIRONMENT, "chars") == ("cnn", noise(0.03))
+    assert noise_with(ENVIRONMENT, "mlp") == ("mlp", noise(0.01))
     remember_noise(ENVIRONMENT, "mlp", noise(0.02))
     assert known_noise(ENVIRONMENT, "mlp") == noise(0.02)
 
@@ -61,5 +63,5 @@ def test_noise_that_was_measured_in_an_older_way_is_forgotten() -> None:
 
 def test_noise_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "fasttrain").touch()
-    with pytest.raises(DataError, match="cannot be kept"):
+    with pytest.raises(DataError, match="the noise cannot be written"):
         remember_noise(ENVIRONMENT, "mlp", noise(0.01))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ DAMAGES: list[tuple[list[Any], Any, str]] = [
     (["arms", "fast", "blocks", 0, "flags"], [3], "must be text"),
     (["arms", "fast", "agreement"], "close", "number"),
     (["refused"], {"jax": ["<script>"]}, "must be text"),
+    (["refused"], {"a\ud800": "reason"}, "lone surrogates"),
+    (["command"], "bench \udcff", "lone surrogates"),
+    (["workload", "deep"], {"\ud800": 1}, "lone surrogates"),
+    (["environment", "deep"], ["\ud800"], "lone surrogates"),
     (["noise"], {"floor": 0.1}, "has no 'smallest_effect'"),
     (["notes"], ["x" * 5_000], "at most 4000"),
     (["environment", "cores"], "four", "'cores'"),
@@ -112,6 +117,25 @@ def test_a_missing_file_and_an_endless_one_are_refused(tmp_path: Path, monkeypat
         read_record(path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_not_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    if kind == "pipe":
+        os.mkfifo(path)  # nobody writes to it: to open it would take for ever
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="no regular file"):
+        read_record(path)
+
+
+def test_no_more_is_read_of_a_file_than_it_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasttrain.measure.strict.MAX_FILE_BYTES", 10)
+    path = Path("/proc/self/status")
+    assert path.stat().st_size == 0
+    with pytest.raises(DataError, match="larger than"):
+        read_record(path)
+
+
 def test_a_record_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
@@ -127,6 +151,13 @@ def test_a_target_is_checked_before_there_is_a_record(tmp_path: Path, monkeypatc
         with pytest.raises(DataError, match=message) as raised:
             check_target(path)
         assert raised.value.file == str(path)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr("fasttrain.measure.bench.record.os.access", lambda found, _: found == pipe)
+    check_target(pipe)  # like a device, it is written to as it is
+    monkeypatch.setattr("fasttrain.measure.bench.record.os.access", lambda found, _: found == tmp_path / "file")
+    with pytest.raises(DataError, match=f"{tmp_path} is read-only"):  # a file is replaced, not written over
+        check_target(tmp_path / "file")
     monkeypatch.setattr("fasttrain.measure.bench.record.os.access", lambda *_: False)
     for path in (tmp_path / "new.json", tmp_path / "file"):
         with pytest.raises(DataError, match="read-only"):

@@ -194,6 +194,15 @@ def test_what_an_arm_gave_before_it_died_stands() -> None:
     assert record.notes == ("mine: takes no part from block 2 on: its process died 3 times: killed",)
 
 
+def test_an_arm_that_gave_nothing_but_a_flagged_block_before_it_died_is_refused() -> None:
+    in_rounds, at_start = DiesInRoundsError("killed"), ProcessDiedError("killed")
+    runner = FakeRunner({"eager": [1e-3], "mine": [slice_of(9e-3, waited_s=0.1), in_rounds, at_start, at_start]})
+    record, _ = run(plan("eager", "mine"), runner)
+    assert list(record.arms) == ["eager"]
+    assert record.refused == {"mine": "its process died 3 times: killed"}
+    assert record.notes == ()
+
+
 STEADY, ERRATIC = [1e-3], [1e-3, 2e-3, 5e-4]
 
 

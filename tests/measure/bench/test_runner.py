@@ -182,6 +182,9 @@ BENCH = ["bench", "--workload", "mlp", "--device", "cpu", "--blocks", "7"]
         (["--out", "."], "is a folder"),
         (["--out", "file/record.json"], "is no folder"),
         (["--markdown", "file/table.md"], "is no folder"),
+        (["--markdown", "bench-mlp-cpu.json"], "name two files"),
+        (["--out", "a.json", "--markdown", "link"], "name two files"),
+        (["--out", "\udcff.json"], r"'\udcff.json': the command is recorded"),
         (["--module", "nope:f"], "there is no module 'nope'"),
         (["--module", "tests.measure.bench.user_arms:nope"], "has no function 'nope'"),
     ],
@@ -190,6 +193,7 @@ def test_what_could_only_fail_afterwards_is_refused_before(
     options: list[str], said: str, no_blocks: FakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
+    Path("link").symlink_to("a.json")
     assert cli.main([*BENCH, "--arms", "eager", *options]) == 2
     assert said in capsys.readouterr().err
     assert no_blocks.tasks == []
@@ -208,6 +212,17 @@ def test_what_cannot_be_kept_is_shown(
 def test_a_table_goes_to_a_folder_that_is_made(no_blocks: FakeRunner) -> None:
     assert cli.main([*BENCH, "--arms", "eager", "--markdown", "new/table.md"]) == 0
     assert "| eager |" in Path("new/table.md").read_text()
+
+
+def test_it_is_told_with_what_the_noise_was_measured(no_blocks: FakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert no_blocks
+    assert cli.main([*BENCH, "--arms", "eager"]) == 0
+    assert "measured before" not in capsys.readouterr().out
+    remember_noise(environment(torch.device("cpu")), "cnn", Noise(floor=0.25, smallest_effect=0.5, pairs=10))
+    assert cli.main([*BENCH, "--arms", "eager"]) == 0
+    assert "the noise was measured before, with cnn\n" in capsys.readouterr().out
+    assert cli.main([*BENCH, "--aa", "eager"]) == 0
+    assert "measured before" not in capsys.readouterr().out
 
 
 def test_ctrl_c_before_the_first_block_is_told(monkeypatch: pytest.MonkeyPatch, no_blocks: FakeRunner) -> None:

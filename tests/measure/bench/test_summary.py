@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasttrain.measure.bench.summary import command, fastest, markdown, notes, number, summarise, terminal, text
+from fasttrain.measure.bench.summary import (
+    command,
+    conditions,
+    fastest,
+    markdown,
+    notes,
+    num_blocks,
+    number,
+    summarise,
+    terminal,
+    text,
+)
 from fasttrain.measure.verdict.stats import Noise
 from tests.measure.bench.bench_fakes import arm, figures, record
 
@@ -35,7 +49,9 @@ def test_costs_that_most_turns_do_not_meet_are_told() -> None:
     found = record({"textbook": TEXTBOOK, "eager": arm(1e-3, 1e-3), "dear": dear})
     told = [note for note in notes(found) if "longer in all" in note]
     assert len(told) == 1
-    assert told[0].startswith("dear: its steps took 23% longer in all than this tells (the arms' median: 0%)")
+    assert told[0].startswith("dear: its steps took 23% longer in all than this tells (median of the other arms: 0%)")
+    of_two = notes(record({"eager": arm(1e-3, 1e-3), "dear": arm(blocks=(figures(0, 1e-3, seconds=0.112),))}))
+    assert len([note for note in of_two if note.startswith("dear: its steps took 12% longer")]) == 1
 
 
 def test_the_yardstick_is_the_fastest_of_its_kind() -> None:
@@ -61,11 +77,35 @@ def test_a_table_tells_all_that_is_known() -> None:
         assert "30.0, 0.500" in shown
         assert "not timed: jax: not installed" in shown
         assert "compiled: ran compiled: asked for" in shown
-        assert "1 under 'load'; repeats: 1" in shown
-        assert "noise floor 2.0%, smallest detectable effect 5.0% (10 pairs)" in shown
+        assert "of 4 timings, flagged all the same after repeats: 1 under 'load'; blocks with repeats: 1 of 2" in shown
+        assert "on this machine: noise floor 2.0%, smallest detectable effect 5.0% (10 pairs)" in shown
         assert "A CPU, 4 cores; torch 2.13.0" in shown
         assert "2 blocks, arms in turn, 50 ms each, 1 s a block, threads 1." in shown
     assert markdown(found, "A title").startswith("## A title\n\n| arm | samples/s |")
+
+
+def test_blocks_are_counted_whatever_the_number_of_arms() -> None:
+    blocks = (figures(0, 1e-3, repeats=2), figures(1, 1e-3, repeats=1), figures(2, 1e-3))
+    repeated = tuple(figures(0, 9.0, repeats=repeats) for repeats in range(2))
+    arms = {f"arm {number}": arm(blocks=blocks, repeated=repeated) for number in range(13)}
+    assert [note for note in notes(record(arms)) if "repeats" in note] == [
+        "of 39 timings, flagged all the same after repeats: none; blocks with repeats: 2 of 3"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("planned", "is_extended", "measured", "told"),
+    [
+        (3, False, 3, "; 3 blocks, arms"),
+        (3, False, 2, "; 2 of 3 blocks, arms"),
+        (15, True, 20, "; 20 blocks, extended once from 15, arms"),
+    ],
+)
+def test_the_blocks_that_were_measured_are_told(planned: int, is_extended: bool, measured: int, told: str) -> None:
+    found = record({"short": arm(1e-3), "eager": arm(*[1e-3] * measured)})
+    found = replace(found, design=replace(found.design, blocks=planned, extended=is_extended))
+    assert num_blocks(found) == measured
+    assert told in conditions(found)
 
 
 def test_all_that_ran_the_steps_is_told() -> None:
@@ -85,26 +125,26 @@ def test_nothing_is_said_to_be_known_that_is_not() -> None:
     assert "times" not in shown.splitlines()[0]
 
 
-@given(given_text=st.text())
+@given(given_text=st.text() | st.text(alphabet="\\|[]()<`!a\n\x1b\ud800"))
 @settings(deadline=None)
 def test_no_text_breaks_out_of_its_cell(given_text: str) -> None:
     shown = text(given_text)
     assert "\n" not in shown
     assert "<" not in shown
-    assert shown.count("|") == shown.count("\\|")
+    assert not set(re.sub(r"\\.", "", shown)) & set("|[\\")  # each is one of a pair with a backslash before it
     assert shown.isprintable()
     assert command(given_text).count("`") == 2
 
 
 def test_hostile_names_are_shown_harmlessly() -> None:
-    evil = "a | <script>alert(1)</script> ![x](http://x) \x1b[2J\nb"
+    evil = "a \\| \\[x](http://x) | <script>alert(1)</script> ![x](http://x) \x1b[2J\nb"
     found = record({evil: arm(1e-3, description=evil)}, refused={evil: evil}, command=f"`{evil}`")
     assert "\x1b" not in terminal(found)
     shown = markdown(found, evil)
     assert "<script>" not in shown.replace(command(found.command), "")
     assert "![x]" not in shown.replace(command(found.command), "")
     (row,) = [line for line in shown.splitlines() if line.startswith("| a ")]
-    assert row.replace("\\|", "").count("|") == 9
+    assert re.sub(r"\\.", "", row).count("|") == 9
 
 
 @given(value=st.floats(1e-6, 1e9))

@@ -106,6 +106,23 @@ def test_recompilations_are_counted_by_reason() -> None:
     assert [each.kind for each in find(observed(compiled=events))] == ["recompilation"]
 
 
+def test_recompilations_that_the_list_has_no_room_for_are_counted_too() -> None:
+    again = [compilation(10, recompile_reason=f"0/{number}: size of x{number % 12}") for number in range(60)]
+    found = CompileEvents.of(again).recompilations()
+    assert len(found) == 10
+    assert (found[-1].reason, found[-1].count) == ("other reasons", 15)
+    assert sum(each.count for each in found) == 60
+    assert len(CompileEvents.of(again[:10]).recompilations()) == 10
+
+
+@pytest.mark.parametrize("changes", [{}, {"item_us": {("/data.py", 5): 900.0}}], ids=["data wait", "slow __getitem__"])
+def test_waiting_for_data_is_not_mended_by_what_passes_batches_through(changes: dict[str, Any]) -> None:
+    """`prefetch` loads nothing ahead on the CPU, workers do."""
+    [found] = find(observed(data_wait_us=900.0, **changes))
+    assert "DataLoader(num_workers=...) loads beside the steps" in found.advice
+    assert "fasttrain.prefetch copies to a GPU" in found.advice
+
+
 def test_what_grows_names_what_holds_it_before_what_made_it() -> None:
     holder, joiner, maker, lesser = (("/train.py", line) for line in (3, 4, 5, 6))
     growing = {"growing_bytes": 5120.4, "staying": {lesser: 100, maker: 40_000}}

@@ -11,7 +11,7 @@ import pytest
 
 from fasttrain.cli import main
 from fasttrain.measure.profiling.file import profile_path, read_profile
-from fasttrain.measure.profiling.record import Finding
+from fasttrain.measure.profiling.record import PHASES, Finding
 from fasttrain.measure.profiling.text import profile_text
 from tests.conftest import REPOSITORY
 from tests.measure.profiling.test_record import a_profile
@@ -115,6 +115,11 @@ def test_a_program_is_split_in_the_order_of_a_step() -> None:
         ["4.5", "us", "45.0%", "of", "it:", "backward", "+", "optimizer"],
         ["4.0", "us", "40.0%", "of", "it:", "not", "attributed"],
     ]
+
+
+def test_a_program_that_took_no_time_has_no_shares() -> None:
+    phases = dict.fromkeys(PHASES, 10.0) | {"forward": 40.0, "program": 0.0}
+    assert "program" not in profile_text(replace(a_profile(), phases=phases, program={"forward": 0.0})).split()
 
 
 def test_a_terminal_is_not_told_what_to_do() -> None:

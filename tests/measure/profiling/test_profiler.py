@@ -3,6 +3,7 @@
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain import FastLoop, profile, resident
-from fasttrain.errors import ConfigError, DataError
+from fasttrain.errors import ConfigError, DataError, EngineError
+from fasttrain.measure.profiling import passes
 from fasttrain.measure.profiling.file import read_profile
-from fasttrain.measure.profiling.passes import CleanPass
+from fasttrain.measure.profiling.passes import CleanPass, TracePass
 from fasttrain.measure.profiling.phases import STEP, Phases, gap_phase
 from fasttrain.measure.profiling.profiler import Schedule, Session, Span
 from fasttrain.measure.profiling.record import PHASES, Profile
+from fasttrain.step.program import StepProgram
 from tests.measure.profiling.planted.parts import BATCH, Parts, Rows, endless, loader, loss_func
 
 
@@ -223,6 +226,28 @@ def test_the_stopwatch_gives_all_time_to_a_phase() -> None:
     assert phases.seconds == {"data wait": 11, "other": 2, "forward": 17, "backward": 15, "optimizer": 23, "metrics": 8}
 
 
+def test_a_loss_before_zero_grad_belongs_to_forward() -> None:
+    """forward, then the loss as a function, then zero_grad, backward, step."""
+    clock = Clock()
+    phases = Phases(clock)
+    with phases:
+        phases.start(is_marking=False)
+        for phase in ("data wait", "forward", "optimizer", "backward", "optimizer"):
+            with phases.range(phase):
+                clock.now += 1
+            clock.now += 0 if phase == "data wait" else 10
+        phases.step()
+        phases.stop()
+    assert phases.seconds == {
+        "other": 0,
+        "data wait": 1,
+        "forward": 1 + 10 + 10,
+        "backward": 1,
+        "optimizer": 2 + 10,
+        "metrics": 10,
+    }
+
+
 @given(before=st.sampled_from([*PHASES, STEP]), after=st.sampled_from([*PHASES, STEP]))
 @settings(deadline=None)
 def test_every_gap_has_a_phase(before: str, after: str) -> None:
@@ -239,6 +264,54 @@ def test_the_clean_pass_takes_the_median_window() -> None:
     clean.stop()
     assert clean.step_us == pytest.approx(0.25e6)
     assert clean.steps == 40
+
+
+def test_the_tracer_does_not_wait_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(passes, "wait", lambda: log.append("wait"))
+    phases = Phases()
+    with phases:
+        watch = TracePass(phases, tmp_path / "trace.json.gz")
+        watch.start()
+        for _ in range(3):
+            torch.ones(2).sum()
+            watch.step(1)
+            log.append("step")
+        watch.stop()
+    assert log == ["wait", "step", "step", "step", "wait"]
+
+
+@pytest.mark.parametrize(("step", "is_refused"), [(5, False), (6, True), (17, True), (23, True), (24, False)])
+def test_a_profile_of_two_engines_is_refused(step: int, is_refused: bool, tmp_path: Path) -> None:
+    """Passes of six steps: warming up, clean, phases, trace, and those that need no certain engine."""
+
+    def train() -> None:
+        parts = Parts()
+        with profile("auto", steps=6, out=tmp_path) as prof:
+            for number, (x, y) in enumerate(endless(parts.batches(), prof)):
+                parts.train_on(x, y)
+                if number == step:
+                    StepProgram([], None)  # pyright: ignore[reportArgumentType]
+
+    if is_refused:
+        with pytest.raises(EngineError, match=r"taken up while .* profile once the engine has settled"):
+            train()
+    else:
+        train()
+    assert len(list(tmp_path.rglob("auto.json"))) == (not is_refused)
+
+
+def test_reads_that_the_list_has_no_room_for_are_counted_too(tmp_path: Path) -> None:
+    lines, parts = 60, Parts()
+    read: dict[str, Any] = {}
+    exec(compile("def many(x):\n" + "    x.item()\n" * lines, str(tmp_path / "reads.py"), "exec"), read)
+    with profile("reads", steps=6, out=tmp_path) as prof:
+        for x, y in endless(parts.batches(), prof):
+            read["many"](parts.train_on(x, y))
+    reads = prof.result.counters.host_reads
+    assert len(reads) == 40
+    assert sum(each.per_step for each in reads) == lines
+    assert (reads[-1].file, reads[-1].line, reads[-1].per_step) == ("other places", 0, lines - 39)
 
 
 def test_passes_follow_each_other() -> None:

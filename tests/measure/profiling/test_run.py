@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 import types
 from dataclasses import replace
 from functools import partial
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fasttrain.errors import EngineError
 from fasttrain.measure.bench import arms
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm
 from fasttrain.measure.nvml import MIN_ENERGY_S
@@ -61,12 +64,56 @@ def test_counters_do_not_depend_on_how_fast_a_step_is(
     assert sum(read.per_step for read in fast.host_reads) == pytest.approx(reads)
 
 
+def test_figures_of_two_engines_are_not_joined(tmp_path: Path) -> None:
+    """One process was timed, another watched: `auto` may decide otherwise in the second."""
+    job = mlp_job(CPU, STEPS_IN_EPOCH * 128)
+    session, _ = run.watch_arm(job, partial(LoopArm, engine="eager"), "eager", tmp_path / "trace.json.gz")
+    timed = replace(TIMED, shares={"program": 0.8, "other": 0.2})
+    with pytest.raises(EngineError, match="timed ran by compiled program, those that were traced operator by operator"):
+        session.profile(timed, name="x", workload={}, command="profile")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_a_failed_process_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a compiler would run beside the next measurement."""
+    compiler = tmp_path / "compiler"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nsleep 30 &\necho $! >{compiler}\necho too bad >&2\nexit 3\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    given: dict[str, Any] = {
+        "source": "auto",
+        "workload": "mlp",
+        "device": "cpu",
+        "threads": 1,
+        "name": "x",
+        "command": "profile",
+    }
+    with pytest.raises(EngineError, match=r"auto cannot be profiled \(exit code 3\): too bad"):
+        run.run_profile(run.ProfileTask(**given, out=str(tmp_path)))
+    assert not is_running(int(compiler.read_text()))
+
+
+def is_running(process: int, within_s: float = 5.0) -> bool:
+    """Whether it still runs; it is given a moment to die of a signal that was sent."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":  # nobody has asked for its exit code yet
+            return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("workload", "source", "steps"),
     [
         ("mlp", "auto", STEPS_IN_EPOCH),
         ("mlp", "my_code:make_arm", 6),
         ("mlp", "textbook", 6),
+        ("mlp", "tuned", STEPS_IN_EPOCH),
         ("cnn", "auto", 6),
     ],
 )

@@ -119,6 +119,21 @@ def test_a_device_is_idle_for_a_reason(tmp_path: Path) -> None:
     assert found.copies == {"h2d": (1, 4096), "d2h": (0, 0)}
 
 
+def test_waiting_for_the_end_of_the_trace_is_no_fault_of_the_loop(tmp_path: Path) -> None:
+    """The host has queued all of two steps by 40; the rest is the device's, and the wait the instrument's."""
+    events = [
+        mark("step", 0),
+        mark("step", 20),
+        mark("step", 40),
+        op("cudaDeviceSynchronize", 41, 150, cat="cuda_runtime"),
+        *(op("kernel", begin, 20, tid=7, cat="kernel") for begin in (10, 50, 80, 160)),
+    ]
+    found = summary(tmp_path, events)
+    assert found.idle_us == {"host": 20, "launch gaps": 10 + 60, "data wait": 0, "synchronisation": 0}
+    assert found.wall_us == 180
+    assert sum(found.phases.values()) == 40
+
+
 def test_a_trace_without_marks_is_one_phase(tmp_path: Path) -> None:
     found = summary(tmp_path, [op("aten::add", 10, 5), op("aten::mul", 20, 10)])
     assert found.phases == {"other": 20}

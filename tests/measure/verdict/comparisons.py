@@ -37,15 +37,18 @@ ENVIRONMENT = {
 SPREAD = (0.0, 0.004, -0.006, 0.002, -0.001, 0.007, -0.004, 0.001, 0.005, -0.008)
 
 
-def arm(step_us: float, spread: Sequence[float] = SPREAD, **changes: Any) -> ArmRecord:
-    """An arm whose blocks take `step_us`, each of them longer by its part of `spread`."""
+def arm(
+    step_us: float, spread: Sequence[float] = SPREAD, excess: float | Sequence[float] = 0.0, **changes: Any
+) -> ArmRecord:
+    """An arm whose blocks take `step_us`, each of them longer by its part of `spread`, and by `excess` in all."""
+    excesses = [excess] * len(spread) if isinstance(excess, float) else excess
     blocks = tuple(
         BlockFigures(
             block=number,
             position=0,
             step_s=step_us * 1e-6 * (1 + each),
             steps=1000,
-            seconds=1.0,
+            seconds=step_us * 1e-3 * (1 + each) * (1 + more),
             rounds=20,
             samples_per_step=128,
             import_s=2.0,
@@ -53,7 +56,7 @@ def arm(step_us: float, spread: Sequence[float] = SPREAD, **changes: Any) -> Arm
             first_step_s=0.01,
             peak_bytes=1 << 20,
         )
-        for number, each in enumerate(spread)
+        for number, (each, more) in enumerate(zip(spread, excesses, strict=True))
     )
     return replace(ArmRecord(description="an arm", agreement=3e-7, tolerance=1e-5, blocks=blocks), **changes)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import benchmarks.peers
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, DataError
+from fasttrain.measure.bench.record import with_threads
 from fasttrain.measure.profiling.record import HostRead, Recompilation
 from fasttrain.measure.verdict.compare import PEERS, compare_arms
 from fasttrain.measure.verdict.sides import BenchArm
@@ -134,6 +135,7 @@ def test_blocks_that_only_one_arm_has_make_no_pair(tmp_path: Path) -> None:
     file = stored(tmp_path / "r.json", {"eager": arm(500), "auto": arm(400, SPREAD[:8])})
     found = compared(f"{file}:eager", f"{file}:auto")
     assert found.to_dict()["pairs"] == 8
+    assert "left out, as they make no pair: 2 of A's 10 blocks" in found.reasons
 
 
 def test_the_machines_noise_is_the_margin_where_it_is_above_one_percent(tmp_path: Path) -> None:
@@ -157,7 +159,28 @@ def test_a_machine_that_ran_at_half_its_speed_is_seen_through_the_shared_arm(tmp
     assert found.timing is not None
     assert found.timing.through == "textbook"
     assert found.timing.speedup == pytest.approx(400 / 9000 / (720 / 18000), rel=0.02)
-    assert any("through textbook" in reason for reason in found.reasons)
+    assert "measured at different times, and are judged through textbook" in found.reasons[0]
+    assert "not what changed between them" in found.reasons[0]
+    assert not any("left out" in reason for reason in found.reasons)
+
+
+def test_blocks_without_a_partner_in_the_other_result_are_told(tmp_path: Path) -> None:
+    textbook = arm(9000, SPREAD)
+    a = stored(tmp_path / "a.json", {"textbook": textbook, "auto": arm(400)})
+    short = replace(textbook, blocks=textbook.blocks[1:])
+    b = stored(tmp_path / "b.json", {"textbook": short, "auto": arm(300, SHUFFLED[:9])})
+    found = compared(a, b)
+    assert found.to_dict()["pairs"] == 8, "block 1 lacks the textbook, block 10 the arm"
+    assert "left out, as they make no pair: 2 of A's 10 blocks and 1 of B's 9 blocks" in found.reasons
+
+
+def test_repeats_are_told_by_their_reason(tmp_path: Path) -> None:
+    quiet, loud = arm(500).blocks[:2], tuple(replace(block, flags=("load",)) for block in arm(500).blocks[:1])
+    arms = {"eager": arm(500, repeated=(*loud, *quiet)), "auto": arm(400, SHUFFLED, repeated=loud)}
+    file = stored(tmp_path / "r.json", arms)
+    found = compared(f"{file}:eager", f"{file}:auto")
+    assert "A: attempts that were repeated: 1 for a flag of their own, 2 for another arm of the block" in found.reasons
+    assert "B: attempts that were flagged and repeated: 1" in found.reasons
 
 
 def test_the_verdict_of_a_users_own_arm(tmp_path: Path) -> None:
@@ -316,6 +339,35 @@ def test_a_profile_of_something_else_explains_nothing(tmp_path: Path) -> None:
         compared(f"{file}:eager", f"{file}:auto", profiles=(a, a))
 
 
+def test_an_arm_with_threads_of_its_own_is_explained_by_a_profile_with_as_many(tmp_path: Path) -> None:
+    label = with_threads("textbook", 4)
+    file = stored(tmp_path / "r.json", {"textbook": arm(9000), label: arm(6000, SHUFFLED)})
+    one, four = (
+        stored_profile(
+            tmp_path / f"{threads}.json",
+            replace(
+                profile(OPERATORS, name="textbook"),
+                workload={**WORKLOAD, "arm": "textbook"},
+                environment={**ENVIRONMENT, "threads": threads},
+            ),
+        )
+        for threads in (1, 4)
+    )
+    sides = f"{file}:textbook", f"{file}:{label}"
+    found = compared(*sides, profiles=(one, four))
+    assert found.outcome == "FASTER"
+    assert [(each.name, each.a, each.b, each.is_fatal) for each in found.differences] == [("threads", "1", "4", False)]
+    with pytest.raises(ConfigError, match=r"1\.json is no profile of textbook, 4 threads: threads 1 instead of 4"):
+        compared(*sides, profiles=(one, one))
+
+
+def test_other_threads_in_all_arms_are_not_comparable(tmp_path: Path) -> None:
+    arms = {"textbook": arm(9000), "auto": arm(400)}
+    design = replace(record(arms).design, threads=4)
+    a, b = stored(tmp_path / "a.json", arms), stored(tmp_path / "b.json", arms, design=design)
+    assert compared(a, b).outcome == "NOT COMPARABLE"
+
+
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
     file = stored(tmp_path / "r.json", {"eager": arm(500)}, refused={"jax": "jax is not installed"})
     a_profile = stored_profile(tmp_path / "p.json", profile(OPERATORS))
@@ -333,8 +385,9 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
         compared(tmp_path / "nowhere.json", file)
 
 
-def test_times_beyond_all_sense_are_refused(tmp_path: Path) -> None:
-    file = stored(tmp_path / "r.json", {"eager": arm(1e23), "auto": arm(1e-300)})
+@pytest.mark.parametrize(("a_us", "b_us"), [(1e20, 1e-300), (500, 5e-318)])
+def test_times_beyond_all_sense_are_refused(tmp_path: Path, a_us: float, b_us: float) -> None:
+    file = stored(tmp_path / "r.json", {"eager": arm(a_us), "auto": arm(b_us)})
     with pytest.raises(DataError, match="cannot be times of one job"):
         compared(f"{file}:eager", f"{file}:auto")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from fasttrain.cli import main
+from fasttrain.commands.compare import Compare
 from fasttrain.comparison import EXIT_CODES
 from fasttrain.measure.profiling.record import HostRead
+from fasttrain.measure.verdict.stats import FEWEST_PAIRS
 from tests.commands import strict_json
 from tests.measure.verdict.comparisons import SPREAD, arm, profile, stored, stored_profile
 from tests.pages.browser import Page
@@ -85,13 +88,51 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(
     monkeypatch.setattr("fasttrain.measure.verdict.revisions.compare_revisions", measure)
     monkeypatch.setattr("fasttrain.commands.compare.compare", measure)
     for path, said in (
-        (tmp_path / "no" / "page.html", f"there is no folder {tmp_path / 'no'}"),
-        (results / "page.html", f"there is no folder {results}"),
+        (results / "page.html", f"cannot be written: {results} is no folder"),
         (tmp_path, "is a folder"),
     ):
         for asked in (["--rev", "main~1", "main"], [str(results), str(results)]):
             assert main(["compare", *asked, "--html", str(path)]) == 2
-            assert f"{path}: the page cannot be written: {said}" in capsys.readouterr().err
+            assert f"{path}: {said}" in capsys.readouterr().err
+
+
+def test_no_page_takes_the_place_of_what_is_compared(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explained = stored_profile(tmp_path / "p.json", profile(OPERATORS))
+    link = tmp_path / "link.json"
+    link.symlink_to(results)
+    before = results.read_bytes(), explained.read_bytes()
+    sides = [f"{results}:eager", str(results)]
+    for asked in (
+        [*sides, "--html", str(results)],
+        [*sides, "--html", str(link)],
+        [*sides, "--profiles", str(explained), str(explained), "--html", str(explained)],
+        [str(results), "--html", str(results)],
+    ):
+        assert main(["compare", *asked]) == 2
+        assert f"--html {asked[-1]} is a file that is compared: name another one" in capsys.readouterr().err
+    assert (results.read_bytes(), explained.read_bytes()) == before
+
+
+def test_an_interrupt_while_it_is_told_costs_no_page(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasttrain.commands.compare.print_line", interrupt)
+    options = Compare(sides=(f"{results}:eager", str(results)), html=tmp_path / "new" / "page.html")
+    with pytest.raises(KeyboardInterrupt):
+        options.execute([])
+    assert "FASTER" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_help_tells_how_many_blocks_a_verdict_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"with fewer than {math.ceil(FEWEST_PAIRS / 2)}, no verdict can be reached" in shown
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, which is a disk without room")

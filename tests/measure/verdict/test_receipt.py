@@ -77,6 +77,8 @@ def test_a_receipt_tells_how_many_times_faster() -> None:
         ("auto, fp32", "tuned eager"): 10,
         ("auto, bf16", "tuned eager"): 20,
     }
+    ends = [end / each.speedup for each in made.ratios for end in (each.low, each.high) if end is not None]
+    assert ends == pytest.approx([1.0] * 2 * len(made.ratios)), "every round is alike"
     assert made.arms["textbook"].samples_per_s == pytest.approx(1e4)
     assert made.arms["auto, fp32"].loss_difference == pytest.approx(1e-6)
     assert made.arms["auto, bf16"].loss_difference == pytest.approx(0.02)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fasttrain.cli import main
+from fasttrain.commands.compare import Compare
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, EngineError
 from fasttrain.measure.bench.messages import ArmTask, Started
@@ -299,6 +300,20 @@ def test_verdict_and_page_are_there_though_the_record_finds_no_room(
     assert printed.out.startswith("SLOWER")
     assert "the record cannot be written: No space left on device" in printed.err
     assert "SLOWER" in page.read_text(encoding="utf-8")
+
+
+def test_an_interrupt_while_it_is_told_costs_no_record(
+    measurable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasttrain.commands.compare.print_line", interrupt)
+    options = Compare(rev=("main~1", "main"), arm="code:make_arm", out=tmp_path / "live.json")
+    with pytest.raises(KeyboardInterrupt):
+        options.execute([])
+    monkeypatch.undo()
+    assert main(["compare", str(tmp_path / "live.json")]) == 1
 
 
 def test_files_that_hold_no_two_revisions(measurable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
