@@ -32,6 +32,7 @@ from fasttrain.step.state import StepState
 from fasttrain.step.torch_private import (
     has_gradient_hooks,
     has_onednn_lstm,
+    is_changed,
     prepare_for_inductor,
     trace_graph,
     without_onednn,
@@ -347,6 +348,12 @@ def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
         node.replace_all_uses_with(lifted[id(tensor)][1])
         graph.graph.erase_node(node)
     graph.recompile()
+    for tensor, node in lifted.values():
+        if is_changed(graph, node):
+            raise EngineError(
+                f"forward changes a tensor of shape {list(tensor.shape)} that is no buffer of the model: register it "
+                "as one (register_buffer), or it could not be brought back when a program is compared with eager"
+            )
     return [tensor for tensor, _ in lifted.values()]
 
 

@@ -227,6 +227,22 @@ def test_a_number_that_forward_counts_outside_is_refused_and_stays() -> None:
     assert count == 0
 
 
+@pytest.mark.parametrize("is_view", [False, True])
+def test_a_tensor_that_forward_changes_must_be_a_buffer(is_view: bool) -> None:
+    mean = torch.zeros(2, 3)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        output = model(batch[0])
+        held = mean[1] if is_view else mean
+        held.lerp_(output.detach().mean(0), 0.1)
+        return MLP.loss(output + mean.mean(0), batch[1])
+
+    spec, batch = started(MLP, SGD)
+    with pytest.raises(EngineError, match=r"changes a tensor of shape \[2, 3\] that is no buffer"):
+        trace_step(with_forward(spec, forward), batch)
+    assert not mean.any()
+
+
 DRAWS: dict[str, Callable[[], float]] = {"Python": random.random, "numpy": np.random.rand}
 
 

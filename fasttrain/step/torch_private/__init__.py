@@ -6,6 +6,7 @@ Each function has a canary in tests/step/test_torch_private.py, test_torch_objec
 from fasttrain.step.torch_private.graphs import (
     global_module_hooks,
     has_onednn_lstm,
+    is_changed,
     prepare_for_inductor,
     reported_as_compiling,
     trace_graph,
@@ -42,6 +43,7 @@ __all__ = [
     "global_module_hooks",
     "has_gradient_hooks",
     "has_onednn_lstm",
+    "is_changed",
     "lacks_resources",
     "module_tables",
     "note_step",

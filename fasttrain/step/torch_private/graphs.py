@@ -25,6 +25,7 @@ from fasttrain.errors import EngineError
 __all__ = [
     "global_module_hooks",
     "has_onednn_lstm",
+    "is_changed",
     "prepare_for_inductor",
     "reported_as_compiling",
     "trace_graph",
@@ -177,6 +178,19 @@ def reported_as_compiling() -> Generator[None]:
 def global_module_hooks() -> list[dict[int, Any]]:
     """The dicts that hold the hooks of all modules' forward and backward."""
     return [_global_forward_pre_hooks, _global_forward_hooks, _global_backward_pre_hooks, _global_backward_hooks]
+
+
+def is_changed(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Whether a graph writes to what one of its nodes gives, or to a view of that."""
+    aliases = {node}
+    for each in graph.graph.nodes:
+        schema = getattr(each.target, "_schema", None)
+        for argument, given in zip([] if schema is None else schema.arguments, each.args, strict=False):
+            if isinstance(given, torch.fx.Node) and given in aliases and argument.alias_info is not None:
+                if argument.alias_info.is_write:
+                    return True
+                aliases.add(each)
+    return False
 
 
 def has_onednn_lstm(graph: torch.fx.GraphModule) -> bool:
