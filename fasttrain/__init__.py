@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fasttrain.data.stream import Prefetcher, prefetch
     from fasttrain.errors import ConfigError, DataError, DeviceError, EngineError, FasttrainError, RunError
     from fasttrain.history import EpochResult, History
-    from fasttrain.loop import FastLoop
+    from fasttrain.loop import FastLoop, FitState, Interrupted
     from fasttrain.measure.host_reads import count_host_reads
     from fasttrain.measure.profiling.profiler import profile
     from fasttrain.metrics import RunningMetrics
@@ -23,7 +23,9 @@ __all__ = [
     "EpochResult",
     "FastLoop",
     "FasttrainError",
+    "FitState",
     "History",
+    "Interrupted",
     "Prefetcher",
     "Ragged",
     "ResidentBatches",
@@ -42,7 +44,7 @@ _MODULES = {
     "data.stream": ["Prefetcher", "prefetch"],
     "errors": ["ConfigError", "DataError", "DeviceError", "EngineError", "FasttrainError", "RunError"],
     "history": ["EpochResult", "History"],
-    "loop": ["FastLoop"],
+    "loop": ["FastLoop", "FitState", "Interrupted"],
     "measure.host_reads": ["count_host_reads"],
     "measure.profiling.profiler": ["profile"],
     "metrics": ["RunningMetrics"],

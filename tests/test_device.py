@@ -2,9 +2,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from fasttrain import TrainStep
 from fasttrain import device as module
-from fasttrain.device import choose_precision, cpp_compiler, cpu_features, cpu_name, resolve_device, versions
+from fasttrain.device import (
+    choose_precision,
+    cpp_compiler,
+    cpu_features,
+    cpu_name,
+    free_bytes,
+    resolve_device,
+    versions,
+)
 from fasttrain.errors import ConfigError, DeviceError
 
 CPU = torch.device("cpu")
@@ -93,3 +103,18 @@ def test_a_missing_compiler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_versions_name_what_figures_depend_on() -> None:
     assert set(versions()) >= {"fasttrain", "python", "torch", "numpy"}
+
+
+def test_memory_that_files_are_cached_in_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal:  100 kB\nMemFree:  10 kB\nMemAvailable:  70 kB\n")
+    monkeypatch.setattr(module, "MEMINFO", told)
+    assert free_bytes(torch.device("cpu")) == 70 * 1024
+    told.write_text("MemTotal:  100 kB\nMemFree:  10 kB\n")
+    assert (free_bytes(torch.device("cpu")) or 1e9) > 1e6  # what the system tells besides
+
+
+def test_a_model_on_another_kind_of_device_is_refused() -> None:
+    model = nn.Linear(2, 1, device="meta")
+    with pytest.raises(DeviceError, match="device 'meta' is not supported: use auto, cpu, cuda or cuda:N"):
+        TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=nn.MSELoss())

@@ -7,7 +7,7 @@ import fasttrain
 
 PUBLIC = """
 ConfigError DataError DeviceError EngineError EpochResult FastLoop FasttrainError History Prefetcher Ragged
-ResidentBatches RunError RunningMetrics TrainStep count_host_reads prefetch profile resident
+FitState Interrupted ResidentBatches RunError RunningMetrics TrainStep count_host_reads prefetch profile resident
 """.split()
 
 

@@ -110,3 +110,11 @@ def test_a_view_of_the_scored_logits_counts_as_them() -> None:
     with LossObserver() as observer:
         F.binary_cross_entropy_with_logits(logits.squeeze(1), BINARY)
     assert observer.rule(logits.squeeze(), BINARY) == "logit"
+
+
+def test_metrics_of_a_users_own_loop_have_the_accuracy_that_is_asked_for() -> None:
+    predictions, targets = torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])
+    metrics = RunningMetrics("cpu", accuracy="argmax")
+    metrics.update(torch.tensor(0.5), predictions, targets)
+    assert metrics.compute().accuracy == pytest.approx(50.0)
+    assert RunningMetrics("cpu").compute().accuracy is None

@@ -55,6 +55,9 @@ def resident(
         seed: of the order.
         drop_last: leave out a last batch that would be shorter.
 
+    Returns:
+        An iterable; each pass over it is one epoch, in an order of its own.
+
     Raises:
         ConfigError: the batch size is not positive, or leaves no batch at all.
         DataError: no rows, columns of unequal length, or a column that is not numbers.
@@ -159,7 +162,9 @@ class ResidentBatches:
     def _batches_of(self, column: Tensor | RaggedTable, rows: Tensor, host_rows: np.ndarray) -> Sequence[Any]:
         if isinstance(column, RaggedTable):
             return column.gather(rows, host_rows, self.batch_size)
-        return column.index_select(0, rows).split(self.batch_size)
+        # Unshuffled rows come one after the other: a view of them takes no memory.
+        found = column.index_select(0, rows) if self._shuffle else column[host_rows[0] : host_rows[-1] + 1]
+        return found.split(self.batch_size)
 
 
 class ResidentEpoch:
@@ -287,5 +292,11 @@ def _place(column: Column, device: torch.device) -> Tensor | RaggedTable:
     if isinstance(column, Ragged):
         return RaggedTable(column.values.cpu().numpy(), column.offsets.cpu().numpy(), device)
     if isinstance(column, np.ndarray):
-        column = torch.from_numpy(np.require(column, requirements=("C", "W")))
+        try:
+            column = torch.from_numpy(np.require(column, requirements=("C", "W")))
+        except TypeError as error:
+            raise DataError(
+                f"an array of dtype {column.dtype}: a resident table holds numbers only; convert the column or leave "
+                "it out"
+            ) from error
     return torch.as_tensor(column).to(device)

@@ -2,6 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 from fasttrain.data.batch import num_samples
 from fasttrain.data.ragged import Ragged
@@ -27,6 +28,7 @@ ROWS = torch.zeros(5, 2)
         Pair("a", ROWS),
         {"id": "text", "nested": (None, {"x": ROWS})},
         {"x": Ragged(torch.zeros(99), torch.arange(6))},
+        (pack_sequence([torch.zeros(length, 2) for length in (4, 3, 3, 2, 1)]), torch.zeros(7)),
     ],
 )
 def test_samples_are_rows_of_the_first_tensor(batch: object) -> None:

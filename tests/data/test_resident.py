@@ -197,3 +197,15 @@ def test_an_unshuffled_epoch_begins_again_whatever_was_taken_of_the_last() -> No
     assert rows_of(first) == [[4, 5]]
     third = iter(batches)
     assert next(third)[0].data_ptr() == next(first.again())[0].data_ptr()
+
+
+def test_an_array_of_text_is_refused() -> None:
+    with pytest.raises(DataError, match="dtype object: a resident table holds numbers only"):
+        resident(np.array(["a", "b"], dtype=object), batch_size=1, device="cpu")
+
+
+def test_unshuffled_batches_are_views_of_the_data() -> None:
+    data = torch.arange(10.0)
+    batches = [batch for (batch,) in resident(data, batch_size=4, device="cpu", shuffle=False, drop_last=False)]
+    assert [batch.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [batch.data_ptr() - data.data_ptr() for batch in batches] == [0, 16, 32]
