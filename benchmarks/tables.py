@@ -35,7 +35,10 @@ BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
 
 MAIN_ARMS = ("auto", "graphed", "compiled", "eager")
-"""The first of them that was measured is shown in the top README: what a user gets who asks for nothing."""
+"""The first of them that was measured is shown in the top README, beside `DROP_IN`: what a user gets who asks for
+nothing else than resident data."""
+
+DROP_IN = "drop-in"
 
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
 """In the order of the tables; others follow."""
@@ -180,12 +183,12 @@ def benchmarks_page(found: Found) -> str:
 
 
 def headline(found: Found) -> str:
-    """The table of the top README: a row each training, and under what they were measured."""
+    """The table of the top README: a row or two each training, and under what they were measured."""
     trainings, _, _ = found
     if not trainings:
         return NO_RECORDS.lstrip()
     columns = ["job", "arm", "samples/s", "times textbook", "times tuned", "times JAX"]
-    rows = [row for record in trainings if (row := main_row(record)) is not None]
+    rows = [row for record in trainings for row in main_rows(record)]
     machines: dict[str, list[str]] = {}
     for record in trainings:
         machines.setdefault(machine_of(record.environment), []).append(f"{job(record)}: {text(measured(record))}")
@@ -193,16 +196,18 @@ def headline(found: Found) -> str:
     return f"{table(columns, rows, num_left=2)}\n{conditions}"
 
 
-def main_row(record: BenchRecord) -> list[str] | None:
-    """The main arm of a training; a ratio's range stands behind it. None: it was not measured."""
+def main_rows(record: BenchRecord) -> list[list[str]]:
+    """The main arm of a training and the drop-in, where they were measured; a ratio's range stands behind it."""
     arms = {arm.label: arm for arm in summarise(record)}
-    label = next((label for label in MAIN_ARMS if label in arms), None)
-    if label is None:
-        return None
+    main = next((label for label in MAIN_ARMS if label in arms), DROP_IN)
     others = [fastest(record, kind) for kind in ("textbook", "tuned", "jax")]
-    ratios = [None if other is None else arms[label].ratios.get(other) for other in others]
-    cells = ["" if ratio is None else ranged(ratio, "x") for ratio in ratios]
-    return [job(record), label, number(arms[label].rate.median), *cells]
+    rows: list[list[str]] = []
+    for label in dict.fromkeys([main, DROP_IN]):
+        if label in arms:
+            ratios = [None if other is None else arms[label].ratios.get(other) for other in others]
+            cells = ["" if ratio is None else ranged(ratio, "x") for ratio in ratios]
+            rows.append([job(record), label, number(arms[label].rate.median), *cells])
+    return rows
 
 
 def job(record: BenchRecord) -> str:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasttrain.data.resident import Span
+from fasttrain.data.resident import ResidentBatches, ResidentEpoch, Span
+from fasttrain.data.stream import prefetch
 from fasttrain.loop import FastLoop
 from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, ArmFactory
 from fasttrain.measure.bench.rounds import SLICE_S
 from fasttrain.metrics import count_correct
-from fasttrain.reference import train_epoch
+from fasttrain.reference import compute_loss, train_epoch
 from fasttrain.step.parity import Snapshot
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.review_job import ReviewJob
@@ -134,7 +135,7 @@ class TunedArm:
 
 
 class LoopArm:
-    """`FastLoop` over resident batches, an epoch a call where that is short enough, else its step, some at a call.
+    """`FastLoop`, an epoch a call where that is short enough, else its step, some at a call.
 
     With "auto", "compiled" and "graphed", the second call waits until it is decided what runs the steps, as it is early
     in a long job. The job is then put back to its start, so that what gives the checked losses is what is timed.
@@ -143,17 +144,26 @@ class LoopArm:
         job: what it trains.
         engine: of the loop.
         precision: of the forward pass.
+        is_drop_in: over the textbook's own model, Dataset and DataLoader, not over resident batches.
 
     Raises:
         EngineError: the engine cannot run here.
     """
 
-    def __init__(self, job: Job, *, engine: str, precision: str = "fp32") -> None:
-        self.description = f"FastLoop, engine {engine}, resident batches"
+    def __init__(self, job: Job, *, engine: str, precision: str = "fp32", is_drop_in: bool = False) -> None:
         self._job = job
-        model = job.model()
-        self._loop = FastLoop(model, job.optimizer(model), job.forward, engine=engine, precision=precision)
-        self._batches = job.batches()
+        if is_drop_in:
+            self.description = f"FastLoop, engine {engine}, in place of the book's loop: its model, Dataset, DataLoader"
+            model, optimizer, loss = job.textbook_model()
+            forward = partial(_textbook_forward, loss)
+            self._source: ResidentBatches | _TextbookBatches = _TextbookBatches(job)
+            self._batches: Any = prefetch(self._source, job.device)
+        else:
+            self.description = f"FastLoop, engine {engine}, resident batches"
+            model = job.model()
+            optimizer, forward = job.optimizer(model), job.forward
+            self._source = self._batches = job.batches()
+        self._loop = FastLoop(model, optimizer, forward, engine=engine, precision=precision)
         self._first_epoch = iter(self._batches)
         self._checked = CheckedSteps()
         self._launches = self._launch_after_launch()
@@ -177,7 +187,7 @@ class LoopArm:
         """See `Arm.step`; an epoch in one go, or a part of a long one. Steps that are put back do not count."""
         if self._checked.is_enough:
             self._begin_again_if_due()
-            is_long = self._checked.steps_in(EPOCH_S) < len(self._batches)
+            is_long = self._checked.steps_in(EPOCH_S) < len(self._source)
             steps = self._part_of_epoch() if is_long else self._loop.train(self._batches).batches
             self._steps += steps
             return steps
@@ -200,7 +210,7 @@ class LoopArm:
         tensors, device = [*_tensors(self._loop.model), *_state(self._loop.optimizer)], self._loop.step.device
         if self._early is None:
             self._early = Snapshot.of(tensors, device)
-        elif self._steps >= EPOCHS * len(self._batches):
+        elif self._steps >= EPOCHS * len(self._source):
             self._early.restore(tensors, device)
             self._steps = 0
 
@@ -223,11 +233,14 @@ class LoopArm:
     def _checked_steps(self) -> int:
         """One step, or as many as the loop would run as one."""
         step = self._loop.step
-        span = self._first_epoch.take(step.span) if step.span > 1 else None
+        epoch = self._first_epoch
+        span = epoch.take(step.span) if step.span > 1 and isinstance(epoch, ResidentEpoch) else None
         steps = 1 if span is None else span.steps
         with self._checked.timing(steps):
             losses = step(self._first_batch()) if span is None else step.steps(span)
             self._checked.losses += losses.reshape(-1).tolist()  # HOST READ: of the first steps, which are checked
+        if self._checked.is_enough:
+            self._first_epoch = iter(())  # it is not gone on with
         return steps
 
     def _first_batch(self) -> Any:
@@ -241,9 +254,36 @@ class LoopArm:
         self._loop.step.settle(self._batches)
         start.put_back(self._loop)
         self._start = None
-        self._batches.set_epoch(0)
+        self._source.set_epoch(0)
         self._first_epoch = iter(self._batches)
         self._checked = CheckedSteps()
+
+
+class _TextbookBatches:
+    """The textbook's batches as an iterable of one epoch after the other, each from its own DataLoader."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._epoch = 0
+        self._num_batches = len(job.order(0)) // job.batch_size
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self._job.order(self._epoch).tolist()
+        self._epoch += 1
+        return iter(self._job.textbook_batches(order))
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+
+def _textbook_forward(loss_func: nn.Module, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The book's forward pass and loss, for `FastLoop`."""
+    x, y = (batch["x_data"], batch["y_target"]) if isinstance(batch, dict) else batch
+    y_pred = model(x)
+    return compute_loss(loss_func, y_pred, y), y_pred, y
 
 
 class _Start:
@@ -340,5 +380,6 @@ def _all_dense_batches(job: ReviewJob) -> Iterator[dict[str, Tensor]]:
 CORE_ARMS: dict[str, ArmFactory] = {
     "textbook": TextbookArm,
     "tuned": TunedArm,
+    "drop-in": partial(LoopArm, engine="auto", is_drop_in=True),
     **{engine: partial(LoopArm, engine=engine) for engine in ("eager", "torch-compile", "compiled", "auto", "graphed")},
 }

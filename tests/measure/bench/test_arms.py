@@ -50,7 +50,12 @@ def job(request: pytest.FixtureRequest) -> Job:
     return request.param()
 
 
-@pytest.mark.parametrize("make_arm", [TunedArm, partial(LoopArm, engine="eager")], ids=["tuned", "eager"])
+DROP_IN = partial(LoopArm, engine="auto", is_drop_in=True)
+
+
+@pytest.mark.parametrize(
+    "make_arm", [TunedArm, partial(LoopArm, engine="eager"), DROP_IN], ids=["tuned", "eager", "drop-in"]
+)
 def test_arms_give_the_textbooks_losses_over_epochs(make_arm: Callable[[Job], Arm], job: Job) -> None:
     textbook, arm = TextbookArm(job), make_arm(job)
     for each in (textbook, arm):
@@ -140,6 +145,20 @@ def assert_trained_as(arm: LoopArm, job: Job, *, epochs: Iterable[int]) -> None:
     model, _ = trained(job, epochs)
     found = [parameter.detach() for parameter in arm._loop.model.parameters()]
     torch.testing.assert_close(found, [parameter.detach() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("epoch_s", [0.0, 1e9], ids=["in parts", "whole"])
+def test_a_drop_in_trains_the_textbooks_own_batches(epoch_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "EPOCH_S", epoch_s)
+    monkeypatch.setattr(arms, "PASS_S", 0.0)
+    job = small_mlp()
+    made: list[list[int]] = []
+    plain = type(job).textbook_batches
+    monkeypatch.setattr(type(job), "textbook_batches", lambda self, order: (made.append(order), plain(self, order))[1])
+    arm = LoopArm(job, engine="eager", is_drop_in=True)
+    run(arm, CHECKED_STEPS + STEPS_IN_EPOCH)
+    assert made == [job.order(epoch).tolist() for epoch in range(4)]
+    assert_trained_as(arm, job, epochs=(0, 1, 2, 3))
 
 
 def test_auto_is_given_steps_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
