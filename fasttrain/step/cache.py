@@ -90,8 +90,7 @@ class ProgramCache:
             known = json.loads(record.read_text(encoding="utf-8"))
             is_whole = known["format"] == FORMAT and known["sha256"] == _sha256(package)
             if is_whole:
-                with suppress(OSError):  # on a read-only file system it stays as old as it is
-                    os.utime(record)
+                _touch(record)
                 return package
         except (OSError, ValueError, KeyError, TypeError):
             pass  # it is damaged, or another process has removed it meanwhile
@@ -217,3 +216,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _partial(path: Path) -> Path:
     """A name beside `path` that no other process or thread uses."""
     return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{time.monotonic_ns()}.partial")
+
+
+def _touch(record: Path) -> None:
+    """Notes that it was used; on a read-only file system it stays as old as it is."""
+    try:
+        os.utime(record)
+    except FileNotFoundError:  # another process has removed it
+        raise
+    except OSError:
+        pass

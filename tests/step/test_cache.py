@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -259,6 +260,16 @@ def test_an_entry_removed_by_another_process_meanwhile_is_no_error(
 
     monkeypatch.setattr(cache_module, "_sha256", removed_meanwhile)
     assert cache.find("a") is None
+
+
+def test_an_entry_serves_where_its_use_cannot_be_noted(cache: ProgramCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(cache, "a")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr(cache_module.os, "utime", refuse)
+    assert cache.find("a") is not None
 
 
 def test_two_at_once_see_whole_programs_or_none(cache: ProgramCache) -> None:
