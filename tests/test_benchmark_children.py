@@ -25,9 +25,9 @@ end, seen = time.perf_counter() + float(sys.argv[1]), set()
 while time.perf_counter() < end:
     with open("/proc/self/stat") as file:
         seen.add(int(file.read().rsplit(")", 1)[1].split()[36]))
-print(len(seen))
+print(*seen)
 """
-"""Keeps a core busy for so many seconds, and prints how many cores it was on."""
+"""Keeps a core busy for so many seconds, and prints which cores it was on."""
 
 
 def test_a_failed_command_is_an_error(tmp_path: Path) -> None:
@@ -39,7 +39,8 @@ def test_a_failed_command_is_an_error(tmp_path: Path) -> None:
 def test_two_processes_run_at_once_and_trade_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "peak_mb", lambda _: 1.0)  # which hides behind the tests' own
     first, second = run_side_by_side([Command(["-c", BUSY, seconds], tmp_path) for seconds in ("0.5", "1.5")])
-    assert (first.output, second.output) == ("2\n", "2\n")
+    traded = set(sorted(os.sched_getaffinity(0))[-2:])  # they may have begun on another one
+    assert all(traded <= set(map(int, each.output.split())) for each in (first, second))
     assert 0.5 < first.seconds < second.seconds
     assert second.seconds > 1.5
 
