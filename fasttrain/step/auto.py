@@ -168,7 +168,7 @@ class AutoEngine:
             if self._run == self._wait_for_program and self._pending is not None:
                 with suppress(EngineError):  # the step that looks at the child deals with it
                     self._pending.wait()
-            is_decided = self._run in (self._replay, self._programs.step)
+            is_decided = self._run in (self._replay, self._programs.step, self._run_short_of_steps)
             if is_decided and (self._launches.is_settled or not has_spans or not len(self._programs)):
                 break
         self._is_settling = False
@@ -321,6 +321,7 @@ class AutoEngine:
     def _conclude(self, eager_s: float, program_s: float) -> None:
         assert self._pending is not None
         is_faster = program_s < MARGIN * eager_s
+        self._eager_times = [eager_s]  # beside the program, not some time before: the machine's speed may differ
         measured = f"measured {program_s * 1e6:.0f} us a step, eager {eager_s * 1e6:.0f} us"
         self._remember(program_us=program_s * 1e6, refused=None if is_faster else f"not faster: {measured}")
         traced = self._pending.traced

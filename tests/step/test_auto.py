@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,24 @@ def test_a_program_that_is_not_faster_is_dropped(lab: Lab, program_s: float) -> 
     assert lab.replayed == replayed
     assert len(lab.begun) == 1
     assert lab.begun[0].is_closed
+
+
+def test_what_is_remembered_of_eager_was_measured_beside_the_program(lab: Lab) -> None:
+    lab.eager_s = 60e-6
+    job = Job().run(MEASURED + auto.POLL_STEPS)
+    lab.eager_s, lab.is_ready = 100e-6, True  # the machine is slower now
+    job.run(2 * auto.POLL_STEPS + 2 * TRIAL)
+    assert job.engine == "compiled"
+    [verdict] = lab.remembered
+    assert (verdict.eager_us, verdict.program_us) == (pytest.approx(100.0), pytest.approx(50.0))
+
+
+def test_settle_ends_where_a_program_is_known_not_to_pay(lab: Lab) -> None:
+    lab.known[8] = replace(KNOWN, program_us=110.0)
+    job = Job(0)
+    job.step.settle(batches(8))
+    assert not lab.begun
+    assert lab.now < 2 * MEASURED * lab.eager_s
 
 
 def test_what_an_earlier_run_refused_is_not_traced(lab: Lab) -> None:
