@@ -21,7 +21,7 @@ from fasttrain.loop import FastLoop
 from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, ArmFactory
 from fasttrain.measure.bench.rounds import SLICE_S
 from fasttrain.metrics import count_correct
-from fasttrain.reference import compute_loss, train_epoch
+from fasttrain.reference import compute_loss, train_epoch, unpack_batch
 from fasttrain.step.parity import Snapshot
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.review_job import ReviewJob
@@ -155,7 +155,7 @@ class LoopArm:
         if is_drop_in:
             self.description = f"FastLoop, engine {engine}, in place of the book's loop: its model, Dataset, DataLoader"
             model, optimizer, loss = job.textbook_model()
-            forward = partial(_textbook_forward, loss)
+            forward = partial(_textbook_forward, loss, job.device)
             self._source: ResidentBatches | _TextbookBatches = _TextbookBatches(job)
             self._batches: Any = prefetch(self._source, job.device)
         else:
@@ -279,9 +279,11 @@ class _TextbookBatches:
         self._epoch = epoch
 
 
-def _textbook_forward(loss_func: nn.Module, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _textbook_forward(
+    loss_func: nn.Module, device: torch.device, model: nn.Module, batch: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """The book's forward pass and loss, for `FastLoop`."""
-    x, y = (batch["x_data"], batch["y_target"]) if isinstance(batch, dict) else batch
+    x, y = unpack_batch(batch, device)
     y_pred = model(x)
     return compute_loss(loss_func, y_pred, y), y_pred, y
 
