@@ -22,8 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-ARMS = ("textbook", "tuned", "eager", "compiled", "graphed")
-"""Not `auto`, which is eager on CUDA."""
+ARMS = ("textbook", "tuned", "eager", "compiled", "graphed", "auto")
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
 PROFILED = ("textbook", "auto")
 

@@ -70,6 +70,11 @@ class RaggedTable:
         return len(self._host_lengths)
 
     @property
+    def longest(self) -> int:
+        """Entries of the longest row."""
+        return int(self._host_lengths.max(initial=0))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the rows take on their device."""
         return int(self._host_offsets[-1]) * 4 + self._host_offsets.nbytes

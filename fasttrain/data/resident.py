@@ -159,6 +159,11 @@ class ResidentBatches:
         """The data itself, on the device: all rows, in their own order."""
         return [column.all_rows if isinstance(column, RaggedTable) else column for column in self._columns]
 
+    @property
+    def longest(self) -> int:
+        """Entries of the longest row of a column whose rows are of unequal length; 0 where there is none."""
+        return max((column.longest for column in self._columns if isinstance(column, RaggedTable)), default=0)
+
     def _batches_of(self, column: Tensor | RaggedTable, rows: Tensor, host_rows: np.ndarray) -> Sequence[Any]:
         if isinstance(column, RaggedTable):
             return column.gather(rows, host_rows, self.batch_size)

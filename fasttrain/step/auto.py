@@ -9,7 +9,6 @@ Each arrow is a method that the next steps run through; whatever goes wrong on t
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -21,11 +20,13 @@ from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.build import ChildEndedError
 from fasttrain.step.cache import Verdict
+from fasttrain.step.clock import Waits
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.launch import Launches
 from fasttrain.step.parity import fits_in_memory
 from fasttrain.step.replay import Programs
+from fasttrain.step.rung import Rung
 from fasttrain.step.spec import StepSpec, run_passes
 from fasttrain.step.trace import Mismatch, TracedStep
 from fasttrain.step.worth import shortfall
@@ -77,20 +78,18 @@ class AutoEngine:
 
     Args:
         spec: the step.
-
-    Attributes:
-        compile_s: seconds that steps have waited (for traces); None where there was no wait.
+        rung: how compiled steps run.
+        waits: of the rung.
     """
 
-    name = "auto"
-
-    def __init__(self, spec: StepSpec) -> None:
+    def __init__(self, spec: StepSpec, rung: Rung, waits: Waits) -> None:
         self._choice = Choice("eager", "there were too few steps to measure anything")
-        self.compile_s: float | None = None
         self._spec = spec
+        self._rung = rung
+        self._waits = waits
         self._eager = EagerEngine(spec, self._choice)
-        self._programs = Programs(spec, self._eager, self._refuse_numbers)
-        self._launches = Launches(spec, self._programs)
+        self._programs = Programs(spec, self._eager, self._refuse_program)
+        self._launches = Launches(spec, self._programs, rung.launcher, rung.clock, waits)
         self._compiler: Compiler | None = None
         self._pending: Pending[TracedStep] | None = None
         self._verdict: Verdict | None = None
@@ -103,9 +102,16 @@ class AutoEngine:
         self._run: Callable[[Batch], Tensor] = self._measure_eager
 
     @property
+    def compile_s(self) -> float | None:
+        """See `Engine.compile_s`: for traces and captures."""
+        return self._waits.seconds
+
+    @property
     def choice(self) -> Choice:
         """What runs now, and why."""
-        return Choice(self._choice.value, self._choice.reason + self._launches.reason)
+        is_program = self._choice.value != "eager"
+        value = self._rung.name if is_program and self._launches.is_running else self._choice.value
+        return Choice(value, self._choice.reason + self._launches.reason)
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
@@ -128,9 +134,7 @@ class AutoEngine:
         self._look(span.steps)
         if not launches.is_made:
             assert self._compiler is not None
-            stalled_s = launches.stalled_s
             launches.begin(self._compiler, span, only_from_cache=self._left_s <= LAUNCHES_FROM_S)
-            self.compile_s = (self.compile_s or 0.0) + launches.stalled_s - stalled_s
         elif launches.is_pending:
             launches.take_up(waits=self._is_settling, on_trial=True)
         return launches.run(span)
@@ -185,10 +189,9 @@ class AutoEngine:
     # Each of these runs one step; `_run` is the one that runs the next.
 
     def _measure_eager(self, batch: Batch) -> Tensor:
-        begin = time.perf_counter()
-        loss = self._eager.step(batch)
+        loss, seconds = self._rung.clock.timed(lambda: self._eager.step(batch))
         if self._steps > WARM_STEPS:
-            self._eager_times.append(time.perf_counter() - begin)
+            self._eager_times.append(seconds)
         if len(self._eager_times) >= TIMED_STEPS and self._eager.has_stepped:
             self._run = self._consider
         return loss
@@ -233,7 +236,7 @@ class AutoEngine:
             self._give_up("two copies of the step's state, to check the program with, do not fit in memory")
             return self._programs.step(batch)
         try:
-            self._programs.add(traced, self._pending.load())
+            self._programs.add(traced, self._rung.program(self._pending))
         except EngineError as error:
             self._give_up(str(error))
             return self._programs.step(batch)
@@ -255,9 +258,8 @@ class AutoEngine:
     def _try_out(self, batch: Batch) -> Tensor:
         """One step of the trial, by the arm whose turn it is; both arms train."""
         run = self._programs.step if self._trial.is_programs_turn else self._eager.step
-        begin = time.perf_counter()
-        loss = run(batch)
-        self._trial.add(time.perf_counter() - begin)
+        loss, seconds = self._rung.clock.timed(lambda: run(batch))
+        self._trial.add(seconds)
         if self._trial.is_over:
             self._conclude(*self._trial.medians())
         return loss
@@ -280,7 +282,7 @@ class AutoEngine:
         seen, self._looked = self._steps - self._looked, self._steps
         missed, self._programs.missed = self._programs.missed, 0
         self._choice = self._taken_up
-        if missed >= seen - steps:
+        if missed and missed >= seen - steps:
             self._choice = Choice("eager", f"the program does not hold since this changed: {self._programs.why_missed}")
         if missed > MISSED_SHARE * seen and self._traces < MAX_TRACES and not self._is_closed:
             self._run = self._consider
@@ -302,8 +304,8 @@ class AutoEngine:
             return
         self._traces += 1
         self._mismatches = 0
-        self._pending = compiler.begin(batch)
-        self.compile_s = (self.compile_s or 0.0) + self._pending.trace_s
+        self._pending = self._rung.begin(compiler, batch)
+        self._waits.add(self._pending.trace_s)
         if not len(self._programs):
             self._choice = Choice("eager", "a child process is compiling the step")
         self._run = self._wait_for_program
@@ -328,21 +330,20 @@ class AutoEngine:
         self._pending.close()
         self._pending = None
         if is_faster:
-            self._choice = self._taken_up = Choice("compiled", measured + traced.remark)
+            single = self._rung.explain(traced)
+            self._choice = self._taken_up = Choice(single.value, measured + single.reason)
             self._program_s = program_s
             self._run = self._replay
         else:
             self._programs.drop(traced)
             self._give_up(f"the compiled program is not faster: {measured}")
 
-    def _refuse_numbers(self, difference: str) -> None:
-        """A program gives other numbers than eager, when it is taken up or in an audit."""
-        if self._pending is not None:
-            self._refuse(f"its numbers differ from eager's: {difference}")
-        else:
+    def _refuse_program(self, reason: str) -> None:
+        """A program gives other numbers than eager or cannot run, when it is taken up, in an audit or later."""
+        if self._pending is None:
             self._programs.clear()
             self._launches.drop()
-            self._refuse(f"an audit found numbers that differ from eager's: {difference}")
+        self._refuse(reason if self._pending is not None else f"while it ran: {reason}")
 
     def _refuse(self, reason: str) -> None:
         """The program must not be used, now or in a later run."""

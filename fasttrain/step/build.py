@@ -27,6 +27,7 @@ import torch
 from fasttrain.device import total_bytes
 from fasttrain.errors import EngineError
 from fasttrain.step.kernels import define_operators
+from fasttrain.step.padded import spelled_out
 from fasttrain.step.program import compile_graph
 from fasttrain.step.recorded import InputKind, TracedGraph
 from fasttrain.step.torch_private import lacks_resources, origins_of, unpickle_with_graph
@@ -86,9 +87,11 @@ class GraphJob:
 
     def unrolled(self) -> GraphJob:
         """The same job with the graph that is compiled."""
-        return (
-            self if self.unrolling is None else replace(self, graph=unroll(self.graph, self.unrolling), unrolling=None)
-        )
+        graph = self.graph if self.unrolling is None else unroll(self.graph, self.unrolling)
+        device = self.inputs[0][3]
+        if device.type != "cpu":
+            graph = spelled_out(graph, device, None if self.unrolling is None else self.unrolling.longest)
+        return replace(self, graph=graph, unrolling=None)
 
     def marked(self) -> GraphJob:
         """The job of the same program with kernels that the profiler sees."""

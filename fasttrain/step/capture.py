@@ -1,25 +1,27 @@
-"""Traced steps in CUDA graphs: captured once, replayed as one launch."""
+"""Compiled steps in CUDA graphs: captured once, replayed as one launch."""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from fasttrain.data.resident import Span
 from fasttrain.errors import EngineError
+from fasttrain.step.clock import Waits
 from fasttrain.step.optimizer import first_line
 from fasttrain.step.parity import Snapshot, fits_in_memory
-from fasttrain.step.recorded import TracedPart
+from fasttrain.step.program import Runner, StepProgram
+from fasttrain.step.recorded import TracedGraph, TracedPart
+from fasttrain.step.span import TracedSpan
+from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 
-__all__ = ["CapturedSpan", "CapturedStep", "CudaLane", "Lane", "compile_operators"]
+__all__ = ["CapturedSpan", "CapturedStep", "CudaLane", "Lane"]
 
 WARM_RUNS = 3
 """Runs before a capture, in which kernels are loaded and tuned and libraries get their memory; they are undone."""
@@ -27,10 +29,6 @@ WARM_RUNS = 3
 
 class Lane(Protocol):
     """What the device does. In tests something else stands in for it."""
-
-    def compiled(self, graph: GraphModule) -> Callable[..., Tensor]:
-        """Fewer, larger kernels for a graph; compiled in the first call."""
-        ...
 
     def aside(self) -> AbstractContextManager[None]:
         """A stream beside the current one, which waits for it before and is waited for after."""
@@ -45,10 +43,6 @@ class Lane(Protocol):
         Raises:
             RuntimeError: `run` does what cannot be recorded.
         """
-        ...
-
-    def timed(self, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        """Runs, and waits for the device; the result, and the seconds that it took there."""
         ...
 
 
@@ -73,10 +67,6 @@ class CudaLane:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-
-    def compiled(self, graph: GraphModule) -> Callable[..., Tensor]:
-        """See `Lane.compiled`."""
-        return compile_operators(graph)
 
     @contextmanager
     def aside(self) -> Generator[None]:
@@ -103,56 +93,28 @@ class CudaLane:
 
         return replay
 
-    def timed(self, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        """See `Lane.timed`."""
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        stream = torch.cuda.current_stream(self._device)
-        begin.record(stream)
-        result = run()
-        end.record(stream)
-        end.synchronize()  # HOST READ: in a trial, some times an engine
-        return result, begin.elapsed_time(end) / 1e3
-
-
-def compile_operators(graph: GraphModule) -> Callable[..., Tensor]:
-    """Has torch compile the operators of a traced graph into fewer kernels, in the first call.
-
-    One by one they would not pay: the optimizer alone is some fifteen of them for each parameter, and each costs
-    more than a microsecond in a replay too. Random numbers stay those of eager's kernels.
-
-    Args:
-        graph: of a `TracedPart`; it stays as it is.
-    """
-    plain = copy.deepcopy(graph)
-    for node in reversed(list(plain.graph.nodes)):
-        if getattr(node.target, "namespace", "") == "profiler":  # the optimizer's range, which is not compiled
-            plain.graph.erase_node(node)
-    plain.recompile()
-    options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": False}
-    return torch.compile(plain, fullgraph=True, dynamic=False, options=options)
-
 
 class CapturedStep:
-    """A traced step that runs by CUDA graphs, one for each of its parts, captured where the part is first due.
+    """A compiled step that runs by CUDA graphs, one for each of its parts, captured where the part is first due.
 
     Args:
-        traced: the step; no size of it is open.
-        num_leaves: tensors of a batch.
+        program: the step, compiled.
+        traced: what it was compiled from; no size of it is open.
         lane: of its device.
-        note_wait: is told the seconds that each capture took.
-
-    Attributes:
-        traced: see above.
+        waits: is told the seconds that each capture took.
     """
 
-    def __init__(self, traced: TracedStep, num_leaves: int, lane: Lane, note_wait: Callable[[float], None]) -> None:
-        self.traced = traced
-        self._parts = [_CapturedPart(part, num_leaves, traced, lane, note_wait) for part in traced.parts]
+    def __init__(self, program: StepProgram, traced: TracedStep, lane: Lane, waits: Waits) -> None:
+        self._traced = traced
+        self._parts = [
+            _CapturedPart(part, runner, traced, lane, waits)
+            for part, runner in zip(traced.parts, program.runners, strict=True)
+        ]
 
     @property
-    def operators(self) -> Callable[..., Tensor]:
-        """The first part, compiled: what was captured."""
-        return self._parts[0].operators
+    def due(self) -> TracedPart:
+        """The part that the next run is of."""
+        return self._traced.parts[self._traced.due]
 
     def run(self, inputs: list[Tensor]) -> Tensor:
         """The part of the step that is due. Makes no host read unless it captures.
@@ -167,29 +129,23 @@ class CapturedStep:
         Raises:
             EngineError: the step cannot be captured.
         """
-        return self._parts[self.traced.due].run(inputs)
+        return self._parts[self._traced.due].run(inputs)
 
 
 class _CapturedPart:
-    """A part of a step: state, options and closed-over tensors where they are, gradients and batch copied in.
+    """A part of a step: state, options and closed-over tensors where they are, gradients and batch copied in."""
 
-    Attributes:
-        operators: the part, compiled.
-    """
-
-    def __init__(
-        self, part: TracedPart, num_leaves: int, traced: TracedStep, lane: Lane, note_wait: Callable[[float], None]
-    ) -> None:
+    def __init__(self, part: TracedPart, runner: Runner, traced: TracedStep, lane: Lane, waits: Waits) -> None:
         end = len(part.kinds) - len(part.closed_over)
         num_gradients = 0 if part.part == "whole" else len(part.reached)
-        self._moving = slice(end - num_leaves - num_gradients, end)
+        self._moving = slice(end - len(traced.open_dims) - num_gradients, end)
         self._num_returned = num_gradients if part.part == "gather" else 0
         self._statics = [
             torch.empty_strided(size, stride, dtype=dtype, device=device)
             for size, stride, dtype, device in part.kinds[self._moving]
         ]
-        self.operators = lane.compiled(part.graph)
-        self._graph = _Graph(self._step, self._statics, traced, lane, note_wait)
+        self._runner = runner
+        self._graph = _Graph(self._step, self._statics, traced.spec, lane, waits)
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Tensor:
@@ -203,41 +159,31 @@ class _CapturedPart:
 
     def _step(self, standing: list[Tensor]) -> Tensor:
         begin = self._moving.start
-        return self.operators(*standing[:begin], *self._statics, *standing[begin:])
+        return self._runner([*standing[:begin], *self._statics, *standing[begin:]])[0]
 
 
 class CapturedSpan:
-    """Several steps over the rows of one resident source as one CUDA graph: each gathers its batch by itself.
+    """Several steps over the rows of one resident source as one CUDA graph.
 
     Args:
-        traced: the step, in one part; its guards are the span's.
-        operators: the step, compiled.
-        span: an example: `steps` batches of the source.
+        program: of fewer steps, which gathers their batches by itself; it is captured as often as it takes.
+        traced: what it was compiled from; its guards are the span's.
+        steps: how many.
         lane: of its device.
-        note_wait: is told the seconds that each capture took.
+        waits: is told the seconds that each capture took.
 
     Attributes:
-        steps: how many.
-
-    Raises:
-        EngineError: batches are not, tensor by tensor, rows of the source's columns.
+        calls: of the program, in the graph.
     """
 
-    def __init__(
-        self,
-        traced: TracedStep,
-        operators: Callable[..., Tensor],
-        span: Span,
-        lane: Lane,
-        note_wait: Callable[[float], None],
-    ) -> None:
-        self.steps = span.steps
+    def __init__(self, program: StepProgram, traced: TracedSpan, steps: int, lane: Lane, waits: Waits) -> None:
+        self.calls = steps // traced.steps
         self._traced = traced
-        self._operators = operators
-        self._source = span.source
-        self._columns, self._leaves = _columns_and_leaves(traced, span)
-        self._rows = torch.empty_like(span.rows)
-        self._graph = _Graph(self._steps, [self._rows, *self._leaves], traced, lane, note_wait)
+        self._runner = program.runners[0]
+        num_rows = traced.steps * traced.source.batch_size
+        self._rows = torch.zeros(self.calls * num_rows, dtype=torch.int64, device=traced.source.device)
+        self._pieces = self._rows.split(num_rows)
+        self._graph = _Graph(self._steps, [self._rows], traced.spec, lane, waits)
 
     def run(self, span: Span) -> Tensor | Mismatch:
         """The steps of a span; returns the losses, [steps], a tensor of their own, or why the graph does not hold.
@@ -245,37 +191,34 @@ class CapturedSpan:
         Raises:
             EngineError: the steps cannot be captured.
         """
-        if span.source is not self._source or span.steps != self.steps:
-            return Mismatch("the resident data")
-        standing = self._traced.standing_inputs()
-        if isinstance(standing, Mismatch):
-            return standing
-        part = self._traced.parts[0]
-        differs = part.differ([*standing, *self._leaves, *part.closed_over])
-        if differs is not None:
-            return Mismatch(differs)
+        inputs = self.inputs_of(span)
+        if isinstance(inputs, Mismatch):
+            return inputs
         with torch.no_grad():  # not before: whether there are gradients is guarded
             self._rows.copy_(span.rows, non_blocking=True)
-            return self._graph.run([*standing, *part.closed_over], self._columns).clone()
+            own = self._own_inputs
+            return self._graph.run([*inputs[: own.start], *inputs[own.stop :]], self._traced.tables).clone()
 
-    def _steps(self, state: list[Tensor]) -> Tensor:
-        first = len(state) - len(self._traced.parts[0].closed_over)
-        losses: list[Tensor] = []
-        for rows in self._rows.view(self.steps, -1).unbind():
-            for leaf, column in zip(self._leaves, self._columns, strict=True):
-                torch.index_select(column, 0, rows, out=leaf)
-            losses.append(self._operators(*state[:first], *self._leaves, *state[first:]))
-        return torch.stack(losses)
+    @property
+    def due(self) -> TracedGraph:
+        """What each call of the program runs."""
+        return self._traced.parts[0]
 
+    def inputs_of(self, span: Span) -> list[Tensor] | Mismatch:
+        """What the first call of the program is given, or why the graph does not hold."""
+        return self._traced.inputs_of(span.source, self._pieces[0])
 
-def _columns_and_leaves(traced: TracedStep, span: Span) -> tuple[list[Tensor], list[Tensor]]:
-    """The source's columns, and for each of them a tensor to gather a batch of it into."""
-    columns, leaves = span.source.columns, traced.leaves(span.batches()[0])
-    plain = [column for column in columns if isinstance(column, Tensor)]
-    wanted = [(column.dtype, (span.source.batch_size, *column.shape[1:])) for column in plain]
-    if leaves is None or len(plain) < len(columns) or wanted != [(leaf.dtype, tuple(leaf.shape)) for leaf in leaves]:
-        raise EngineError("batches hold other tensors than the columns that they are gathered from")
-    return plain, [torch.empty_like(leaf) for leaf in leaves]
+    @property
+    def _own_inputs(self) -> slice:
+        """The places of tables and rows among a program's inputs."""
+        traced = self._traced
+        end = len(traced.parts[0].kinds) - len(traced.step.parts[0].closed_over)
+        return slice(end - len(traced.tables) - 1, end)
+
+    def _steps(self, standing: list[Tensor]) -> Tensor:
+        begin = self._own_inputs.start
+        given = [[*standing[:begin], *self._traced.tables, rows, *standing[begin:]] for rows in self._pieces]
+        return torch.cat([self._runner(inputs)[0] for inputs in given])
 
 
 class _Graph:
@@ -284,24 +227,24 @@ class _Graph:
     Args:
         function: of tensors that it may change; beyond them and `own` it changes nothing. It runs to be captured alone.
         own: tensors of its own, which stay where they are.
-        traced: the step that it is of.
+        spec: of the step.
         lane: of its device.
-        note_wait: is told the seconds that each capture took.
+        waits: is told the seconds that each capture took.
     """
 
     def __init__(
         self,
         function: Callable[[list[Tensor]], Tensor],
         own: Sequence[Tensor],
-        traced: TracedStep,
+        spec: StepSpec,
         lane: Lane,
-        note_wait: Callable[[float], None],
+        waits: Waits,
     ) -> None:
         self._function = function
         self._own = own
-        self._device = traced.spec.device
+        self._device = spec.device
         self._lane = lane
-        self._note_wait = note_wait
+        self._waits = waits
         self._addresses: list[int] = []
         self._replay: Callable[[], Tensor] | None = None
 
@@ -321,7 +264,7 @@ class _Graph:
             self._replay = None
             begin = time.perf_counter()
             replay = self._captured([tensor.detach() for tensor in tensors])
-            self._note_wait(time.perf_counter() - begin)
+            self._waits.add(time.perf_counter() - begin)
             self._replay, self._addresses = replay, addresses
         return self._replay()
 

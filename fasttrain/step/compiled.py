@@ -1,4 +1,4 @@
-"""The compiled engine: the whole step as one program, compiled ahead of time. It waits for the compiler."""
+"""The engine that waits for the compiler: the whole step as one program, by the rung that was asked for."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch import Tensor
 from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
+from fasttrain.step.clock import Waits
 from fasttrain.step.compiler import Compiler
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.launch import FROM_STEPS, Launches
 from fasttrain.step.replay import MAX_PROGRAMS, Programs
+from fasttrain.step.rung import Rung
 from fasttrain.step.spec import StepSpec, run_passes
-from fasttrain.step.torch_compile import require_compiler
 
 __all__ = ["CompiledEngine"]
 
 Batch = Any
 
-SETTLING_STEPS = 400
-"""In so many, the programs are made."""
+SETTLING_STEPS = 1_000
+"""In so many, the programs are made, and launches of several sizes measured."""
 
 
 class CompiledEngine:
@@ -32,30 +33,35 @@ class CompiledEngine:
     Args:
         spec: the step.
         choice: why it is this engine.
-
-    Attributes:
-        compile_s: seconds that steps have waited for traces and compilers; None where there was no wait yet.
+        rung: how compiled steps run.
+        waits: of the rung.
 
     Raises:
-        EngineError: this machine has no compiler, or (from a step) the step cannot be compiled or gives other numbers.
+        EngineError: (from a step) the step cannot be compiled, or gives other numbers.
     """
 
-    def __init__(self, spec: StepSpec, choice: Choice) -> None:
-        require_compiler(spec)
-        self.compile_s: float | None = None
+    def __init__(self, spec: StepSpec, choice: Choice, rung: Rung, waits: Waits) -> None:
         self._choice = choice
+        self._rung = rung
+        self._waits = waits
         self._eager = EagerEngine(spec, choice)
-        self._programs = Programs(spec, self._eager, _refuse)
-        self._launches = Launches(spec, self._programs)
+        self._programs = Programs(spec, self._eager, self._refuse)
+        self._launches = Launches(spec, self._programs, rung.launcher, rung.clock, waits)
         self._compiler = Compiler(spec)
         self._expected = 0
 
     @property
+    def compile_s(self) -> float | None:
+        """See `Engine.compile_s`: for traces, compilers and captures."""
+        return self._waits.seconds
+
+    @property
     def choice(self) -> Choice:
         """What runs, and why; with the number of steps that ran eagerly because no program held for them."""
-        programs = self._programs
-        reason = self._choice.reason + (programs.first.remark if len(programs) else "") + self._launches.reason
-        return programs.told(Choice(self._choice.value, reason))
+        programs, launches = self._programs, self._launches
+        single = self._rung.explain(programs.first) if len(programs) else Choice(self._choice.value, "")
+        value = self._rung.name if launches.is_running else single.value
+        return programs.told(Choice(value, self._choice.reason + single.reason + launches.reason))
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
@@ -77,10 +83,8 @@ class CompiledEngine:
         """See `Engine.steps`."""
         launches = self._launches
         if not launches.is_made:
-            stalled_s = launches.stalled_s
             launches.begin(self._compiler, span)
             launches.take_up(waits=True, on_trial=False)
-            self.compile_s = (self.compile_s or 0.0) + launches.stalled_s - stalled_s
         return launches.run(span)
 
     def flush(self) -> None:
@@ -104,14 +108,13 @@ class CompiledEngine:
 
     def _compile(self, batch: Batch) -> None:
         begin = time.perf_counter()
-        pending = self._compiler.begin(batch)
+        pending = self._rung.begin(self._compiler, batch)
         try:
             pending.wait()
-            self._programs.add(pending.traced, pending.load())
+            self._programs.add(pending.traced, self._rung.program(pending))
         finally:
             pending.close()
-        self.compile_s = (self.compile_s or 0.0) + time.perf_counter() - begin
+        self._waits.add(time.perf_counter() - begin)
 
-
-def _refuse(difference: str) -> None:
-    raise EngineError(f"engine 'compiled' gives other numbers than eager on this step: {difference}")
+    def _refuse(self, reason: str) -> None:
+        raise EngineError(f"engine {self._rung.name!r} cannot run this step: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -105,14 +106,19 @@ class Compiler:
         self._spec = spec
         self._signature: str | None = None
 
-    def begin(self, batch: Batch) -> Pending[TracedStep]:
+    def begin(self, batch: Batch, refuse_unfit: Callable[[TracedStep], None] = lambda _: None) -> Pending[TracedStep]:
         """Traces the step, which takes a while, and has its program made if the cache does not have it.
 
+        Args:
+            batch: an example, on the device.
+            refuse_unfit: raises EngineError for what is not to be compiled.
+
         Raises:
-            EngineError: the step cannot be traced, or no child be started.
+            EngineError: the step cannot be traced, is unfit, or no child can be started.
         """
         begin = time.perf_counter()
         traced = trace_step(self._spec, batch)
+        refuse_unfit(traced)
         return Pending(self.cache, traced, time.perf_counter() - begin)
 
     def pending(self, traced: TracedSpan) -> Pending[TracedSpan]:

@@ -1,7 +1,8 @@
 """Kernels of our own for what the compiler has no good code for: sums of gathered values by rows, and their gradients.
 
 `torch.segment_reduce(values.index_select(0, ids), "sum", offsets=offsets)` is a gather into memory and an operator of
-ATen; its gradient is another one and a scatter. In a compiled step on the CPU each direction is one loop instead.
+ATen; its gradient is another one and a scatter. In a compiled step on the CPU each direction is one loop instead; on
+other devices `padded` says the same in operators of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.fx import Node
 
 from fasttrain.data.ragged import Ragged, gather_by_index
 
-__all__ = ["define_operators", "use_kernels"]
+__all__ = ["define_operators", "spread_rows", "sum_rows", "use_kernels"]
 
 _DTYPES = (torch.float32, torch.float64)
 _INDICES = (torch.int32, torch.int64)
@@ -31,15 +32,16 @@ def define_operators() -> Any:
     library.define(
         "spread_rows(Tensor gradient, Tensor ids, Tensor offsets, SymInt num_values, Tensor? chosen=None) -> Tensor"
     )
-    library.impl("sum_rows", _sum_rows, "CPU")
-    library.impl("spread_rows", _spread_rows, "CPU")
+    for device in ("CPU", "CUDA"):
+        library.impl("sum_rows", sum_rows, device)
+        library.impl("spread_rows", spread_rows, device)
     library.impl("sum_rows", _shape_of_sums, "Meta")
     library.impl("spread_rows", _shape_of_values, "Meta")
     return library
 
 
 def use_kernels(graph: torch.fx.GraphModule) -> None:
-    """Puts `sum_rows` and `spread_rows` where a traced graph for the CPU says the same in more operators, in place.
+    """Puts `sum_rows` and `spread_rows` where a traced graph says the same in more operators, in place.
 
     Args:
         graph: as it was traced, its nodes' `val` being there.
@@ -53,13 +55,13 @@ def use_kernels(graph: torch.fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _sum_rows(values: Tensor, ids: Tensor, offsets: Tensor, chosen: Tensor | None = None) -> Tensor:
+def sum_rows(values: Tensor, ids: Tensor, offsets: Tensor, chosen: Tensor | None = None) -> Tensor:
     """For each row, or each chosen one, the sum of `values.view(-1)[ids[offsets[row] : offsets[row + 1]]]`, [rows]."""
     ids, offsets = _rows(ids, offsets, chosen)
     return torch.segment_reduce(values.reshape(-1).index_select(0, ids), "sum", offsets=offsets, unsafe=True)
 
 
-def _spread_rows(
+def spread_rows(
     gradient: Tensor, ids: Tensor, offsets: Tensor, num_values: int, chosen: Tensor | None = None
 ) -> Tensor:
     """The gradient of the values, [num_values], from that of the sums, [rows]."""
@@ -125,11 +127,9 @@ def _only_option(node: Node, name: str) -> Any:
 
 
 def _is_flat(node: Any, *dtypes: torch.dtype) -> bool:
-    """Whether a node is a tensor of one dimension, without gaps, on the CPU, of one of these dtypes."""
+    """Whether a node is a tensor of one dimension, without gaps, of one of these dtypes."""
     value = node.meta.get("val") if isinstance(node, Node) else None
-    if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_contiguous():
-        return False
-    return value.device.type == "cpu" and value.dtype in dtypes
+    return isinstance(value, Tensor) and value.dim() == 1 and value.is_contiguous() and value.dtype in dtypes
 
 
 def _base(node: Node) -> Node:

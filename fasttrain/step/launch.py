@@ -1,69 +1,119 @@
-"""Several steps in one call of a program: made once single steps run by program, kept if measured faster than these."""
+"""Several steps in one launch: made once single steps run by program, kept if measured faster than these."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fasttrain.data.resident import Span
 from fasttrain.errors import EngineError
+from fasttrain.step.clock import Clock, Waits
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.parity import compare_steps, fits_in_memory
 from fasttrain.step.program import StepProgram
 from fasttrain.step.replay import Programs
 from fasttrain.step.span import TracedSpan, span_steps
 from fasttrain.step.spec import StepSpec
-from fasttrain.step.trace import Mismatch
+from fasttrain.step.trace import Mismatch, TracedStep
 
-__all__ = ["Launches"]
+__all__ = ["Launcher", "Launches", "ProgramLauncher", "pieces"]
 
 FROM_STEPS = 2_000
 """Fewer steps than these gain nothing that shows."""
 
 TRIAL_ROUNDS = 10
-"""A trial runs so many spans step by step and as many as one, in turn."""
+"""A trial runs so many spans step by step and as many by each kind of launch, in turn."""
 
 MARGIN = 0.98
-"""A program of several steps is kept if it takes less than this share of what they take one by one."""
-
+"""More steps a launch are kept if a step then takes less than this share of the time."""
 
 MISSED_SPANS, MAX_MADE = 64, 4
-"""After so many spans in a row that a program did not hold for, another is made: of other data, or of the step as it is
-now. So often at most."""
+"""After so many spans in a row that no launch held for, others are made: of other data, or of the step as it is now. So
+often at most."""
+
+
+class Launcher(Protocol):
+    """How several steps are launched as one."""
+
+    def sizes(self, traced: TracedStep, batch: Sequence[Tensor], /) -> tuple[int, ...]:
+        """How many steps a launch may have, in rising order; nothing where a launch does not weigh in such a step.
+
+        Args:
+            traced: the step.
+            batch: the tensors of its batch.
+        """
+        ...
+
+    def compiled_steps(self, size: int, /) -> int:
+        """Steps of the program that launches of so many steps are made of."""
+        ...
+
+    def launch(self, program: StepProgram, traced: TracedSpan, span: Span) -> Tensor | Mismatch:
+        """Runs the steps of a span as one; returns the losses, [steps], or why that does not hold now.
+
+        Raises:
+            EngineError: launches of so many steps cannot be made.
+        """
+        ...
+
+
+class ProgramLauncher:
+    """One call of a program that holds all the steps."""
+
+    def sizes(self, traced: TracedStep, batch: Sequence[Tensor]) -> tuple[int, ...]:
+        """See `Launcher.sizes`."""
+        steps = span_steps(traced, batch)
+        return (steps,) if steps > 1 else ()
+
+    def compiled_steps(self, size: int) -> int:
+        """See `Launcher.compiled_steps`."""
+        return size
+
+    def launch(self, program: StepProgram, traced: TracedSpan, span: Span) -> Tensor | Mismatch:
+        """See `Launcher.launch`."""
+        inputs = traced.inputs(span)
+        return inputs if isinstance(inputs, Mismatch) else program.run(inputs)
 
 
 class Launches:
-    """Runs spans of steps, by one program where there is one that holds, else one by one.
+    """Runs spans of steps, by as few launches as was measured to be fastest, else one by one.
 
     Args:
         spec: the step.
         programs: of single steps.
+        launcher: of the device.
+        clock: of the device.
+        waits: is told what steps have waited for the graph and, where that is asked for, for the compiler.
 
     Attributes:
         is_uncached: whether the cache was found to be without the spans' program.
-        stalled_s: seconds that steps have waited for the graph and, where that is asked for, for the compiler.
     """
 
-    def __init__(self, spec: StepSpec, programs: Programs) -> None:
+    def __init__(self, spec: StepSpec, programs: Programs, launcher: Launcher, clock: Clock, waits: Waits) -> None:
         self.is_uncached = False
-        self.stalled_s = 0.0
         self._reason = self._why_missed = ""
         self._spec = spec
         self._programs = programs
-        self._size = 0  # not known yet
+        self._launcher = launcher
+        self._clock = clock
+        self._waits = waits
+        self._sizes: list[int] | None = None  # not known yet
         self._pending: Pending[TracedSpan] | None = None
         self._program: StepProgram | None = None
         self._traced: TracedSpan | None = None
-        self._is_proven = False
+        self._proven: set[int] = set()
         self._made = self._missed = 0
-        self._trial: dict[bool, list[float]] = {}
+        self._trial: dict[int, list[float]] = {}
 
     @property
     def reason(self) -> str:
-        """What is to be said of the spans' program in the reason of a choice; mostly nothing."""
+        """What is to be said of launches in the reason of a choice; mostly nothing."""
         if self._missed < MISSED_SPANS:
             return self._reason
         return f"; several steps run one by one, since this keeps changing: {self._why_missed}"
@@ -71,30 +121,47 @@ class Launches:
     @property
     def size(self) -> int:
         """Steps of the spans that `run` wants: 1 where single steps are to go on, or where it is not known yet."""
-        return max(1, self._size)
+        return self._sizes[-1] if self._sizes else 1
 
     @property
     def is_considered(self) -> bool:
         """Whether it is known."""
-        return self._size > 0
+        return self._sizes is not None
 
     @property
     def is_settled(self) -> bool:
         """Whether it is decided, for now, how spans are run."""
-        return self._size == 1 or (self._is_proven and not self._trial)
+        return self._sizes == [] or (
+            self._sizes is not None and self._proven.issuperset(self._sizes) and not self._trial
+        )
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a program, or was to be one."""
+        return self._program is not None or self._pending is not None or self._sizes == []
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a program by which spans run."""
+        return self._program is not None and not self._trial
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a program is under way."""
+        return self._pending is not None
 
     def consider(self, batch: object) -> None:
-        """Finds out, once, how many of the steps whose program was used last are worth a launch."""
-        if self._size == 0:
+        """Finds out, once, how many of the steps whose program was used last may be worth a launch."""
+        if self._sizes is None:
             traced = self._programs.first
             leaves = traced.leaves(batch)
-            self._size = 1 if leaves is None else span_steps(traced, leaves)
+            self._sizes = [] if leaves is None else list(self._launcher.sizes(traced, leaves))
 
     def drop(self, reason: str = "") -> None:
         """Goes on with single steps for good."""
         self.close()
-        self._size, self._program, self._traced = 1, None, None
-        self._is_proven, self._trial, self._missed = True, {}, 0
+        self._program, self._traced, self._sizes = None, None, []
+        self._proven, self._trial, self._missed = set(), {}, 0
         self._reason = reason and f"; {reason}"
 
     def close(self) -> None:
@@ -102,8 +169,8 @@ class Launches:
         if self._pending is not None:
             self._pending.close()
             self._pending = None
-        if self._program is None and self._size > 1:
-            self._size = 0
+        if self._program is None and self._sizes:
+            self._sizes = None
 
     def begin(self, compiler: Compiler, span: Span, *, only_from_cache: bool = False) -> None:
         """Has a program made for spans like this one, beside the training; not yet if the step does not hold for it.
@@ -118,23 +185,24 @@ class Launches:
             return  # the steps that follow take up what was loaded, or use the program of another size
         begin = time.perf_counter()
         try:
-            traced = TracedSpan(step, batch, span.source, span.steps)
+            traced = TracedSpan(step, batch, span.source, self._launcher.compiled_steps(span.steps))
             self.is_uncached = only_from_cache and not compiler.has(traced)
             if not self.is_uncached:
                 self._pending = compiler.pending(traced)
                 self._made += 1
         except EngineError as error:
             self.drop(f"several steps cannot be one program: {error}")
-        self.stalled_s += time.perf_counter() - begin
+        self._waits.add(time.perf_counter() - begin)
 
     def take_up(self, *, waits: bool, on_trial: bool) -> None:
         """Takes the program up that is under way, if it is ready.
 
         Args:
             waits: whether to wait for it.
-            on_trial: whether it is to be measured against single steps before it is kept.
+            on_trial: whether it is to be measured against single steps before it is kept. Which of several sizes is
+                fastest is always measured.
         """
-        if self._pending is None:
+        if self._pending is None or not self._sizes:
             return
         begin = time.perf_counter()
         try:
@@ -142,108 +210,129 @@ class Launches:
                 self._pending.wait()
             if self._pending.is_ready():
                 self._program, self._traced = self._pending.load(), self._pending.traced
-                self._trial = {True: [], False: []} if on_trial else {}
+                arms = [1, *self._sizes] if on_trial or len(self._sizes) > 1 else []
+                self._trial = {size: [] for size in arms}
                 self._pending.close()
                 self._pending = None
         except EngineError as error:
             self.drop(f"several steps are no program: {error}")
         if waits:
-            self.stalled_s += time.perf_counter() - begin
-
-    @property
-    def is_made(self) -> bool:
-        """Whether there is a program, or was to be one."""
-        return self._program is not None or self._pending is not None or self._size == 1
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether a program is under way."""
-        return self._pending is not None
+            self._waits.add(time.perf_counter() - begin)
 
     def audit(self) -> None:
-        """Has the next span compared with single steps again."""
-        if self._program is not None:
-            self._is_proven = False
+        """Has the next launch compared with single steps again."""
+        self._proven.clear()
 
     def run(self, span: Span) -> Tensor:
         """The steps of a span; returns the losses, [steps]."""
-        if self._program is None or self._traced is None:
+        if self._program is None:
             return self._one_by_one(span)
-        inputs = self._traced.inputs(span)
-        if isinstance(inputs, Mismatch):
-            self._miss(inputs.reason)
+        return self._try_out(span) if self._trial else self._run(span, self.size)
+
+    def _run(self, span: Span, size: int) -> Tensor:
+        """By launches of so many steps."""
+        if size == span.steps:
+            return self._launch(span)
+        if size == 1 or span.steps % size:
             return self._one_by_one(span)
+        return torch.cat([self._launch(piece) for piece in pieces(span, size)])
+
+    def _launch(self, span: Span) -> Tensor:
+        if self._program is None or self._traced is None:  # dropped by the launch before
+            return self._one_by_one(span)
+        try:
+            if span.steps not in self._proven:
+                return self._prove(span, self._program, self._traced)
+            losses = self._launcher.launch(self._program, self._traced, span)
+        except EngineError as error:
+            self._drop_size(span.steps, str(error))
+            return self._one_by_one(span)
+        if isinstance(losses, Mismatch):
+            return self._miss(span, losses.reason)
         self._missed = 0
-        if not self._is_proven:
-            return self._prove(span)
-        if self._trial:
-            return self._try_out(span)
-        losses = self._program.run(inputs)
         self._spec.metrics.count(float(span.steps))
         return losses
-
-    def _miss(self, reason: str) -> None:
-        self._missed += 1
-        self._why_missed = reason
-        if self._missed == MISSED_SPANS and self._made < MAX_MADE:
-            self._program, self._traced, self._size = None, None, 0
-            self._is_proven, self._trial = False, {}
-            self._missed, self._reason = 0, ""
 
     def _one_by_one(self, span: Span) -> Tensor:
         return torch.stack([self._programs.step(batch) for batch in span.batches()])
 
-    def _as_one(self, span: Span) -> Tensor:
-        assert self._program is not None
-        assert self._traced is not None
-        inputs = self._traced.inputs(span)
-        assert not isinstance(inputs, Mismatch)  # it was looked at just before
-        return self._program.run(inputs)
+    def _miss(self, span: Span, reason: str) -> Tensor:
+        self._missed += 1
+        self._why_missed = reason
+        if self._missed == MISSED_SPANS and self._made < MAX_MADE:
+            self._program, self._traced, self._sizes = None, None, None
+            self._proven, self._trial = set(), {}
+            self._missed, self._reason = 0, ""
+        return self._one_by_one(span)
 
-    def _prove(self, span: Span) -> Tensor:
-        """One span both ways; what differs from single steps, which have been compared with eager, is dropped."""
-        assert self._traced is not None
-        step, device = self._traced.step, self._spec.device
+    def _drop_size(self, size: int, reason: str) -> None:
+        """Goes on without launches of so many steps."""
+        sizes = [each for each in self._sizes or [] if each != size]
+        reason = f"{size} steps as one were refused: {reason}"
+        if not sizes:
+            self.drop(reason)
+        else:
+            self._sizes, self._reason = sizes, f"{self._reason}; {reason}"
+            self._trial.pop(size, None)
+
+    def _prove(self, span: Span, program: StepProgram, traced: TracedSpan) -> Tensor:
+        """One launch both ways; what differs from single steps, which have been compared with eager, is dropped."""
+        inputs = traced.inputs(pieces(span, traced.steps)[0])
+        if isinstance(inputs, Mismatch):
+            return self._miss(span, inputs.reason)
+        step, device = traced.step, self._spec.device
         if not fits_in_memory(step.tensors, device):
-            self.drop("two copies of the step's state, to check a program of several steps with, do not fit in memory")
-            return self._one_by_one(span)
-        losses = torch.zeros(0)
+            raise EngineError("two copies of the step's state, to compare it with single steps, do not fit in memory")
+        losses: list[Tensor] = []
 
         def one_by_one(span: Span) -> Tensor:
-            nonlocal losses
-            losses = self._one_by_one(span)
-            return losses.sum()
+            losses.append(self._one_by_one(span))
+            return losses[0].sum()
 
         def as_one(span: Span) -> Tensor:
-            return self._as_one(span).sum()
+            found = self._launcher.launch(program, traced, span)
+            assert not isinstance(found, Mismatch)  # it was looked at just before
+            return found.sum()
 
         _, difference = compare_steps(
             step.tensors, step.kinds, device, one_by_one, as_one, span, current=lambda: step.tensors
         )
-        if difference is not None:
-            self.drop(f"a program of {span.steps} steps gives other numbers than single steps: {difference}")
-        self._is_proven = True
-        return losses
+        self._missed = 0
+        if difference is None:
+            self._proven.add(span.steps)
+        else:
+            self._drop_size(span.steps, f"other numbers than single steps: {difference}")
+        return losses[0]
 
     def _try_out(self, span: Span) -> Tensor:
-        """One span of the trial, by the arm whose turn it is; both train."""
-        is_as_one = len(self._trial[True]) < len(self._trial[False])
-        begin = time.perf_counter()
-        if is_as_one:
-            losses = self._as_one(span)
-            self._spec.metrics.count(float(span.steps))
-        else:
-            losses = self._one_by_one(span)
-        self._trial[is_as_one].append(time.perf_counter() - begin)
-        if len(self._trial[True]) > TRIAL_ROUNDS:
-            self._conclude(span.steps)
+        """One span of the trial, by the size whose turn it is; all train."""
+        size = min(self._trial, key=lambda each: len(self._trial[each]))
+        is_proven = size == 1 or size in self._proven
+        losses, seconds = self._clock.timed(lambda: self._run(span, size))
+        if is_proven and size in self._trial and not self._missed:
+            self._trial[size].append(seconds / span.steps)
+        if self._trial and all(len(times) > TRIAL_ROUNDS for times in self._trial.values()):
+            self._conclude()
         return losses
 
-    def _conclude(self, steps: int) -> None:
-        as_one, one_by_one = (statistics.median(self._trial[which][1:]) / steps * 1e6 for which in (True, False))
-        measured = f"measured {as_one:.0f} us a step, one by one {one_by_one:.0f} us"
-        if as_one < MARGIN * one_by_one:
-            self._trial = {}
-            self._reason = f"; {steps} steps run as one: {measured}"
+    def _conclude(self) -> None:
+        medians = {size: statistics.median(times[1:]) for size, times in self._trial.items()}
+        chosen = 1
+        for size, median in medians.items():
+            chosen = size if median < MARGIN * medians[chosen] else chosen
+        told = [f"{size} as one {median * 1e6:.0f}" for size, median in medians.items() if size > 1]
+        measured = f"measured us a step: one by one {medians[1] * 1e6:.0f}, {', '.join(told)}"
+        if chosen == 1:
+            self.drop(f"several steps as one are not faster: {measured}")
         else:
-            self.drop(f"{steps} steps as one are not faster: {measured}")
+            self._trial, self._sizes = {}, [chosen]
+            self._reason += f"; {chosen} steps run as one: {measured}"
+
+
+def pieces(span: Span, steps: int) -> list[Span]:
+    """The span in spans of so many steps."""
+    rows = span.source.batch_size * steps
+    return [
+        dataclasses.replace(span, rows=span.rows[at : at + rows], host_rows=span.host_rows[at : at + rows], steps=steps)
+        for at in range(0, len(span.host_rows), rows)
+    ]

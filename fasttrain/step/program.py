@@ -14,12 +14,15 @@ from torch import Tensor
 from fasttrain.errors import EngineError
 from fasttrain.step.recorded import InputKind, TracedGraph
 from fasttrain.step.span import TracedSpan
-from fasttrain.step.torch_private import compile_package, flat_runner
+from fasttrain.step.torch_private import compile_package, examples_of, flat_runner
 from fasttrain.step.torch_private.lowering import register_lowerings
 from fasttrain.step.torch_private.marking import with_origins
 from fasttrain.step.trace import TracedStep
 
-__all__ = ["StepProgram", "compile_graph"]
+__all__ = ["Runner", "StepProgram", "compile_graph"]
+
+Runner = Callable[[list[Tensor]], list[Tensor]]
+"""Runs one graph: takes its inputs (and empties the list), returns its outputs."""
 
 
 def compile_graph(
@@ -48,11 +51,8 @@ def compile_graph(
     model = graph if origins is None else with_origins(graph, origins)
     sizes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) or None for dims in open_dims)
     dynamic: Any = sizes if model is graph else (sizes,)
-    examples = tuple(
-        torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in inputs
-    )
     try:
-        program = torch.export.export(model, examples, dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(model, examples_of(inputs), dynamic_shapes=dynamic, strict=False)
         compile_package(program, str(package), is_marked=origins is not None)
     except Exception as error:
         raise EngineError(f"this step cannot be compiled: {error}") from error
@@ -65,13 +65,21 @@ class StepProgram:
         packages: the compiled package of each part; read here and not needed afterwards.
         traced: what they were compiled from.
 
+    Attributes:
+        runners: of each part.
+
     Raises:
         EngineError: one cannot be loaded.
     """
 
     def __init__(self, packages: Sequence[Path], traced: TracedStep | TracedSpan) -> None:
         self._traced = traced
-        self._parts = self._loaded(packages)
+        self.runners = self._loaded(packages)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._traced.spec.device
 
     @property
     def parts(self) -> Sequence[TracedGraph]:
@@ -105,7 +113,7 @@ class StepProgram:
         Returns:
             The batch's loss, detached, on the device.
         """
-        return self._parts[self._traced.due](inputs)[0]
+        return self.runners[self._traced.due](inputs)[0]
 
     @contextmanager
     def running(self, packages: Sequence[Path]) -> Generator[None]:
@@ -114,14 +122,14 @@ class StepProgram:
         Raises:
             EngineError: one cannot be loaded.
         """
-        before, self._parts = self._parts, self._loaded(packages)
+        before, self.runners = self.runners, self._loaded(packages)
         try:
             yield
         finally:
-            self._parts = before
+            self.runners = before
 
-    def _loaded(self, packages: Sequence[Path]) -> list[Callable[[list[Tensor]], list[Tensor]]]:
+    def _loaded(self, packages: Sequence[Path]) -> list[Runner]:
         try:
-            return [flat_runner(str(package), self._traced.spec.device) for package in packages]
+            return [flat_runner(str(package), self.device) for package in packages]
         except RuntimeError as error:
             raise EngineError(f"the compiled program cannot be loaded: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fasttrain.device import Choice
+from fasttrain.errors import EngineError
 from fasttrain.step.apart import is_eagers_rounding
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.parity import compare_steps
@@ -56,7 +57,8 @@ class Programs:
     Args:
         spec: the step.
         eager: runs a step that no program holds for.
-        refuse: is told what differs, where a program does not give eager's numbers; the step was eager's then.
+        refuse: is told why a program must not be used: what differs where it does not give eager's numbers, or why it
+            cannot run.
 
     Attributes:
         missed: steps that no program held for; whoever looks at it may set it back.
@@ -146,7 +148,10 @@ class Programs:
                 self._entries.insert(0, self._entries.pop(index))
             if entry.traced.due not in entry.proven:
                 return self._prove(entry, batch)
-            loss = self._run(entry, inputs)
+            try:
+                loss = self._run(entry, inputs)
+            except EngineError as error:  # a graph that must be captured anew, and cannot be; nothing has changed
+                return self._drop(entry, str(error), batch)
             self._spec.metrics.count(1.0)
             if entry.traced.why_eager is not None:
                 self._eager.apply_if_due()
@@ -178,21 +183,30 @@ class Programs:
 
         # An optimizer that steps eagerly may keep Python state, which could not be brought back: it steps once.
         eager = self._eager.step if traced.why_eager is None else self._eager.gather
-        loss, difference = compare_steps(
-            traced.tensors,
-            traced.kinds,
-            self._spec.device,
-            eager,
-            by_program,
-            batch,
-            self._spec,
-            partial(is_eagers_rounding, traced, by_program, batch),
-            state_after_eager,
-        )
+        try:
+            loss, difference = compare_steps(
+                traced.tensors,
+                traced.kinds,
+                self._spec.device,
+                eager,
+                by_program,
+                batch,
+                self._spec,
+                partial(is_eagers_rounding, traced, by_program, batch),
+                state_after_eager,
+            )
+        except EngineError as error:  # it cannot run: neither way has been gone
+            return self._drop(entry, str(error), batch)
         if traced.why_eager is not None:
             self._eager.apply_if_due()
         if difference is not None:
             self.drop(traced)
-            self._refuse(difference)
+            self._refuse(f"its numbers differ from eager's: {difference}")
         entry.proven.add(due)
         return loss
+
+    def _drop(self, entry: _Entry, reason: str, batch: Batch) -> Tensor:
+        """Goes on without a program that cannot run; the step is eager's."""
+        self.drop(entry.traced)
+        self._refuse(reason)
+        return self._eager.step(batch)

@@ -46,6 +46,10 @@ def span_steps(step: TracedStep, batch: Sequence[Tensor]) -> int:
     return steps if steps >= LEAST_STEPS else 1
 
 
+MOST_PADDED = 1 << 22
+"""Entries of a batch whose rows are padded to the longest of all."""
+
+
 class TracedSpan:
     """Several steps over the rows of one resident source as one graph, and what it holds for.
 
@@ -58,6 +62,7 @@ class TracedSpan:
     Attributes:
         spec: of the step.
         step, source, steps: see above.
+        tables: the tensors of the source's columns.
         parts: the one graph. It takes the step's state and options, the source's columns, the numbers of the rows of
             all batches, [steps * batch size], and closed-over tensors; it returns the losses, [steps].
         due: which of the parts is to run: the one.
@@ -74,27 +79,31 @@ class TracedSpan:
         self.source = source
         self.steps = steps
         columns = source.columns
-        self._tables = [each for column in columns for each in (column if isinstance(column, Ragged) else (column,))]
+        self.tables = [each for column in columns for each in (column if isinstance(column, Ragged) else (column,))]
         leaves, standing = step.leaves(batch), step.standing_inputs()
         if leaves is None or isinstance(standing, Mismatch):
             raise EngineError("the step has changed since it was traced")
         _refuse_other_leaves(leaves, columns, source.batch_size)
         graph = step.parts[0].graph
-        unrolling = Unrolling.of(len(standing), columns, steps, source.batch_size)
+        unrolling = Unrolling.of(len(standing), columns, steps, source.batch_size, _padded_to(source))
         if not takes_rows(graph, unrolling):
             raise EngineError("rows of unequal length are used otherwise than by sums")
         rows = torch.zeros(steps * source.batch_size, dtype=torch.int64, device=source.device)
-        inputs = [*standing, *self._tables, rows, *step.parts[0].closed_over]
+        inputs = [*standing, *self.tables, rows, *step.parts[0].closed_over]
         self.parts = [TracedGraph(graph, inputs, [frozenset()] * len(inputs), unrolling)]
 
     def inputs(self, span: Span) -> list[Tensor] | Mismatch:
         """The graph's inputs for a span, or why it does not hold. Makes no host read."""
-        if span.source is not self.source or span.steps != self.steps:
+        return self.inputs_of(span.source, span.rows)
+
+    def inputs_of(self, source: ResidentBatches, rows: Tensor) -> list[Tensor] | Mismatch:
+        """The same for the rows of all batches, [steps * batch size], of a source."""
+        if source is not self.source or len(rows) != self.steps * source.batch_size:
             return Mismatch("the resident data")
         standing = self.step.standing_inputs()
         if isinstance(standing, Mismatch):
             return standing
-        found = [*standing, *self._tables, span.rows, *self.step.parts[0].closed_over]
+        found = [*standing, *self.tables, rows, *self.step.parts[0].closed_over]
         reason = self.parts[0].differ(found)
         return found if reason is None else Mismatch(reason)
 
@@ -102,6 +111,21 @@ class TracedSpan:
     def run(self, inputs: list[Tensor]) -> Tensor:
         """The steps, operator by operator; returns the losses, [steps]."""
         return self.parts[0].graph(*inputs)
+
+
+def _padded_to(source: ResidentBatches) -> int | None:
+    """What rows of unequal length are padded to; None where they need not be, or there are none.
+
+    Raises:
+        EngineError: that would be far more than there is in them.
+    """
+    if source.device.type == "cpu" or not source.longest:
+        return None
+    if source.longest * source.batch_size > MOST_PADDED:
+        raise EngineError(
+            f"the longest row has {source.longest:,} entries, and {source.batch_size} rows padded to it are too many"
+        )
+    return source.longest
 
 
 def _refuse_other_leaves(leaves: Sequence[Tensor], columns: Sequence[Tensor | Ragged], rows: int) -> None:

@@ -82,13 +82,12 @@ class StepSpec:
 
 
 class Engine(Protocol):
-    """Runs training steps of one `StepSpec`. All engines give the same numbers at equal precision.
+    """Runs training steps of one `StepSpec`. All engines give the same numbers at equal precision."""
 
-    Attributes:
-        compile_s: seconds that steps have waited for a trace or a compiler so far; None where there was no wait.
-    """
-
-    compile_s: float | None
+    @property
+    def compile_s(self) -> float | None:
+        """Seconds that steps have waited for a trace or a compiler so far; None where there was no wait."""
+        ...
 
     @property
     def choice(self) -> Choice:

@@ -29,7 +29,8 @@ class TorchCompileEngine(EagerEngine):
     """
 
     def __init__(self, spec: StepSpec, choice: Choice) -> None:
-        require_compiler(spec)
+        if spec.device.type == "cpu":
+            require_compiler()
         super().__init__(spec, choice, torch.compile(spec.forward))
 
     def step(self, batch: Any) -> Tensor:
@@ -48,14 +49,14 @@ class TorchCompileEngine(EagerEngine):
         return loss
 
 
-def require_compiler(spec: StepSpec) -> None:
-    """Checks that there is a compiler for the step's device.
+def require_compiler() -> None:
+    """Checks that there is a C++ compiler.
 
     Raises:
         EngineError: there is none.
     """
-    if spec.device.type == "cpu" and cpp_compiler() is None:
+    if cpp_compiler() is None:
         raise EngineError(
-            "a compiled engine needs a C++ compiler on the CPU, and none is on the PATH (set CXX or install g++); "
-            "engine 'eager' needs none"
+            "a compiled engine needs a C++ compiler, and none is on the PATH (set CXX or install g++); engine 'eager' "
+            "needs none"
         )

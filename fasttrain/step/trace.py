@@ -89,6 +89,11 @@ class TracedStep:
         return self.parts[0].part == "whole"
 
     @property
+    def open_dims(self) -> Sequence[frozenset[int]]:
+        """For each tensor of a batch, the dimensions whose size is left open."""
+        return self._layout.open_dims
+
+    @property
     def remark(self) -> str:
         """What the reason of a choice is to say of this step besides; mostly nothing."""
         if self.why_eager is None:

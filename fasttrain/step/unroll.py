@@ -27,18 +27,23 @@ class Unrolling:
         is_ragged: for each column that batches are gathered from, whether its rows are of unequal length.
         steps: how many.
         rows: in a batch.
+        longest: entries of the longest row of unequal length, where the graph is to hold for no longer ones; None: for
+            any.
     """
 
     first_leaf: int
     is_ragged: tuple[bool, ...]
     steps: int
     rows: int
+    longest: int | None = None
 
     @classmethod
-    def of(cls, first_leaf: int, columns: Sequence[Tensor | Ragged], steps: int, rows: int) -> Unrolling:
+    def of(
+        cls, first_leaf: int, columns: Sequence[Tensor | Ragged], steps: int, rows: int, longest: int | None = None
+    ) -> Unrolling:
         """For batches that are gathered from these columns, in the order of the batch's tensors."""
         is_ragged = tuple(isinstance(column, Ragged) for column in columns)
-        return cls(first_leaf=first_leaf, is_ragged=is_ragged, steps=steps, rows=rows)
+        return cls(first_leaf=first_leaf, is_ragged=is_ragged, steps=steps, rows=rows, longest=longest)
 
     @property
     def end(self) -> int:

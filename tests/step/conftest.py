@@ -54,6 +54,6 @@ def graphs(own_programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def lane() -> Recording:
+def lane(graphs: Graphs) -> Recording:
     """What stands in for CUDA graphs."""
-    return Recording()
+    return Recording(graphs)

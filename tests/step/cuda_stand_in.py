@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fasttrain import TrainStep
 from fasttrain.device import Choice
-from fasttrain.step.graphed import GraphedEngine
+from fasttrain.step.clock import Waits
+from fasttrain.step.compiled import CompiledEngine
+from fasttrain.step.graphed import GraphRung
+from fasttrain.step.spec import StepSpec
 from tests.step import jobs
+from tests.step.fakes import Graphs
 
 EXACT = 1e-10
 """The operators are those of the trace, one by one: in double precision nothing but rounding differs."""
@@ -27,24 +30,24 @@ ASKED = Choice("graphed", "asked for")
 class Recording:
     """A stand-in for CUDA: what is captured does not run; what is replayed runs with the tensors of then.
 
+    Args:
+        programs: run the traced graph in place of machine code.
+
     Attributes:
+        programs: see above.
         captures: how many there were.
         launches: of graphs.
         on_capture: called before each capture.
-        spoil: what a compiled graph does to its loss.
         price: what a span of 16 steps takes, by the number of launches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, programs: Graphs) -> None:
+        self.programs = programs
         self.captures = 0
         self.launches = 0
         self.on_capture: Callable[[], None] = lambda: None
-        self.spoil: Callable[[Tensor], Tensor] = lambda loss: loss
         self.price: Callable[[int], float] = float
         self.is_aside = False
-
-    def compiled(self, graph: GraphModule) -> Callable[..., Tensor]:
-        return lambda *inputs: self.spoil(graph(*inputs))
 
     @contextmanager
     def aside(self) -> Generator[None]:
@@ -57,10 +60,12 @@ class Recording:
         assert not self.is_aside
         self.on_capture()
         rng = torch.get_rng_state()
-        with Memory(is_capturing=True) as captured:
-            run()
-        captured.put_back()
-        torch.set_rng_state(rng)
+        try:
+            with Memory(is_capturing=True) as captured:
+                run()
+        finally:
+            captured.put_back()
+            torch.set_rng_state(rng)
         self.captures += 1
         kept: list[Tensor] = []
         replays = itertools.count()
@@ -118,5 +123,15 @@ def graphed_step(lane: Recording, **options: Any) -> TrainStep:
 
 
 def with_graphs(step: TrainStep, lane: Recording) -> TrainStep:
-    step._engine = GraphedEngine(step.spec, ASKED, lane)  # pyright: ignore[reportPrivateUsage]
+    step._engine = graphed_engine(step.spec, lane)  # pyright: ignore[reportPrivateUsage]
     return step
+
+
+def graphed_engine(spec: StepSpec, lane: Recording) -> CompiledEngine:
+    rung, waits = graph_rung(spec, lane, moves_counts=True)
+    return CompiledEngine(spec, ASKED, rung, waits)
+
+
+def graph_rung(spec: StepSpec, lane: Recording, *, moves_counts: bool) -> tuple[GraphRung, Waits]:
+    waits = Waits()
+    return GraphRung(spec, waits, moves_counts=moves_counts, lane=lane, clock=lane), waits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.errors import EngineError
-from fasttrain.step import auto, compiler, launch
+from fasttrain.step import auto, clock, compiler, launch
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import Verdict
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.program import Runner
+from fasttrain.step.recorded import TracedGraph
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import StepState
@@ -80,9 +83,9 @@ class Lab:
     def install(cls, monkeypatch: pytest.MonkeyPatch) -> Lab:
         """Puts itself in the place of what `auto` uses."""
         lab = cls()
-        clock: Any = types.SimpleNamespace(perf_counter=lambda: lab.now)
-        monkeypatch.setattr(auto, "time", clock)
-        monkeypatch.setattr(launch, "time", clock)
+        time: Any = types.SimpleNamespace(perf_counter=lambda: lab.now)
+        monkeypatch.setattr(clock, "time", time)
+        monkeypatch.setattr(launch, "time", time)
         monkeypatch.setattr(auto, "LOOK_STEPS", LOOK_STEPS)
         for each in (auto, launch):
             monkeypatch.setattr(each, "TRIAL_ROUNDS", TRIAL_ROUNDS)
@@ -236,7 +239,7 @@ class FakeCompiler:
         self._lab = lab
         self._spec = spec
 
-    def begin(self, batch: Batch) -> FakePending:
+    def begin(self, batch: Batch, *_: Any) -> FakePending:
         self._lab.call("begin")
         pending = FakePending(self._lab, self._spec, batch)
         self._lab.now += pending.trace_s
@@ -305,12 +308,19 @@ class GraphProgram:
         self._graphs = graphs
         self._traced = traced
 
-    @torch.no_grad()
+    @property
+    def runners(self) -> list[Runner]:
+        return [partial(self._run, part) for part in self._traced.parts]
+
     def run(self, inputs: list[Tensor]) -> Tensor:
-        losses = self._traced.parts[self._traced.due].graph(*inputs)
+        return self.runners[self._traced.due](inputs)[0]
+
+    @torch.no_grad()
+    def _run(self, part: TracedGraph, inputs: list[Tensor]) -> list[Tensor]:
+        losses = part.graph(*inputs)
         self._graphs.replayed += losses.numel()
         self._graphs.launched += losses.numel() if isinstance(self._traced, TracedSpan) else 0
-        return self._graphs.spoil(losses)
+        return [self._graphs.spoil(losses)]
 
 
 HASTE: dict[str, float] = {

@@ -139,7 +139,8 @@ def test_auto_says_why() -> None:
     step(batches()[0])
     assert step.engine.value == "eager"
     assert step.engine.reason
-    assert explain_auto(torch.device("cuda")).value == "eager"
+    assert explain_auto(torch.device("cpu")).value == "eager, then compiled"
+    assert explain_auto(torch.device("cuda")).value == "eager, then graphed"
 
 
 def test_compiled_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain import EngineError, TrainStep
-from fasttrain.step import graphed, replay
-from fasttrain.step.capture import CudaLane, compile_operators
-from fasttrain.step.graphed import GraphedEngine
-from fasttrain.step.trace import trace_step
+from fasttrain.step import compiled, graphed, replay
+from fasttrain.step.capture import CudaLane
 from tests.step import jobs
-from tests.step.cuda_stand_in import ASKED, EXACT, Recording, graphed_step, with_graphs
+from tests.step.cuda_stand_in import EXACT, Recording, graph_rung, graphed_engine, graphed_step, with_graphs
 from tests.step.jobs import assert_as_eager, batches, everything, run
-from tests.step.models import CASES, OPTIMIZERS, started, with_forward
+from tests.step.models import CASES, OPTIMIZERS, started
 from tests.step.test_compiled import CHANGES, STAYS
 
 pytestmark = pytest.mark.usefixtures("in_double")
@@ -134,15 +132,15 @@ def test_a_batch_of_another_size_runs_eagerly_until_it_has_its_graph(lane: Recor
     assert "16 steps ran eagerly, the last because this differed" in step.engine.reason
 
 
-def test_the_number_of_captures_is_bounded(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_programs_is_bounded(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "ENOUGH_STEPS", 2)
-    monkeypatch.setattr(graphed, "MAX_CAPTURES", 6)
+    monkeypatch.setattr(compiled, "MAX_PROGRAMS", 6)
     step = graphed_step(lane)
     assert_as_eager(step, [batch for rows in range(4, 12) for batch in batches(5, rows=rows)], rtol=EXACT)
-    assert lane.captures == 6
+    assert (lane.captures, lane.programs.builds) == (6, 6)
     assert step.engine.value == "eager"
     before = lane.launches
-    step(batches(1, rows=8)[0])  # the four graphs that were made last are kept
+    step(batches(1, rows=8)[0])  # the four programs that were made last are kept
     assert lane.launches == before + 1
     step(batches(1, rows=4)[0])
     assert lane.launches == before + 1
@@ -153,12 +151,14 @@ def test_a_step_on_the_cpu_is_refused() -> None:
         jobs.train_step("graphed")
 
 
-def test_rows_of_unequal_length_are_refused(lane: Recording) -> None:
+def test_rows_of_unequal_length_run_by_the_program_itself(lane: Recording) -> None:
     spec, batch = started(CASES["sparse"], OPTIMIZERS["adam"])
-    engine = GraphedEngine(spec, ASKED, lane)
-    engine.step(batch)
-    with pytest.raises(EngineError, match="needs batches of one size, and these have rows of unequal length"):
+    engine = graphed_engine(spec, lane)
+    for _ in range(4):
         engine.step(batch)
+    assert (lane.captures, lane.programs.replayed) == (0, 3)
+    assert engine.choice.value == "compiled"
+    assert "rows of unequal length are in no CUDA graph" in engine.choice.reason
 
 
 def test_an_optimizer_that_cannot_be_recorded_is_refused(lane: Recording) -> None:
@@ -189,26 +189,49 @@ def test_tensors_on_the_host_are_refused() -> None:
         graphed._refuse_unfit(traced)  # pyright: ignore[reportPrivateUsage]
 
 
-def test_step_counts_are_brought_to_the_device() -> None:
-    parameter = nn.Parameter(torch.zeros(2, device="meta"))
-    optimizer = torch.optim.Adam([parameter])
-    optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, device="meta"), "note": 1}
-    graphed._bring_counts_home(optimizer)  # pyright: ignore[reportPrivateUsage]
-    assert optimizer.state[parameter]["step"].device.type == "meta"
-    assert optimizer.state[parameter]["note"] == 1
+class OnMeta:
+    """A step whose parameters are on another device than the count of their optimizer's steps."""
+
+    def __init__(self, lane: Recording, *, moves_counts: bool) -> None:
+        net = nn.Linear(2, 2, device="meta")
+        optimizer = torch.optim.Adam(net.parameters())
+        self.state = optimizer.state[net.weight]
+        self.state.update({"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, 2, device="meta"), "note": 1})
+        self.traced = False
+        spec: Any = SimpleNamespace(optimizer=optimizer, device=torch.device("meta"))
+        self._rung, _ = graph_rung(spec, lane, moves_counts=moves_counts)
+
+    def begin(self) -> None:
+        self._rung.begin(SimpleNamespace(begin=lambda *_: setattr(self, "traced", True)), None)  # pyright: ignore[reportArgumentType]
+
+
+def test_step_counts_are_brought_to_the_device(lane: Recording) -> None:
+    step = OnMeta(lane, moves_counts=True)
+    step.begin()
+    assert step.traced
+    assert step.state["step"].device.type == "meta"
+    assert step.state["note"] == 1
+
+
+def test_step_counts_on_the_host_are_refused_where_they_are_to_stay(lane: Recording) -> None:
+    step = OnMeta(lane, moves_counts=False)
+    with pytest.raises(EngineError, match="make it with capturable=True, or ask for engine 'graphed'"):
+        step.begin()
+    assert not step.traced
+    assert step.state["step"].device.type == "cpu"
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda loss: loss * 1.01, "gives other numbers than eager on this step: the loss is"),
+        (lambda loss: loss * 1.01, "cannot run this step: its numbers differ from eager's: the loss is"),
         (lambda loss: loss + 0 * loss.item(), "waits for the device, or copies from or to the host"),
     ],
 )
 def test_what_a_capture_would_get_wrong_is_refused(
     spoil: Callable[[Tensor], Tensor], message: str, lane: Recording
 ) -> None:
-    lane.spoil = spoil
+    lane.programs.spoil = spoil
     step = graphed_step(lane)
     step(batches(1)[0])
     with pytest.raises(EngineError, match=message):
@@ -224,7 +247,7 @@ def test_a_compiler_that_fails_leaves_the_state_as_it_was(lane: Recording) -> No
     def fail(loss: Tensor) -> Tensor:
         raise RuntimeError("no compiler\nis here")
 
-    lane.spoil = fail
+    lane.programs.spoil = fail
     with pytest.raises(EngineError, match=r"cannot be compiled for a CUDA graph: RuntimeError: no compiler$"):
         step(data[1])
     torch.testing.assert_close(everything(step), everything(eager), rtol=0, atol=0)
@@ -236,25 +259,6 @@ def test_what_does_not_fit_in_memory_is_refused(lane: Recording, monkeypatch: py
     step(batches(1)[0])
     with pytest.raises(EngineError, match="no memory for two copies"):
         step(batches(1)[0])
-
-
-def test_the_operators_compile_to_the_same_numbers() -> None:
-    """With torch's compiler, as on CUDA; random numbers are eager's."""
-    spec, batch = started(CASES["dropout"], OPTIMIZERS["sgd-momentum"])
-
-    def forward(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]) * torch.rand(5, 3), batch[1])
-
-    traced = trace_step(with_forward(spec, forward), batch)
-    inputs = traced.inputs(batch)
-    assert isinstance(inputs, list)
-    found: list[list[Tensor]] = []
-    for operators in (traced.parts[0].graph, compile_operators(traced.parts[0].graph)):
-        copies = [tensor.detach().clone() for tensor in inputs]
-        torch.manual_seed(3)
-        with torch.no_grad():
-            found.append([*copies, operators(*copies), torch.get_rng_state()])
-    torch.testing.assert_close(found[1], found[0], rtol=EXACT, atol=EXACT)
 
 
 class FakeCuda:

@@ -1,4 +1,4 @@
-"""The graphed engine on CUDA: eager's numbers, no wait in steady state, and what it refuses."""
+"""Compiled steps on CUDA, by the program itself and by graphs: eager's numbers, no wait in steady state, refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fasttrain import EngineError, FastLoop, TrainStep, resident
 from fasttrain.data.ragged import Ragged
-from fasttrain.step.graphed import SpanGraphs
+from fasttrain.step import auto
+from fasttrain.step.graphed import GraphLauncher
+from fasttrain.step.launch import FROM_STEPS
 from fasttrain.step.replay import ENOUGH_STEPS
 
 pytestmark = pytest.mark.gpu
@@ -92,11 +94,12 @@ def assert_as_eager(
     data: list[Batch],
     *,
     rtol: float,
+    engine: str = "graphed",
     **options: Any,
 ) -> None:
     eager, wanted = trained("eager", build(), make, data, **options)
-    step, losses = trained("graphed", build(), make, data, **options)
-    assert step.engine.value == "graphed", step.engine.reason
+    step, losses = trained(engine, build(), make, data, **options)
+    assert step.engine.value == engine, step.engine.reason
     assert "ran eagerly" not in step.engine.reason
     assert losses == pytest.approx(wanted, rel=rtol)
     assert step.metrics.compute().loss == pytest.approx(eager.metrics.compute().loss, rel=rtol)
@@ -107,6 +110,11 @@ def assert_as_eager(
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_numbers_are_eagers(name: str, options: dict[str, Any]) -> None:
     assert_as_eager(mlp, OPTIMIZERS[name], batches(30), rtol=1e-4, **options)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_program_itself_gives_eagers_numbers(name: str) -> None:
+    assert_as_eager(mlp, OPTIMIZERS[name], batches(30), rtol=1e-4, engine="compiled")
 
 
 def test_batch_norm_keeps_its_buffers() -> None:
@@ -181,35 +189,94 @@ def test_a_step_never_waits(options: dict[str, Any]) -> None:
             step.metrics.read_late()
 
 
-def loop_over(engine: str, source: Any, epochs: int) -> tuple[FastLoop, list[float]]:
+def dense_loop(engine: str) -> FastLoop:
     model = mlp()
-    loop = FastLoop(model, OPTIMIZERS["adam"](model.parameters()), loss=F.cross_entropy, engine=engine)
-    return loop, [loop.train(source).loss for _ in range(epochs)]
+    return FastLoop(model, OPTIMIZERS["adam"](model.parameters()), loss=F.cross_entropy, engine=engine)
 
 
-def test_several_steps_a_launch_give_eagers_numbers_and_never_wait() -> None:
-    sources = [resident(*table(ROWS * 70 + 5, 20), batch_size=ROWS, device="cuda", seed=2) for _ in range(2)]
-    _, wanted = loop_over("eager", sources[0], 8)
-    loop, losses = loop_over("graphed", sources[1], 8)
-    assert losses == pytest.approx(wanted, rel=1e-3)
-    assert "steps a launch, measured us a step by steps a launch" in loop.step.engine.reason
-    assert loop.step.span in SpanGraphs.SIZES
+def dense_source() -> Any:
+    return resident(*table(ROWS * 70 + 5, 20), batch_size=ROWS, device="cuda", seed=2)
+
+
+class Bags(nn.Module):
+    """A linear model of one-hot words, as the review classifier is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(50, 1)
+
+    def forward(self, rows: Ragged) -> Tensor:
+        values = self.linear.weight.reshape(-1).index_select(0, rows.values)
+        return torch.segment_reduce(values, "sum", offsets=rows.offsets, unsafe=True) + self.linear.bias
+
+
+def sparse_loop(engine: str) -> FastLoop:
+    model = Bags().cuda()
+
+    def forward(model: nn.Module, batch: tuple[Ragged, Tensor]) -> Tensor:
+        return F.binary_cross_entropy_with_logits(model(batch[0]), batch[1])
+
+    return FastLoop(model, OPTIMIZERS["adam"](model.parameters()), forward, engine=engine)
+
+
+def sparse_source() -> Any:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(0, 9, (ROWS * 70 + 5,), generator=generator)
+    ids = torch.randint(0, 50, (int(lengths.sum()),), generator=generator)
+    targets = torch.randint(0, 2, (len(lengths),), generator=generator).float()
+    return resident(Ragged.of_lengths(ids, lengths), targets, batch_size=ROWS, device="cuda", seed=2)
+
+
+JOBS: dict[str, tuple[Callable[[str], FastLoop], Callable[[], Any]]] = {
+    "dense": (dense_loop, dense_source),
+    "rows of unequal length": (sparse_loop, sparse_source),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_several_steps_a_launch_give_eagers_numbers_and_never_wait(name: str) -> None:
+    make, source = JOBS[name]
+    sources = [source() for _ in range(2)]
+    losses: list[list[float]] = []
+    for engine, given in zip(("eager", "graphed"), sources, strict=True):
+        loop = make(engine)
+        loop.step.expect(2 * FROM_STEPS)
+        losses.append([loop.train(given).loss for _ in range(16)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    step = loop.step
+    assert step.engine.value == "graphed", step.engine.reason
+    assert "steps run as one: measured us a step: one by one" in step.engine.reason
+    assert step.span in GraphLauncher.SIZES
     with waits_are_errors():
-        for _ in loop.step.run(iter(sources[1])):
+        for _ in step.run(iter(sources[1])):
+            step.metrics.read_late()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_auto_ends_on_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "shortfall", lambda *_: None)
+    monkeypatch.setattr(auto, "LAUNCHES_FROM_S", 0.0)
+    make, source = JOBS[name]
+    loop = make("auto")
+    given = source()
+    loop.step.settle(given)
+    assert loop.step.engine.value == "graphed", loop.step.engine.reason
+    assert loop.step.compile_s is not None
+    with waits_are_errors():
+        for _ in loop.step.run(iter(given)):
             loop.step.metrics.read_late()
+    loop.step.close()
 
 
-def test_rows_of_unequal_length_are_refused() -> None:
-    net = nn.EmbeddingBag(9, 1, mode="sum").cuda()
-
-    def forward(model: nn.Module, batch: Ragged) -> Tensor:
-        return model(batch.values, batch.offsets[:-1]).square().mean()
-
-    step = TrainStep(net, torch.optim.Adam(net.parameters()), forward, engine="graphed")
-    batch = Ragged.of_lengths(torch.arange(9).cuda(), torch.tensor([4, 5]).cuda())
-    step(batch)
-    with pytest.raises(EngineError, match="needs batches of one size"):
-        step(batch)
+def test_auto_leaves_step_counts_on_the_host() -> None:
+    net = mlp()
+    optimizer = torch.optim.Adam(net.parameters(), foreach=True)
+    step = TrainStep(net, optimizer, loss=F.cross_entropy)
+    step.settle(batches(60))
+    assert step.engine.value == "eager"
+    assert "make it with capturable=True" in step.engine.reason
+    assert {state["step"].device.type for state in optimizer.state.values()} == {"cpu"}
 
 
 def test_a_forward_that_reads_the_device_is_refused() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from fasttrain import TrainStep, resident
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import Span
-from fasttrain.step import graphed
-from fasttrain.step.graphed import SpanGraphs
+from fasttrain.step import graphed, launch
+from fasttrain.step.launch import FROM_STEPS
 from fasttrain.step.spec import run_steps
 from tests.step import jobs
 from tests.step.cuda_stand_in import EXACT, Recording, graphed_step
@@ -31,7 +31,7 @@ EPOCHS = 5
 
 @pytest.fixture(autouse=True)
 def short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed, "TRIAL_ROUNDS", 1)
+    monkeypatch.setattr(launch, "TRIAL_ROUNDS", 1)
 
 
 def data(num_batches: int = NUM_BATCHES) -> Any:
@@ -42,6 +42,7 @@ def data(num_batches: int = NUM_BATCHES) -> Any:
 def train(step: TrainStep, source: Any, epochs: int) -> list[int]:
     """Epochs through whatever the engine makes of them; returns the sizes of the spans, 1 for single steps."""
     torch.manual_seed(11)
+    step.expect(FROM_STEPS)
     sizes = []
     for _ in range(epochs):
         for ran in run_steps(step._engine, iter(source)):  # pyright: ignore[reportPrivateUsage]
@@ -69,12 +70,13 @@ def assert_epochs_as_eager(step: TrainStep) -> list[int]:
 )
 def test_the_number_of_steps_a_launch_is_measured(price: dict[int, float], size: int, lane: Recording) -> None:
     """16, 4 or 1 steps a launch are 1, 4 or 16 launches; remainders run one by one."""
-    lane.price = lambda launches: price.get(launches, 100.0)  # the first of each size also proves its graph
+    lane.price = lambda launches: price.get(launches, 100.0)
     step = graphed_step(lane)
     sizes = assert_epochs_as_eager(step)
     assert sizes[:2] == [1, 1], "eagerly, then compared with eager"
     assert step.span == size
-    assert f"; {size} steps a launch, measured us a step by steps a launch: 1: " in step.engine.reason
+    told = f"{size} steps run as one" if size > 1 else "several steps as one are not faster"
+    assert f"; {told}: measured us a step: one by one " in step.engine.reason
     assert sum(sizes) == EPOCHS * NUM_BATCHES
     last = [*[size] * (NUM_BATCHES // size), *[1] * (NUM_BATCHES % size)]
     assert sizes[-len(last) :] == last
@@ -105,16 +107,18 @@ def test_the_losses_of_spans_are_those_of_single_steps(lane: Recording) -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=EXACT, atol=EXACT)
 
 
-def test_other_resident_data_get_graphs_of_their_own(lane: Recording) -> None:
+def test_other_resident_data_get_graphs_of_their_own(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MISSED_SPANS", 4)
     step, eager = graphed_step(lane), jobs.train_step("eager")
     for each in (step, eager):
         train(each, data(), EPOCHS)
-    before = lane.captures
+    before, builds = lane.captures, lane.programs.builds
     other = data(NUM_BATCHES - 1)
     train(step, other, EPOCHS)
     train(eager, data(NUM_BATCHES - 1), EPOCHS)
     torch.testing.assert_close(everything(step), everything(eager), rtol=EXACT, atol=EXACT)
     assert lane.captures == before + 2
+    assert lane.programs.builds <= builds + 1
     launches, span = lane.launches, iter(other).take(16)
     assert span is not None
     step.steps(span)
@@ -144,7 +148,7 @@ def test_a_launch_of_other_numbers_is_not_used(lane: Recording, monkeypatch: pyt
     step = graphed_step(lane)
     assert_epochs_as_eager(step)
     assert step.span == 4
-    assert "; 16 steps a launch were refused: other numbers than single steps: the loss is" in step.engine.reason
+    assert "; 16 steps as one were refused: other numbers than single steps: the loss is" in step.engine.reason
 
 
 def test_batches_that_are_not_plain_rows_run_one_by_one(lane: Recording) -> None:
@@ -167,11 +171,11 @@ def test_batches_that_are_not_plain_rows_run_one_by_one(lane: Recording) -> None
         object.__setattr__(span, "source", Halved(source))
         assert step.steps(span).shape == (16,)
     assert step.span == 1
-    assert "4 steps a launch were refused: batches hold other tensors than the columns" in step.engine.reason
+    assert "several steps cannot be one program: batches hold other tensors than the columns" in step.engine.reason
 
 
 def test_settling_trains_until_the_number_is_known(lane: Recording) -> None:
     step = graphed_step(lane)
     step.settle(data())
-    assert step.span == SpanGraphs.MOST_STEPS
+    assert step.span == 16
     assert step.compile_s is not None

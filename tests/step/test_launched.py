@@ -237,7 +237,7 @@ def test_wrong_numbers_of_several_steps_are_refused(engine: str, graphs: Graphs)
     found = Epochs(started(engine), graphs).run({})
     torch.testing.assert_close(found.seen, wanted.seen, rtol=ROUNDING, atol=ROUNDING)
     assert graphs.launched == SIZE
-    assert "a program of 4 steps gives other numbers than single steps: the loss is" in found.step.engine.reason
+    assert "4 steps as one were refused: other numbers than single steps: the loss is" in found.step.engine.reason
 
 
 def test_an_audit_bears_buffers_that_forward_replaces(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,18 @@ def test_a_package_is_compiled_and_run_and_changes_its_inputs(tmp_path: Path) ->
     assert torch.equal(total, x * 2)
 
 
+def test_examples_are_exported_with_and_take_no_memory() -> None:
+    huge = (torch.Size([1 << 20, 1 << 20]), (1 << 20, 1), torch.float32, torch.device("cpu"))  # four terabytes
+    small = (torch.Size([2, 3]), (1, 2), torch.float64, torch.device("cpu"))
+    examples = private.examples_of([huge, small])
+    assert [(each.shape, each.stride(), each.dtype, each.device) for each in examples] == [huge, small]
+    total, x = torch.zeros(3), torch.arange(3.0)
+    kinds = [(each.shape, each.stride(), each.dtype, each.device) for each in (total, x)]
+    program = torch.export.export(Doubling(), private.examples_of(kinds), strict=False)
+    assert torch.equal(program.module()(total, x), x * 2)
+    assert torch.equal(total, x)
+
+
 def test_compilations_tell_of_breaks_and_of_what_is_compiled_again() -> None:
     begin = time.time()
 

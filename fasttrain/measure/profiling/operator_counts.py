@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fasttrain.step import eager
+from fasttrain.step.capture import CapturedSpan, CapturedStep
 from fasttrain.step.program import StepProgram
+from fasttrain.step.trace import Mismatch
 
 __all__ = ["FlopCount", "graph_flops"]
 
@@ -42,7 +44,8 @@ class FlopCount:
     def __enter__(self) -> Self:
         """Begins to count."""
         self._entered.enter_context(mock.patch.object(eager, "run_backward", self._watched(eager.run_backward)))
-        self._entered.enter_context(mock.patch.object(StepProgram, "run", self._counted(StepProgram.run)))
+        for kind in (StepProgram, CapturedStep, CapturedSpan):
+            self._entered.enter_context(mock.patch.object(kind, "run", self._counted(kind.run)))
         self._entered.enter_context(self._calls)
         return self
 
@@ -59,17 +62,20 @@ class FlopCount:
 
         return watched
 
-    def _counted(self, run: Callable[[StepProgram, list[Tensor]], Tensor]) -> Callable[..., Tensor]:
-        """A program's run, whose graph is counted once for inputs of the same sizes."""
+    def _counted(self, run: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+        """The run of a program or of a CUDA graph; for inputs of the same sizes its operators are counted once."""
         known: dict[tuple[Any, ...], FlopCount] = {}
 
-        def counted(program: StepProgram, inputs: list[Tensor]) -> Tensor:
-            graph = program.due.graph
-            sizes = (graph, *(tensor.shape for tensor in inputs))
-            found = known.get(sizes) or known.setdefault(sizes, graph_flops(graph, inputs))
-            self.flops += found.flops
-            self.not_counted |= found.not_counted
-            return run(program, inputs)
+        def counted(program: StepProgram | CapturedStep | CapturedSpan, given: Any) -> Any:
+            is_span = isinstance(program, CapturedSpan)
+            inputs = program.inputs_of(given) if is_span else given
+            if not isinstance(inputs, Mismatch):
+                graph = program.due.graph
+                sizes = (graph, *(tensor.shape for tensor in inputs))
+                found = known.get(sizes) or known.setdefault(sizes, graph_flops(graph, inputs))
+                self.flops += found.flops * (program.calls if is_span else 1)
+                self.not_counted |= found.not_counted
+            return run(program, given)
 
         return counted
 

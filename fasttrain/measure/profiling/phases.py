@@ -20,6 +20,7 @@ from fasttrain.data.stream import Prefetcher
 from fasttrain.measure.places import Place, user_place
 from fasttrain.metrics import RunningMetrics
 from fasttrain.step import eager
+from fasttrain.step.capture import CapturedSpan, CapturedStep
 from fasttrain.step.program import StepProgram
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.trace import TracedStep
@@ -266,7 +267,9 @@ _METHODS: tuple[tuple[Any, str, str, str], ...] = (
     (ResidentEpoch, "take", "data wait", "python"),
     (Span, "batches", "data wait", "python"),
     (TracedStep, "inputs", "program", "guards and inputs"),
-    (TracedSpan, "inputs", "program", "guards and inputs"),
+    (TracedSpan, "inputs_of", "program", "guards and inputs"),
     (StepProgram, "run", "program", "generated code"),
+    (CapturedStep, "run", "program", "copies and launch"),
+    (CapturedSpan, "run", "program", "copies and launch"),
 )
 """What is wrapped while the watch is on: (owner, name, phase, what runs in it where no operator does)."""

@@ -20,8 +20,8 @@ _LABEL = 48
 
 
 def loaded_programs() -> list[StepProgram]:
-    """The compiled programs that this process holds."""
-    return [each for each in gc.get_objects() if type(each) is StepProgram]
+    """The compiled programs for the CPU that this process holds; of those on a GPU the profiler sees all kernels."""
+    return [each for each in gc.get_objects() if type(each) is StepProgram and each.device.type == "cpu"]
 
 
 def without_graph(event: str) -> str | None:

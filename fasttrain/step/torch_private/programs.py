@@ -17,7 +17,27 @@ from torch import Tensor
 
 from fasttrain.step.torch_private.marking import MARKS, kernels_apart
 
-__all__ = ["Compilation", "compilations", "compile_package", "flat_runner", "lacks_resources", "tensor_check"]
+__all__ = [
+    "Compilation",
+    "compilations",
+    "compile_package",
+    "examples_of",
+    "flat_runner",
+    "lacks_resources",
+    "tensor_check",
+]
+
+
+def examples_of(
+    kinds: Sequence[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]],
+) -> tuple[Tensor, ...]:
+    """Tensors of these sizes, strides, dtypes and devices to export a graph with; they take no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return tuple(
+            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in kinds
+        )
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str, *, is_marked: bool = False) -> None:

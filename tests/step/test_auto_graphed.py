@@ -1,0 +1,157 @@
+"""`auto` where compiled steps run by CUDA graphs, on a stand-in for these: it ends on graphs, with eager's numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttrain import TrainStep
+from fasttrain.data.resident import ResidentBatches, Span
+from fasttrain.step import auto, launch
+from fasttrain.step.auto import AutoEngine
+from fasttrain.step.eager import EagerEngine
+from fasttrain.step.spec import Engine, StepSpec, run_steps
+from tests.step import jobs
+from tests.step.cuda_stand_in import EXACT, Recording, graph_rung
+from tests.step.jobs import assert_as_eager, batches
+from tests.step.models import ASKED, CASES, OPTIMIZERS, assert_same, make
+from tests.step.spans import data_of
+
+pytestmark = pytest.mark.usefixtures("in_double", "temporary", "hasty")
+
+EPOCHS = 12
+
+
+@pytest.fixture(autouse=True)
+def in_haste(monkeypatch: pytest.MonkeyPatch, lane: Recording) -> None:
+    """Launches are asked for at once, and the fewer there are the less time it takes."""
+    monkeypatch.setattr(auto, "LAUNCHES_FROM_S", 0.0)
+    monkeypatch.setattr(auto, "CACHED_LAUNCHES_FROM_S", 0.0)
+    monkeypatch.setattr(launch, "TRIAL_ROUNDS", 1)
+    monkeypatch.setattr(launch, "FROM_STEPS", 0)
+    lane.price = lambda launches: {1: 1.0, 4: 2.0}.get(launches, 3.0)
+
+
+def auto_engine(spec: StepSpec, lane: Recording) -> AutoEngine:
+    rung, waits = graph_rung(spec, lane, moves_counts=False)
+    engine = AutoEngine(spec, rung, waits)
+    engine.expect(10_000_000)
+    return engine
+
+
+def auto_step(lane: Recording, **options: Any) -> TrainStep:
+    step = jobs.train_step("eager", **options)
+    step._engine = auto_engine(step.spec, lane)  # pyright: ignore[reportPrivateUsage]
+    return step
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"clip_norm": 0.1}])
+def test_it_ends_on_graphs(options: dict[str, Any], lane: Recording) -> None:
+    step = auto_step(lane, **options)
+    assert_as_eager(step, batches(60), rtol=EXACT, **options)
+    assert step.engine.value == "graphed"
+    assert "us a step, eager" in step.engine.reason
+    assert lane.launches > 20
+    assert step.compile_s is not None
+
+
+def refused(lane: Recording, spoil: Callable[[Tensor], Tensor]) -> TrainStep:
+    lane.programs.spoil = spoil
+    step = auto_step(lane)
+    assert_as_eager(step, batches(40), rtol=EXACT)
+    assert step.engine.value == "eager"
+    return step
+
+
+def test_a_graph_with_other_numbers_is_refused(lane: Recording) -> None:
+    assert "its numbers differ from eager's: the loss is" in refused(lane, lambda loss: loss * 1.01).engine.reason
+
+
+def test_a_step_that_cannot_be_captured_stays_eager(lane: Recording) -> None:
+    step = refused(lane, lambda loss: loss + 0 * loss.item())
+    assert "cannot be captured in a CUDA graph: it waits for the device" in step.engine.reason
+
+
+def test_a_graph_that_cannot_be_captured_anew_is_left(lane: Recording) -> None:
+    """After loaded state a graph is captured again: where that fails, in the middle of training, eager goes on."""
+
+    def load(step: TrainStep) -> None:
+        if step.engine.value == "graphed":
+            lane.programs.spoil = lambda loss: loss + 0 * loss.item()
+        step.spec.optimizer.load_state_dict(copy.deepcopy(step.spec.optimizer.state_dict()))
+
+    step = auto_step(lane)
+    assert_as_eager(step, batches(80), {60: load}, rtol=EXACT)
+    assert step.engine.value == "eager"
+    assert "while it ran: the step cannot be captured" in step.engine.reason
+
+
+def test_an_optimizer_that_steps_eagerly_stays_eager_in_all(lane: Recording) -> None:
+    step = auto_step(lane)
+    step.spec.optimizer.register_step_pre_hook(lambda *_: None)
+    for batch in batches(20):
+        step(batch)
+    assert step.engine.value == "eager"
+    assert "needs the step of AdamW in its graph" in step.engine.reason
+    assert lane.programs.builds == 0
+
+
+class Epochs:
+    """Two models of one kind over the same rows: one by `auto`, the other eagerly."""
+
+    def __init__(self, case: str, lane: Recording) -> None:
+        self.auto, self.eager = (make(CASES[case], OPTIMIZERS["adam"]) for _ in range(2))
+        self.engine = auto_engine(self.auto, lane)
+        self._sources = [data_of(CASES[case], batch_size=1) for _ in range(2)]
+        self.sizes: list[int] = []
+
+    def run(self, epochs: int) -> None:
+        """So many epochs, both ways."""
+        eager = EagerEngine(self.eager, ASKED)
+        for engine, source in zip((self.engine, eager), self._sources, strict=True):
+            torch.manual_seed(11)
+            for _ in range(epochs):
+                self.sizes += [ran.steps for ran in launched(engine, source)]
+        assert_same(self.auto, self.eager)
+
+
+def launched(engine: Engine, source: ResidentBatches) -> Iterator[Span]:
+    for ran in run_steps(engine, iter(source)):
+        if isinstance(ran, Span):
+            yield ran
+
+
+def test_resident_rows_are_launched_several_steps_at_a_time(lane: Recording) -> None:
+    epochs = Epochs("mlp", lane)
+    epochs.run(EPOCHS)
+    assert epochs.engine.choice.value == "graphed"
+    assert "; 16 steps run as one: measured us a step: one by one " in epochs.engine.choice.reason
+    assert epochs.sizes[-2:] == [16, 16]
+
+
+def test_rows_of_unequal_length_are_in_the_graphs_of_several_steps(lane: Recording) -> None:
+    """Single batches of them have other sizes each time; the rows of a table, by their numbers, have not."""
+    epochs = Epochs("sparse", lane)
+    epochs.run(1)
+    assert (epochs.engine.choice.value, lane.captures) == ("compiled", 0)
+    epochs.run(EPOCHS)
+    assert (epochs.engine.choice.value, lane.captures) == ("graphed", 2)
+    assert epochs.sizes[-2:] == [16, 16]
+
+
+def test_audits_compare_launches_anew(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs = Epochs("mlp", lane)
+    epochs.run(EPOCHS)
+    monkeypatch.setattr(auto, "AUDIT_STEPS", 64)
+    captures = lane.captures
+    epochs.run(EPOCHS)
+    assert (epochs.engine.choice.value, lane.captures) == ("graphed", captures)
+    lane.programs.spoil = lambda loss: loss * 1.01
+    epochs.run(EPOCHS)
+    assert epochs.engine.choice.value == "eager"
+    assert "while it ran: its numbers differ from eager's" in epochs.engine.choice.reason
