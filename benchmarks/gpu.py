@@ -2,21 +2,23 @@
 
     python -m benchmarks.gpu [--out FOLDER]
 
-Each part has a bound on its time and runs whether or not the one before it failed. A benchmark that meets its bound
-keeps the blocks that it has. Records (small JSON files), profiles and what the parts said go to FOLDER; commit the
+Each part has a bound on its time and runs whether or not the one before it failed. The tests, and the compilers of all
+programs that the benchmarks need, run side by side; what is timed runs alone. A benchmark that meets its bound keeps
+the blocks that it has. Records (small JSON files), profiles and what the parts said go to FOLDER; commit the
 records under benchmarks/results/ and the profiles under profiles/. Real data is found through $FASTTRAIN_DATA.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,8 +28,10 @@ ARMS = ("textbook", "tuned", "eager", "compiled", "graphed", "auto")
 WORKLOADS = ("reviews", "mlp", "cnn", "chars")
 PROFILED = ("textbook", "auto")
 
-TESTS_S, BENCH_S, PROFILE_S = 90.0, 95.0, 40.0
+FIRST_S, BENCH_S, PROFILE_S = 200.0, 60.0, 25.0
 TOTAL_S = 520.0
+TEST_PROCESSES = 6
+"""Of the tests, where pytest-xdist is there: nearly all of their time is the compiler's."""
 GRACE_S = 10.0
 """An interrupted part has so long to write what it has."""
 
@@ -40,40 +44,56 @@ class Part(NamedTuple):
     command: list[str]
 
 
-def parts(out: Path) -> list[Part]:
-    """What is run, in this order."""
+def parts(out: Path) -> list[list[Part]]:
+    """What is run, in this order; the parts of one list side by side."""
     python = [sys.executable, "-m"]
-    found = [Part("tests", TESTS_S, [*python, "pytest", "-q", "-m", "gpu", "tests"])]
+    spread = ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") is not None else []
+    first = [Part("tests", FIRST_S, [*python, "pytest", "-q", "-m", "gpu", *spread, "tests"])]
+    first += [Part(f"programs-{name}", FIRST_S, [*python, "benchmarks.programs", name, "cuda"]) for name in WORKLOADS]
+    found = [first]
     for workload in WORKLOADS:
         options = ["--workload", workload, "--device", "cuda"]
         design = ["--arms", *ARMS, "--blocks", "3", "--warmup-s", "0.3", "--timed-s", "0.5"]
         record = ["--out", str(out / f"{workload}-cuda.json")]
-        found.append(Part(workload, BENCH_S, [*python, "fasttrain", "bench", *options, *design, *record]))
+        found.append([Part(workload, BENCH_S, [*python, "fasttrain", "bench", *options, *design, *record])])
     for workload in WORKLOADS:
         for arm in PROFILED:
             options = ["--workload", workload, "--engine", arm, "--device", "cuda", "--out", str(out / "profiles")]
             name = f"profile-{workload}-{arm}"
-            found.append(Part(name, PROFILE_S, [*python, "fasttrain", "profile", *options]))
+            found.append([Part(name, PROFILE_S, [*python, "fasttrain", "profile", *options])])
     return found
 
 
 def run_part(part: Part, out: Path, limit_s: float) -> str:
-    """Runs a part, its output in `out`/<name>.txt, and says how it ended.
+    """Runs a part alone; see `run_beside`."""
+    return run_beside([part], out, limit_s)[part.name]
+
+
+def run_beside(wanted: Sequence[Part], out: Path, limit_s: float) -> dict[str, str]:
+    """Runs parts side by side, the output of each in `out`/<name>.txt; says of each how it ended.
 
     Args:
-        part: what to run.
-        out: where its output goes.
-        limit_s: after so long it is interrupted.
+        wanted: what to run.
+        out: where their output goes.
+        limit_s: after so long, or after its own limit, a part is interrupted.
     """
     begin = time.perf_counter()
-    with (out / f"{part.name}.txt").open("wb") as log:
-        child = start(part.command, log)
-        try:
-            code = child.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            interrupt(child)
-            return f"interrupted after {limit_s:.0f} s"
-    return f"{'ok' if code == 0 else f'exit code {code}'}, {time.perf_counter() - begin:.0f} s"
+    ended: dict[str, str] = {}
+    with ExitStack() as opened:
+        logs = [opened.enter_context((out / f"{part.name}.txt").open("wb")) for part in wanted]
+        children = [start(part.command, log) for part, log in zip(wanted, logs, strict=True)]
+        for part, child in zip(wanted, children, strict=True):
+            bound_s = min(part.limit_s, limit_s)
+            try:
+                code = child.wait(max(0.0, begin + bound_s - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                interrupt(child)
+                ended[part.name] = f"interrupted after {bound_s:.0f} s"
+            else:
+                how = "ok" if code == 0 else f"exit code {code}"
+                ended[part.name] = f"{how}, within {time.perf_counter() - begin:.0f} s"
+            print(f"{part.name}: {ended[part.name]} (see {out / part.name}.txt)", flush=True)
+    return ended
 
 
 def start(command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
@@ -111,14 +131,16 @@ def session_of(leader: int) -> list[int]:
     return found
 
 
-def run_parts(wanted: Sequence[Part], out: Path, total_s: float) -> dict[str, str]:
-    """Runs parts while there is time; says of each how it ended."""
+def run_parts(wanted: Sequence[Sequence[Part]], out: Path, total_s: float) -> dict[str, str]:
+    """Runs parts while there is time, those of one list side by side; says of each how it ended."""
     begin = time.perf_counter()
     ended: dict[str, str] = {}
-    for part in wanted:
+    for beside in wanted:
         left_s = total_s - (time.perf_counter() - begin)
-        ended[part.name] = run_part(part, out, min(part.limit_s, left_s)) if left_s > 1.0 else "no time was left"
-        print(f"{part.name}: {ended[part.name]} (see {out / part.name}.txt)", flush=True)
+        if left_s > 1.0:
+            ended |= run_beside(beside, out, left_s)
+        else:
+            ended |= dict.fromkeys((part.name for part in beside), "no time was left")
     return ended
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import commands, first_step, gpu
+from benchmarks import commands, first_step, gpu, programs
 from benchmarks.children import Ran
 from benchmarks.peers import NAMES, native
 from benchmarks.records import times_better
@@ -31,6 +31,7 @@ from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.job import Job, load_job
 from fasttrain.workloads.mlp import mlp_job
 from fasttrain.workloads.review_job import ReviewJob, review_job
+from tests.step.fakes import Graphs
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -188,7 +189,7 @@ def test_each_part_of_the_gpu_check_keeps_its_bound(tmp_path: Path) -> None:
     assert gpu.run_part(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
     assert (tmp_path / "part.txt").read_text() == "kept\n"
     assert time.perf_counter() - begin < 10
-    ended = gpu.run_parts([part("raise SystemExit(3)"), part("", 0.5)], tmp_path, 1e-9)
+    ended = gpu.run_parts([[part("raise SystemExit(3)"), part("", 0.5)]], tmp_path, 1e-9)
     assert ended == {"part": "no time was left"}
     assert gpu.run_part(part("raise SystemExit(3)"), tmp_path, 60.0).startswith("exit code 3, ")
 
@@ -218,11 +219,39 @@ def test_what_a_part_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytes
         time.sleep(0.01)
 
 
+def test_parts_of_the_gpu_check_run_side_by_side(tmp_path: Path) -> None:
+    """Each waits for what the other one writes."""
+    meet = (
+        "import pathlib, sys, time; mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
+        "while not other.exists(): time.sleep(0.01)"
+    )
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    both = [
+        gpu.Part(name, 60.0, [sys.executable, "-c", meet, *order])
+        for name, order in (("first", files), ("second", files[::-1]))
+    ]
+    ended = gpu.run_parts([both, [part("raise SystemExit(3)")]], tmp_path, 60.0)
+    assert [how.split(",")[0] for how in ended.values()] == ["ok", "ok", "exit code 3"]
+    assert list(ended) == ["first", "second", "part"]
+
+
 def test_the_gpu_check_fits_in_nine_minutes(tmp_path: Path) -> None:
-    wanted = gpu.parts(tmp_path)
+    first, *alone = gpu.parts(tmp_path)
     assert gpu.TOTAL_S + gpu.GRACE_S < 540
-    assert [each.name for each in wanted[:5]] == ["tests", *gpu.WORKLOADS]
-    assert sum(each.limit_s for each in wanted[:5]) < gpu.TOTAL_S
+    assert [each.name for each in first] == ["tests", *(f"programs-{name}" for name in gpu.WORKLOADS)]
+    assert [each.name for [each] in alone[:4]] == list(gpu.WORKLOADS)
+    assert max(each.limit_s for each in first) + sum(each.limit_s for [each] in alone[:4]) < gpu.TOTAL_S
+
+
+def test_all_programs_of_a_workload_are_compiled_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # what follows compiles nothing that others may use
+    graphs = Graphs(monkeypatch, tmp_path)
+    assert programs.main(["mlp", "cpu"]) == 0
+    assert graphs.builds == 2
+    assert graphs.launched > 0
+    assert capsys.readouterr().out.startswith("compiled: asked for")
 
 
 class FakePlace(commands.Place):

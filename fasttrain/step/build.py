@@ -7,6 +7,7 @@ It ends when the parent does.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -41,6 +42,9 @@ TIMEOUT_S = 900.0
 MEMORY_SHARE = 0.5
 """Of the machine's memory, what a child may take."""
 
+
+GPU_BYTES = 2 << 30
+"""Of a GPU's memory, what must be free for a child: its CUDA context, and room to try its kernels out."""
 
 REFUSED = 65
 """The child's exit code where torch cannot compile the step (`EX_DATAERR`); every other one is of the surroundings."""
@@ -114,6 +118,7 @@ class Build:
     def __init__(self, job: GraphJob, inductor_folder: Path | None = None) -> None:
         self._begin = time.perf_counter()
         self._inductor_folder = inductor_folder
+        _refuse_full_gpu(job)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="fasttrain-build-"))  # mode 0700
         except OSError as error:
@@ -190,6 +195,19 @@ class Build:
             "TORCHINDUCTOR_CACHE_DIR": str(self._inductor_folder or self._folder / "inductor"),
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
+
+
+def _refuse_full_gpu(job: GraphJob) -> None:
+    """Raises ChildEndedError where the training leaves a child no room on their GPU."""
+    device = job.inputs[0][3]
+    if device.type == "cuda":
+        # The compiler tries kernels out on inputs of its own.
+        needed = GPU_BYTES + 2 * sum(math.prod(size) * dtype.itemsize for size, _, dtype, _ in job.inputs)
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < needed:
+            raise ChildEndedError(
+                f"the compiling child needs {needed / 1e9:.1f} GB of {device}'s memory, and {free / 1e9:.1f} GB are free"
+            )
 
 
 def _end_child(child: subprocess.Popen[bytes], folder: Path, parent: int) -> None:

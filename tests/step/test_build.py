@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -188,6 +189,21 @@ def test_without_a_place_for_temporary_files_there_is_no_child(
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "missing"))
     with pytest.raises(EngineError, match="cannot be started"):
         Build(job())
+
+
+@pytest.mark.parametrize(("free", "has_room"), [(build_module.GPU_BYTES + 100, True), (build_module.GPU_BYTES, False)])
+def test_a_child_needs_room_on_the_gpu(
+    free: int, has_room: bool, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
+    stand_in("sleep 600")
+    kind = (torch.Size([3, 2]), (1, 3), torch.float32, torch.device("cuda:0"))
+    wanted = dataclasses.replace(job(), inputs=[kind])
+    if has_room:
+        Build(wanted).close()
+    else:
+        with pytest.raises(ChildEndedError, match=r"needs 2.1 GB of cuda:0's memory, and 2.1 GB are free"):
+            Build(wanted)
 
 
 def test_the_child_is_told_its_bounds(stand_in: StandIn, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
