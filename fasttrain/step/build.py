@@ -31,6 +31,7 @@ from fasttrain.step.kernels import define_operators
 from fasttrain.step.padded import spelled_out
 from fasttrain.step.program import compile_graph
 from fasttrain.step.recorded import InputKind, TracedGraph
+from fasttrain.step.toolkit import cuda_environment
 from fasttrain.step.torch_private import lacks_resources, origins_of, unpickle_with_graph
 from fasttrain.step.unroll import Unrolling, unroll
 
@@ -69,6 +70,7 @@ class GraphJob:
         num_threads: that the program is to run with.
         origins: which part of the step each call of the graph is of, where the profiler is to see the program's
             kernels; None: it is to be as fast as it can be.
+        anywhere: the places of the inputs that begin anywhere in memory, where the compiler asks for that.
     """
 
     graph: torch.fx.GraphModule
@@ -77,6 +79,12 @@ class GraphJob:
     num_threads: int
     unrolling: Unrolling | None = None
     origins: list[str] | None = None
+    anywhere: tuple[int, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the program is to run."""
+        return self.inputs[0][3]
 
     @classmethod
     def of(cls, part: TracedGraph) -> GraphJob:
@@ -87,14 +95,14 @@ class GraphJob:
             open_dims=part.open_dims,
             num_threads=torch.get_num_threads(),
             unrolling=part.unrolling,
+            anywhere=part.anywhere if part.kinds[0][3].type == "cuda" else (),
         )
 
     def unrolled(self) -> GraphJob:
         """The same job with the graph that is compiled."""
         graph = self.graph if self.unrolling is None else unroll(self.graph, self.unrolling)
-        device = self.inputs[0][3]
-        if device.type != "cpu":
-            graph = spelled_out(graph, device, None if self.unrolling is None else self.unrolling.longest)
+        if self.device.type != "cpu":
+            graph = spelled_out(graph, self.device, None if self.unrolling is None else self.unrolling.longest)
         return replace(self, graph=graph, unrolling=None)
 
     def marked(self) -> GraphJob:
@@ -178,7 +186,7 @@ class Build:
                 stdin=subprocess.PIPE,  # closes when this process ends: the child's sign to end too
                 stdout=log,
                 stderr=log,
-                env=self._environment(job.num_threads),
+                env=self._environment(job),
                 start_new_session=True,  # Ctrl-C is for the training, and killing reaches the compiler's children
             )
 
@@ -186,27 +194,31 @@ class Build:
         lines = (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
 
-    def _environment(self, num_threads: int) -> dict[str, str]:
+    def _environment(self, job: GraphJob) -> dict[str, str]:
+        kept = self._inductor_folder or self._folder / "inductor"
+        (kept / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
         return {
             **os.environ,
-            "OMP_NUM_THREADS": str(num_threads),
+            "OMP_NUM_THREADS": str(job.num_threads),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            # Inductor's own choice is a folder of /tmp that is not private.
-            "TORCHINDUCTOR_CACHE_DIR": str(self._inductor_folder or self._folder / "inductor"),
+            # Inductor's own choices are folders of /tmp that are not private, of its precompiled headers too.
+            "TORCHINDUCTOR_CACHE_DIR": str(kept),
+            "TMPDIR": str(kept / "tmp"),
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            **(cuda_environment(self._folder) if job.device.type == "cuda" else {}),
         }
 
 
 def _refuse_full_gpu(job: GraphJob) -> None:
     """Raises ChildEndedError where the training leaves a child no room on their GPU."""
-    device = job.inputs[0][3]
+    device = job.device
     if device.type == "cuda":
         # The compiler tries kernels out on inputs of its own.
         needed = GPU_BYTES + 2 * sum(math.prod(size) * dtype.itemsize for size, _, dtype, _ in job.inputs)
         free, _ = torch.cuda.mem_get_info(device)
         if free < needed:
             raise ChildEndedError(
-                f"the compiling child needs {needed / 1e9:.1f} GB of {device}'s memory, and {free / 1e9:.1f} GB are free"
+                f"the compiling child needs {needed / 1e9:.1f} GB on {device}, and {free / 1e9:.1f} GB are free"
             )
 
 
@@ -242,7 +254,7 @@ def main(folder: Path) -> int:
     torch.set_num_threads(job.num_threads)
     partial = folder / "partial.pt2"
     try:
-        compile_graph(job.graph, job.inputs, job.open_dims, partial, job.origins)
+        compile_graph(job.graph, job.inputs, job.open_dims, partial, job.origins, job.anywhere)
     except EngineError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
         return 1 if lacks_resources(error) else REFUSED

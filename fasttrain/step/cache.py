@@ -26,6 +26,9 @@ __all__ = ["CacheEntry", "ProgramCache", "Verdict", "default_folder"]
 MAX_BYTES = 2 << 30
 """Beyond this, the programs that were not used for longest are removed."""
 
+SCRATCH_BYTES = 1 << 30
+"""Beyond this, what compiling children keep for the next one is removed: one precompiled header takes 0.1 GB."""
+
 FORMAT = 1
 
 
@@ -80,7 +83,7 @@ class ProgramCache:
 
     @property
     def inductor_folder(self) -> Path:
-        """Where compiling children keep what serves the next one (what the C++ compiler can do)."""
+        """Where compiling children keep what serves the next one: what the C++ compiler can do, precompiled headers."""
         return self.folder / "inductor"
 
     def find(self, key: str) -> Path | None:
@@ -114,6 +117,8 @@ class ProgramCache:
             partial.unlink(missing_ok=True)
         _write(record, {"format": FORMAT, "sha256": digest, "what": what})
         self._keep_to_size(key)
+        if sum(_size_of(path) for path in self.inductor_folder.rglob("*")) > SCRATCH_BYTES:
+            shutil.rmtree(self.inductor_folder, ignore_errors=True)
         return home
 
     def verdict(self, signature: str) -> Verdict | None:
@@ -211,6 +216,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:  # another process has removed it meanwhile
+        return 0
 
 
 def _partial(path: Path) -> Path:

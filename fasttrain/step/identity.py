@@ -35,9 +35,10 @@ def program_key(job: GraphJob) -> str:
         ([None if dim in dims else length for dim, length in enumerate(size)], stride, dtype, device)
         for (size, stride, dtype, device), dims in zip(job.inputs, job.open_dims, strict=True)
     ]
-    marks = [] if job.origins is None else [MARKS, job.origins]
-    machine = _machine(job.inputs[0][3])
-    return _hash(job.graph.code, job.unrolling, KERNEL_SOURCE, constants, inputs, job.num_threads, *machine, *marks)
+    special = [MARKS, job.origins] if job.origins is not None else []
+    special += [job.anywhere] if job.anywhere else []
+    machine = _machine(job.device)
+    return _hash(job.graph.code, job.unrolling, KERNEL_SOURCE, constants, inputs, job.num_threads, *machine, *special)
 
 
 def job_signature(spec: StepSpec, batch: Batch) -> str:

@@ -31,6 +31,7 @@ def compile_graph(
     open_dims: Sequence[frozenset[int]],
     package: Path,
     origins: Sequence[str] | None = None,
+    anywhere: Sequence[int] = (),
 ) -> None:
     """Exports and compiles a traced step into `package` (a .pt2 file). Takes 10 to 30 s, for large models minutes.
 
@@ -43,6 +44,7 @@ def compile_graph(
         open_dims: of a `TracedPart`.
         package: where it goes.
         origins: of the graph's calls (see `origins_of`), where the profiler is to see the program's kernels.
+        anywhere: the places of the inputs that may begin anywhere in memory, where the compiler asks for that.
 
     Raises:
         EngineError: torch cannot export or compile the graph.
@@ -52,7 +54,7 @@ def compile_graph(
     sizes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) or None for dims in open_dims)
     dynamic: Any = sizes if model is graph else (sizes,)
     try:
-        program = torch.export.export(model, examples_of(inputs), dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(model, examples_of(inputs, anywhere), dynamic_shapes=dynamic, strict=False)
         compile_package(program, str(package), is_marked=origins is not None)
     except Exception as error:
         raise EngineError(f"this step cannot be compiled: {error}") from error

@@ -90,7 +90,8 @@ class TracedSpan:
             raise EngineError("rows of unequal length are used otherwise than by sums")
         rows = torch.zeros(steps * source.batch_size, dtype=torch.int64, device=source.device)
         inputs = [*standing, *self.tables, rows, *step.parts[0].closed_over]
-        self.parts = [TracedGraph(graph, inputs, [frozenset()] * len(inputs), unrolling)]
+        of_rows = len(standing) + len(self.tables)
+        self.parts = [TracedGraph(graph, inputs, [frozenset()] * len(inputs), unrolling, anywhere=[of_rows])]
 
     def inputs(self, span: Span) -> list[Tensor] | Mismatch:
         """The graph's inputs for a span, or why it does not hold. Makes no host read."""

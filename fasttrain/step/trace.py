@@ -250,7 +250,7 @@ def _trace_part(
     prepare_for_inductor(graph)
     inputs = [*before, *gradients, *leaves]
     fixed = [frozenset()] * (len(inputs) - len(leaves))
-    return TracedPart(function, part, graph, inputs, [*fixed, *layout.open_dims], closed_over)
+    return TracedPart(function, part, graph, inputs, [*fixed, *layout.open_dims], closed_over, len(leaves))
 
 
 def _record(

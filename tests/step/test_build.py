@@ -35,6 +35,11 @@ def job(graph: torch.fx.GraphModule | None = None) -> GraphJob:
     return GraphJob(graph=graph, inputs=[kind], open_dims=[frozenset()], num_threads=torch.get_num_threads())
 
 
+def on_a_gpu() -> GraphJob:
+    kind = (torch.Size([3, 2]), (1, 3), torch.float32, torch.device("cuda:0"))
+    return dataclasses.replace(job(), inputs=[kind])
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """Runs a shell script in place of Python as the child; its folder is "$3"."""
@@ -196,14 +201,13 @@ def test_a_child_needs_room_on_the_gpu(
     free: int, has_room: bool, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
+    monkeypatch.setattr(build_module, "cuda_environment", lambda _: {})
     stand_in("sleep 600")
-    kind = (torch.Size([3, 2]), (1, 3), torch.float32, torch.device("cuda:0"))
-    wanted = dataclasses.replace(job(), inputs=[kind])
     if has_room:
-        Build(wanted).close()
+        Build(on_a_gpu()).close()
     else:
-        with pytest.raises(ChildEndedError, match=r"needs 2.1 GB of cuda:0's memory, and 2.1 GB are free"):
-            Build(wanted)
+        with pytest.raises(ChildEndedError, match=r"needs 2.1 GB on cuda:0, and 2.1 GB are free"):
+            Build(on_a_gpu())
 
 
 def test_the_child_is_told_its_bounds(stand_in: StandIn, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,8 +218,40 @@ def test_the_child_is_told_its_bounds(stand_in: StandIn, temporary: Path, monkey
     build.close()
     assert "OMP_NUM_THREADS=3" in told
     assert "TORCHINDUCTOR_COMPILE_THREADS=1" in told
-    [inductor] = [line for line in told if line.startswith("TORCHINDUCTOR_CACHE_DIR=")]
-    assert inductor.partition("=")[2].startswith(f"{temporary}/"), "a folder of its own"
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):
+        [folder] = [line.partition("=")[2] for line in told if line.startswith(f"{name}=")]
+        assert folder.startswith(f"{temporary}/"), "a folder of its own"
+
+
+def test_what_is_kept_for_the_next_child_is_private(stand_in: StandIn, tmp_path: Path) -> None:
+    stand_in('touch "$TMPDIR/header"; env > "$3/step.pt2"')
+    build = Build(job(), tmp_path / "kept")
+    assert f"TMPDIR={tmp_path / 'kept' / 'tmp'}" in build.wait().read_text().splitlines()
+    build.close()
+    assert (tmp_path / "kept" / "tmp" / "header").exists()
+    assert (tmp_path / "kept" / "tmp").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("has_headers", [True, False])
+def test_a_child_for_a_gpu_is_told_where_the_toolkit_is(
+    has_headers: bool, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def environment(folder: Path) -> dict[str, str]:
+        if not has_headers:
+            raise EngineError("no headers")
+        return {"CUDA_HOME": str(folder)}
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 << 30, 80 << 30))
+    monkeypatch.setattr(build_module, "cuda_environment", environment)
+    stand_in('env > "$3/step.pt2"')
+    if has_headers:
+        build = Build(on_a_gpu())
+        package = build.wait()
+        assert f"CUDA_HOME={package.parent}" in package.read_text().splitlines()
+        build.close()
+    else:
+        with pytest.raises(EngineError, match="no headers"):
+            Build(on_a_gpu())
 
 
 CHILD = """
@@ -227,7 +263,7 @@ from fasttrain.step import build
 
 FAILURES = {"refuse": NotImplementedError("no such operator"), "lack": MemoryError()}
 
-def compile_graph(graph, inputs, open_dims, package, origins):
+def compile_graph(graph, inputs, open_dims, package, origins, anywhere):
     if sys.argv[2] in FAILURES:
         raise EngineError("this step cannot be compiled") from FAILURES[sys.argv[2]]
     if sys.argv[2] == "hang":

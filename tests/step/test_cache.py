@@ -225,6 +225,19 @@ def test_the_programs_unused_for_longest_make_room(cache: ProgramCache, monkeypa
     assert {entry.key for entry in cache.entries()} == {"large"}, "the newest stays, however large"
 
 
+def test_what_children_keep_is_bounded(cache: ProgramCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "SCRATCH_BYTES", 1 << 20)
+    header = cache.inductor_folder / "tmp" / "header.gch"
+    header.parent.mkdir(parents=True)
+    header.write_bytes(b"x" * (1 << 19))
+    add(cache, "a", b"x")
+    assert header.exists()
+    header.write_bytes(b"x" * (1 << 20))
+    add(cache, "b", b"x")
+    assert not cache.inductor_folder.exists()
+    assert {entry.key for entry in cache.entries()} == {"a", "b"}
+
+
 def test_entries_are_listed_by_use(cache: ProgramCache) -> None:
     for age, key in enumerate("abc"):
         add(cache, key, b"x" * (age + 1))

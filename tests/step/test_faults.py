@@ -95,7 +95,7 @@ def test_a_program_with_other_numbers(graphs: Graphs, monkeypatch: pytest.Monkey
 
 def test_compiled_with_other_numbers_is_an_error(graphs: Graphs) -> None:
     graphs.spoil = lambda loss: loss * 1.01
-    with pytest.raises(EngineError, match="other numbers than eager"):
+    with pytest.raises(EngineError, match="its numbers differ from eager's"):
         run(started("compiled"), batches(3))
 
 

@@ -203,6 +203,8 @@ def test_examples_are_exported_with_and_take_no_memory() -> None:
     small = (torch.Size([2, 3]), (1, 2), torch.float64, torch.device("cpu"))
     examples = private.examples_of([huge, small])
     assert [(each.shape, each.stride(), each.dtype, each.device) for each in examples] == [huge, small]
+    [sliced] = private.examples_of([small], [0])
+    assert (sliced.shape, sliced.stride(), sliced.storage_offset()) == (*small[:2], 1)
     total, x = torch.zeros(3), torch.arange(3.0)
     kinds = [(each.shape, each.stride(), each.dtype, each.device) for each in (total, x)]
     program = torch.export.export(Doubling(), private.examples_of(kinds), strict=False)

@@ -29,15 +29,29 @@ __all__ = [
 
 
 def examples_of(
-    kinds: Sequence[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]],
+    kinds: Sequence[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]], anywhere: Sequence[int] = ()
 ) -> tuple[Tensor, ...]:
-    """Tensors of these sizes, strides, dtypes and devices to export a graph with; they take no memory."""
+    """Tensors of these sizes, strides, dtypes and devices to export a graph with; they take no memory.
+
+    Args:
+        kinds: see above.
+        anywhere: the places of those that are to begin in the middle of some memory: of the others, the compiler takes
+            it for granted that they begin where memory does.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         return tuple(
-            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in kinds
+            torch.empty_strided(size, stride, dtype=dtype, device=device)
+            if place not in anywhere
+            else _after_one_entry(size, stride, dtype, device)
+            for place, (size, stride, dtype, device) in enumerate(kinds)
         )
+
+
+def _after_one_entry(size: torch.Size, stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    extent = 2 + sum(max(0, length - 1) * step for length, step in zip(size, stride, strict=True))
+    return torch.empty(extent, dtype=dtype, device=device).as_strided(size, stride, 1)
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str, *, is_marked: bool = False) -> None:
@@ -50,10 +64,12 @@ def compile_package(program: torch.export.ExportedProgram, path: str, *, is_mark
     """
     from torch._inductor import aoti_compile_and_package
 
-    # Random numbers must be eager's own, so its kernels are called for them.
-    configs = {"fallback_random": True, **(MARKS if is_marked else {})}
+    # Random numbers must be eager's own, so its kernels are called for them. Whether padding a product pays, on a GPU,
+    # would be measured beside the training.
+    configs = {"fallback_random": True, "shape_padding": False, **(MARKS if is_marked else {})}
     with warnings.catch_warnings(), kernels_apart() if is_marked else nullcontext():
         # torch warns of its own use of what it has deprecated; no code of the user's runs here.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # whether to use them is for the user to say
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
@@ -93,7 +109,14 @@ def flat_runner(package: str, device: torch.device) -> Callable[[list[Tensor]], 
     loader = extension._aoti.AOTIModelPackageLoader(
         package, "model", is_single_threaded, num_runners, -1 if index is None else index
     )
-    return loader.boxed_run
+    if device.type != "cuda":
+        return loader.boxed_run
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        with torch.cuda.device(device):  # it takes the stream of whatever device is the current one
+            return loader.boxed_run(inputs)
+
+    return run
 
 
 def tensor_check(
