@@ -29,13 +29,17 @@ MOST_BYTES = 1 << 20
 
 
 def span_steps(step: TracedStep, batch: Sequence[Tensor]) -> int:
-    """How many steps are worth one launch, by the size of a step alone; 1 where a launch does not weigh in it.
+    """How many steps are worth one program, by the size of a step alone; 1 where a call does not weigh in it.
+
+    On a GPU it is always 1: several steps are one CUDA graph there.
 
     Args:
         step: as it was traced.
         batch: the tensors of its batch.
     """
-    if not step.is_whole or sum(tensor.nbytes for tensor in (*step.tensors, *batch)) > MOST_BYTES:
+    if step.spec.device.type != "cpu" or not step.is_whole:
+        return 1
+    if sum(tensor.nbytes for tensor in (*step.tensors, *batch)) > MOST_BYTES:
         return 1
     calls = [node.target for node in step.parts[0].graph.graph.nodes if node.op == "call_function"]
     if torch.ops.aten.convolution.default in calls:

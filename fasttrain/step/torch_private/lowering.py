@@ -1,23 +1,29 @@
-"""How Inductor writes the operators of `kernels` into a program: each as one loop in C++, called with bare pointers.
+"""How Inductor writes the operators of `kernels` into a program: each as one loop in C++.
 
-The private APIs of torch's compiler that this needs stand here alone; tests/step/test_kernels.py has their canaries.
+The private APIs of torch's compiler that this needs stand in `loops`; tests/step/test_kernels.py has their canaries.
 """
 
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from fasttrain.step.kernels import define_operators
-from fasttrain.step.torch_private.marking import recorded_call
+from fasttrain.step.torch_private.loops import Loop, loop_class
+from fasttrain.step.torch_private.scratch import SCRATCH_SOURCE
+from fasttrain.step.torch_private.small import SMALL_SOURCE, register_small_kernels
 
 __all__ = ["KERNEL_SOURCE", "register_lowerings"]
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t", torch.int64: "int64_t"}
+
+_INCLUDES = """#include <algorithm>
+#include <stdexcept>
+"""
 
 _HEAD = """
 extern "C" void {name}(const {real}* given, const {index}* ids, const int64_t* offsets, {chosen}{real}* made,
@@ -70,8 +76,8 @@ _BODIES = {
     "spread": {"before": _CLEAR, "body": _SPREAD, "num_values": "num_made", "num_rows": "num_given"},
 }
 
-KERNEL_SOURCE = _HEAD + _ROWS + _FETCH + _SUM + _SPREAD + _CLEAR
-"""What a program holds of this file: another source makes another program."""
+KERNEL_SOURCE = _HEAD + _ROWS + _FETCH + _SUM + _SPREAD + _CLEAR + SMALL_SOURCE + SCRATCH_SOURCE
+"""What a program holds of these files: another source makes another program."""
 
 
 @cache
@@ -81,16 +87,16 @@ def register_lowerings() -> None:
     from torch._inductor.lowering import register_lowering
 
     define_operators()
-    kernel = _kernel_class()
+    register_small_kernels()
 
     def flat(x: Any) -> Any:
         x = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(x))
         return ir.ExternKernel.copy_input(x) if isinstance(x, ir.ReinterpretView) else x
 
-    def made(body: str, size: Any, *inputs: Any) -> Any:
+    def made(kind: str, size: Any, *inputs: Any) -> Any:
         device, dtype = inputs[0].get_device(), inputs[0].get_dtype()
         layout = ir.FixedLayout(device=device, dtype=dtype, size=[size])
-        return ir.TensorBox.create(kernel(layout, [flat(x) for x in inputs], body))
+        return ir.TensorBox.create(loop_class()(layout, [flat(x) for x in inputs], partial(_loop_over_rows, kind)))
 
     def sum_rows(values: Any, ids: Any, offsets: Any, chosen: Any = None) -> Any:
         if chosen is None:
@@ -104,49 +110,21 @@ def register_lowerings() -> None:
     register_lowering(torch.ops.fasttrain.spread_rows.default, type_promotion_kind=None)(spread_rows)
 
 
-@cache
-def _kernel_class() -> Any:
-    from torch._inductor import ir
+def _loop_over_rows(kind: str, node: Any, wrapper: Any) -> Loop:
     from torch._inductor.utils import sympy_product
 
-    class RowKernel(ir.ExternKernelOut):
-        def __init__(self, layout: Any, inputs: list[Any], body: str) -> None:
-            self._body = body
-            super().__init__(layout, inputs)
-
-        def codegen(self, wrapper: Any) -> None:
-            given, ids, offsets, *chosen = self.inputs
-            types = {"real": _TYPES[given.get_dtype()], "index": _TYPES[ids.get_dtype()]}
-            name = f"fasttrain_{self._body}{'_chosen' if chosen else ''}_{types['real']}_{types['index']}"
-            self._define(wrapper, name, types, is_chosen=bool(chosen))
-            counts = [sympy_product(given.get_size()), ids.get_size()[0], offsets.get_size()[0], self.get_size()[0]]
-            pointers = (types["real"], types["index"], *["int64_t"] * (1 + len(chosen)))
-            with recorded_call(self, wrapper, name):
-                wrapper.generate_kernel_call(
-                    name,
-                    [*(each.get_name() for each in (*self.inputs, self)), *map(wrapper.codegen_sizevar, counts)],
-                    device=self.get_device(),
-                    triton=False,
-                    arg_types=[
-                        *(f"const {kind}*" for kind in pointers),
-                        f"{types['real']}*",
-                        *["int64_t"] * len(counts),
-                    ],
-                )
-
-        def _define(self, wrapper: Any, name: str, types: dict[str, str], *, is_chosen: bool) -> None:
-            written = vars(wrapper).setdefault("fasttrain_kernels", set())
-            if name in written:
-                return
-            written.add(name)
-            body = _BODIES[self._body]
-            head = _HEAD.format(name=name, chosen="const int64_t* chosen, " if is_chosen else "", **types)
-            parts = {key: value.format(**types) for key, value in body.items()}
-            place = "chosen[row]" if is_chosen else "row"
-            fetch = _FETCH.format(**parts) if is_chosen else ""
-            loop = _ROWS.format(**types, **parts, place=place, fetch=fetch)
-            wrapper.define_kernel(
-                name, f"#include <algorithm>\n#include <stdexcept>\n{head}{loop}", cpp_definition=f"{head};", gpu=False
-            )
-
-    return RowKernel
+    given, ids, offsets, *chosen = node.inputs
+    types = {"real": _TYPES[given.get_dtype()], "index": _TYPES[ids.get_dtype()]}
+    name = f"fasttrain_{kind}{'_chosen' if chosen else ''}_{types['real']}_{types['index']}"
+    parts = {key: value.format(**types) for key, value in _BODIES[kind].items()}
+    fetch = _FETCH.format(**parts) if chosen else ""
+    counts = [sympy_product(given.get_size()), ids.get_size()[0], offsets.get_size()[0], node.get_size()[0]]
+    pointers = (types["real"], types["index"], *["int64_t"] * (1 + len(chosen)))
+    return Loop(
+        name=name,
+        shared=_INCLUDES,
+        head=_HEAD.format(name=name, chosen="const int64_t* chosen, " if chosen else "", **types),
+        body=_ROWS.format(**types, **parts, place="chosen[row]" if chosen else "row", fetch=fetch),
+        arguments=[*(each.get_name() for each in (*node.inputs, node)), *map(wrapper.codegen_sizevar, counts)],
+        types=[*(f"const {each}*" for each in pointers), f"{types['real']}*", *["int64_t"] * len(counts)],
+    )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.step.torch_private.marking import MARKS, kernels_apart
+from fasttrain.step.torch_private.scratch import small_buffers_kept
 
 __all__ = [
     "Compilation",
@@ -67,7 +68,7 @@ def compile_package(program: torch.export.ExportedProgram, path: str, *, is_mark
     # Random numbers must be eager's own, so its kernels are called for them. Whether padding a product pays, on a GPU,
     # would be measured beside the training.
     configs = {"fallback_random": True, "shape_padding": False, **(MARKS if is_marked else {})}
-    with warnings.catch_warnings(), kernels_apart() if is_marked else nullcontext():
+    with warnings.catch_warnings(), small_buffers_kept(), kernels_apart() if is_marked else nullcontext():
         # torch warns of its own use of what it has deprecated; no code of the user's runs here.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # whether to use them is for the user to say
         warnings.simplefilter("ignore", FutureWarning)
