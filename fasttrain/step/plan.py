@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 import torch
 
-from fasttrain.device import Choice, cpp_compiler
-from fasttrain.errors import ConfigError
+from fasttrain.device import Choice
+from fasttrain.errors import ConfigError, EngineError
 from fasttrain.step.auto import AutoEngine
 from fasttrain.step.clock import Waits
 from fasttrain.step.compiled import CompiledEngine
@@ -15,6 +15,7 @@ from fasttrain.step.eager import EagerEngine
 from fasttrain.step.graphed import GraphRung
 from fasttrain.step.rung import ProgramRung, Rung
 from fasttrain.step.spec import Engine, StepSpec
+from fasttrain.step.toolkit import cuda_home
 from fasttrain.step.torch_compile import TorchCompileEngine, require_compiler
 
 __all__ = ["EngineName", "explain_auto", "make_engine"]
@@ -24,8 +25,10 @@ EngineName = Literal["auto", "eager", "compiled", "torch-compile", "graphed"]
 
 def explain_auto(device: torch.device) -> Choice:
     """What "auto" does on a device, before any step has run."""
-    if cpp_compiler() is None:
-        return Choice("eager", "no C++ compiler is on the PATH (set CXX or install g++)")
+    try:
+        _require_compiler(device)
+    except EngineError as error:
+        return Choice("eager", str(error))
     best = "compiled" if device.type == "cpu" else "graphed"
     return Choice(
         f"eager, then {best}",
@@ -48,14 +51,21 @@ def make_engine(wanted: str, spec: StepSpec) -> Engine:
         return EagerEngine(spec, choice)
     if wanted == "torch-compile":
         return TorchCompileEngine(spec, choice)
-    if wanted == "auto" and cpp_compiler() is None:
+    if wanted == "auto" and explain_auto(spec.device).value == "eager":
         return EagerEngine(spec, explain_auto(spec.device))
     waits = Waits()
     rung = _rung(wanted, spec, waits)
     if wanted == "auto":
         return AutoEngine(spec, rung, waits)
-    require_compiler()
+    _require_compiler(spec.device)
     return CompiledEngine(spec, choice, rung, waits)
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Raises EngineError where this machine cannot compile a step for a device."""
+    require_compiler()
+    if device.type == "cuda":
+        cuda_home()
 
 
 def _rung(wanted: str, spec: StepSpec, waits: Waits) -> Rung:

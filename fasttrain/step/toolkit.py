@@ -11,7 +11,7 @@ import torch
 
 from fasttrain.errors import EngineError
 
-__all__ = ["cuda_environment"]
+__all__ = ["cuda_environment", "cuda_home"]
 
 HEADERS = ("cuda.h", "crt/host_defines.h", "nv/target")
 """Those that the compiler has asked for; in wheels each is of another package."""
@@ -19,6 +19,21 @@ HEADERS = ("cuda.h", "crt/host_defines.h", "nv/target")
 DRIVER = "libcuda.so"
 USUAL_HOME = Path("/usr/local/cuda")
 MAPS = Path("/proc/self/maps")
+
+
+def cuda_home() -> Path:
+    """The folder of a toolkit whose headers a program for CUDA can be compiled with.
+
+    Raises:
+        EngineError: there is none.
+    """
+    home = next(filter(_is_toolkit, _homes()), None)
+    if home is None:
+        raise EngineError(
+            "compiling for a GPU needs the CUDA headers, and none were found: install the CUDA toolkit (and set "
+            "CUDA_HOME), or its packages of headers, `pip install nvidia-cuda-crt nvidia-cuda-cccl`"
+        )
+    return home
 
 
 def cuda_environment(folder: Path) -> dict[str, str]:
@@ -33,12 +48,7 @@ def cuda_environment(folder: Path) -> dict[str, str]:
     Raises:
         EngineError: there are no such headers.
     """
-    home = next(filter(_is_toolkit, _homes()), None)
-    if home is None:
-        raise EngineError(
-            "compiling for a GPU needs the CUDA headers, and none were found: install the CUDA toolkit (and set "
-            "CUDA_HOME), or its packages of headers, `pip install nvidia-cuda-crt nvidia-cuda-cccl`"
-        )
+    home = cuda_home()
     found = {"CUDA_HOME": str(home), "CPATH": _joined("CPATH", *map(str, _include_folders(home)))}
     driver = _loaded_driver()
     if driver is not None:

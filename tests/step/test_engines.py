@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import ConfigError, EngineError, TrainStep
+from fasttrain.step import plan
 from fasttrain.step import torch_compile as module
 from fasttrain.step.eager import FusedWhereOpen
 from fasttrain.step.plan import explain_auto
@@ -140,7 +141,18 @@ def test_auto_says_why() -> None:
     assert step.engine.value == "eager"
     assert step.engine.reason
     assert explain_auto(torch.device("cpu")).value == "eager, then compiled"
-    assert explain_auto(torch.device("cuda")).value == "eager, then graphed"
+
+
+@pytest.mark.parametrize("has_headers", [True, False])
+def test_auto_says_what_a_gpu_lacks(has_headers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> None:
+        if not has_headers:
+            raise EngineError("no CUDA headers")
+
+    monkeypatch.setattr(plan, "cuda_home", home)
+    found = explain_auto(torch.device("cuda"))
+    assert found.value == ("eager, then graphed" if has_headers else "eager")
+    assert has_headers or found.reason == "no CUDA headers"
 
 
 def test_compiled_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

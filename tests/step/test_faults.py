@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fasttrain.errors import EngineError
-from fasttrain.step import build, compiler, plan
+from fasttrain.step import build, compiler, torch_compile
 from fasttrain.step.auto import AutoEngine
 from fasttrain.step.cache import ProgramCache, default_folder
 from fasttrain.step.train_step import TrainStep
@@ -110,10 +110,10 @@ def test_a_program_that_cannot_run(graphs: Graphs) -> None:
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(torch_compile, "cpp_compiler", lambda: None)
     step = started("auto")
     assert_as_eager(step, batches(20))
-    assert "no C++ compiler is on the PATH" in step.engine.reason
+    assert "needs a C++ compiler, and none is on the PATH" in step.engine.reason
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: content[:50] + b"?" + content[51:]])
