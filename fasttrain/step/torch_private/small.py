@@ -260,9 +260,15 @@ def _is_small_product(first: Any, second: Any) -> bool:
 
 def _is_known(x: Any) -> bool:
     """Whether it is a tensor of single precision, all sizes known, on a CPU with vectors of eight values or more."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    if pick_vec_isa().bit_width() < 256:
-        return False
     are_numbers = all(isinstance(size, int) or size.is_number for size in x.get_size())
-    return x.get_device().type == "cpu" and x.get_dtype() == torch.float32 and are_numbers
+    return x.get_device().type == "cpu" and x.get_dtype() == torch.float32 and are_numbers and _has_vectors()
+
+
+def _has_vectors() -> bool:
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return pick_vec_isa().bit_width() >= 256
+    except InvalidCxxCompiler:  # which the compiler itself says in a moment, as a lack of the machine
+        return False
