@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttrain.data.resident import ResidentBatches, Span
@@ -109,9 +110,9 @@ class AutoEngine:
     @property
     def choice(self) -> Choice:
         """What runs now, and why."""
-        is_program = self._choice.value != "eager"
-        value = self._rung.name if is_program and self._launches.is_running else self._choice.value
-        return Choice(value, self._choice.reason + self._launches.reason)
+        chosen, launches = self._choice, self._launches
+        value = self._rung.name if chosen.value != "eager" and launches.is_running else chosen.value
+        return Choice(value, chosen.reason + launches.reason)
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
@@ -130,6 +131,8 @@ class AutoEngine:
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
         launches = self._launches
+        if self._run != self._replay:
+            return torch.stack([self.step(batch) for batch in span.batches()])
         self._steps += span.steps
         self._look(span.steps)
         if not launches.is_made:
@@ -218,10 +221,8 @@ class AutoEngine:
             try:
                 if self._pending.is_ready():
                     self._run = self._check_parity
-            except ChildEndedError as error:
-                self._give_up(str(error))
             except EngineError as error:
-                self._refuse(str(error))
+                (self._give_up if isinstance(error, ChildEndedError) else self._refuse)(str(error))
         return self._programs.step(batch)
 
     def _check_parity(self, batch: Batch) -> Tensor:
@@ -260,7 +261,7 @@ class AutoEngine:
         run = self._programs.step if self._trial.is_programs_turn else self._eager.step
         loss, seconds = self._rung.clock.timed(lambda: run(batch))
         self._trial.add(seconds)
-        if self._trial.is_over:
+        if self._trial.is_over and self._pending is not None:  # else the program could not run just now
             self._conclude(*self._trial.medians())
         return loss
 
@@ -302,8 +303,7 @@ class AutoEngine:
             if not len(self._programs):
                 self._run = self._run_short_of_steps
             return
-        self._traces += 1
-        self._mismatches = 0
+        self._traces, self._mismatches = self._traces + 1, 0
         self._pending = self._rung.begin(compiler, batch)
         self._waits.add(self._pending.trace_s)
         if not len(self._programs):
@@ -338,12 +338,13 @@ class AutoEngine:
             self._programs.drop(traced)
             self._give_up(f"the compiled program is not faster: {measured}")
 
-    def _refuse_program(self, reason: str) -> None:
-        """A program gives other numbers than eager or cannot run, when it is taken up, in an audit or later."""
+    def _refuse_program(self, reason: str, *, is_wrong: bool) -> None:
+        """A program gives wrong numbers or cannot run, when it is taken up or later; a lack of memory may pass."""
         if self._pending is None:
             self._programs.clear()
             self._launches.drop()
-        self._refuse(reason if self._pending is not None else f"while it ran: {reason}")
+            reason = f"while it ran: {reason}"
+        (self._refuse if is_wrong else self._give_up)(reason)
 
     def _refuse(self, reason: str) -> None:
         """The program must not be used, now or in a later run."""

@@ -204,6 +204,7 @@ class Build:
             # Inductor's own choices are folders of /tmp that are not private, of its precompiled headers too.
             "TORCHINDUCTOR_CACHE_DIR": str(kept),
             "TMPDIR": str(kept / "tmp"),
+            "PYTHONSAFEPATH": "1",  # the folder that the training was started in may hold anybody's torch.py
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             **(cuda_environment(self._folder) if job.device.type == "cuda" else {}),
         }

@@ -28,7 +28,13 @@ WARM_RUNS = 3
 
 
 class Lane(Protocol):
-    """What the device does. In tests something else stands in for it."""
+    """What the device does. In tests something else stands in for it.
+
+    Attributes:
+        failures: captures that failed; graphs that were captured before one are not to be replayed.
+    """
+
+    failures: int
 
     def aside(self) -> AbstractContextManager[None]:
         """A stream beside the current one, which waits for it before and is waited for after."""
@@ -64,6 +70,7 @@ class CudaLane:
                 f"CUDA graphs need a CUDA device, and the job is on {device}: use another engine there, such as "
                 "'compiled'"
             )
+        self.failures = 0
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -84,14 +91,29 @@ class CudaLane:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls count: another one may be bringing the next batch meanwhile.
         capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), capturing:
-            result = run()
+        try:
+            with torch.cuda.device(self._device), capturing:
+                result = run()
+        except RuntimeError:
+            self._recover()
+            raise
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
+
+    def _recover(self) -> None:
+        """After a capture that the device refused, torch leaves its generator and the pool as if it went on.
+
+        Every random number would fail then, eager's too; the graphs before it hold the generator's old state.
+        """
+        with torch.cuda.device(self._device):
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        self._pool = torch.cuda.graph_pool_handle()
+        self.failures += 1
 
 
 class CapturedStep:
@@ -246,6 +268,7 @@ class _Graph:
         self._lane = lane
         self._waits = waits
         self._addresses: list[int] = []
+        self._failures = lane.failures
         self._replay: Callable[[], Tensor] | None = None
 
     def run(self, tensors: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Tensor:
@@ -260,8 +283,8 @@ class _Graph:
         """
         # By address and not by identity: `parameter.data = other` moves the values and leaves the parameter.
         addresses = [tensor.data_ptr() for tensor in (*tensors, *read)]
-        if self._replay is None or addresses != self._addresses:
-            self._replay = None
+        if self._replay is None or addresses != self._addresses or self._failures != self._lane.failures:
+            self._replay, self._failures = None, self._lane.failures
             begin = time.perf_counter()
             replay = self._captured([tensor.detach() for tensor in tensors])
             self._waits.add(time.perf_counter() - begin)

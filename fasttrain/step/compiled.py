@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttrain.data.resident import ResidentBatches, Span
@@ -49,6 +50,7 @@ class CompiledEngine:
         self._launches = Launches(spec, self._programs, rung.launcher, rung.clock, waits)
         self._compiler = Compiler(spec)
         self._expected = 0
+        self._refused = ""
 
     @property
     def compile_s(self) -> float | None:
@@ -65,6 +67,8 @@ class CompiledEngine:
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
+        if self._refused:
+            raise EngineError(self._refused)
         if self._programs.added < MAX_PROGRAMS and self._programs.wants_one(batch):
             self._compile(batch)
         loss = self._programs.step(batch)
@@ -82,9 +86,11 @@ class CompiledEngine:
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
         launches = self._launches
+        if not len(self._programs):
+            return torch.stack([self.step(batch) for batch in span.batches()])
         if not launches.is_made:
             launches.begin(self._compiler, span)
-            launches.take_up(waits=True, on_trial=False)
+        launches.take_up(waits=True, on_trial=False)
         return launches.run(span)
 
     def flush(self) -> None:
@@ -104,7 +110,8 @@ class CompiledEngine:
                 return
 
     def close(self) -> None:
-        """See `Engine.close`: nothing runs beside the training."""
+        """See `Engine.close`: after Ctrl-C, a child may run that was waited for."""
+        self._launches.close()
 
     def _compile(self, batch: Batch) -> None:
         begin = time.perf_counter()
@@ -116,5 +123,6 @@ class CompiledEngine:
             pending.close()
         self._waits.add(time.perf_counter() - begin)
 
-    def _refuse(self, reason: str) -> None:
-        raise EngineError(f"engine {self._rung.name!r} cannot run this step: {reason}")
+    def _refuse(self, reason: str, *, is_wrong: bool) -> None:  # noqa: ARG002
+        self._refused = f"engine {self._rung.name!r} cannot run this step: {reason}"
+        raise EngineError(self._refused)

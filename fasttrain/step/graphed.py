@@ -20,10 +20,12 @@ from fasttrain.step.capture import CapturedSpan, CapturedStep, CudaLane, Lane
 from fasttrain.step.clock import Clock, Waits, clock_of
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.launch import Launcher
+from fasttrain.step.optimizer import first_line
 from fasttrain.step.program import StepProgram
 from fasttrain.step.replay import Program
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
+from fasttrain.step.torch_private import is_changed
 from fasttrain.step.trace import Mismatch, TracedStep
 
 __all__ = ["GraphLauncher", "GraphRung"]
@@ -72,14 +74,25 @@ class GraphRung:
                 "the optimizer counts its steps on the host, which a CUDA graph cannot do: make it with "
                 "capturable=True, or ask for engine 'graphed', which moves the counts"
             )
+        before = [(entries, name, entries[name]) for entries, name, _ in away]
         for entries, name, device in away:
             entries[name] = entries[name].to(device)
-        return compiler.begin(batch, _refuse_unfit)
+        try:
+            return compiler.begin(batch, _refuse_unfit)
+        except EngineError:
+            for entries, name, count in before:
+                entries[name] = count
+            raise
 
     def program(self, pending: Pending[TracedStep]) -> Program:
         """See `Rung.program`."""
         program, traced = pending.load(), pending.traced
-        return program if any(traced.open_dims) else CapturedStep(program, traced, self._lane, self._waits)
+        if any(traced.open_dims):
+            return program
+        try:
+            return CapturedStep(program, traced, self._lane, self._waits)
+        except RuntimeError as error:  # no memory for the batch that its graphs read
+            raise EngineError(f"the step cannot be captured in a CUDA graph: {first_line(error)}") from error
 
 
 class GraphLauncher:
@@ -130,10 +143,11 @@ def _refuse_unfit(traced: TracedStep) -> None:
     """Raises EngineError for what no graph can hold."""
     if traced.why_eager is not None:
         optimizer = type(traced.spec.optimizer).__name__
-        raise EngineError(
-            f"engine 'graphed' needs the step of {optimizer} in its graph, where it cannot be: {traced.why_eager}"
-        )
+        raise EngineError(f"a CUDA graph needs the step of {optimizer} in it, where it cannot be: {traced.why_eager}")
     for part in traced.parts:
+        inputs = [node for node in part.recorded.graph.nodes if node.op == "placeholder"]
+        if any(is_changed(part.recorded, inputs[place]) for place in part.anywhere):
+            raise EngineError("forward changes its batch in place, and a CUDA graph would change a copy: copy it first")
         for size, _, _, device in part.kinds:
             if device.type != traced.spec.device.type:
                 raise EngineError(

@@ -28,7 +28,7 @@ Batch = Any
 def program_key(job: GraphJob) -> str:
     """Of everything that a program depends on: graph, constants, shapes, versions, hardware, threads."""
     constants = [
-        (name, value.shape, value.dtype, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        (name, value.shape, value.dtype, _bytes_of(value))
         for name, value in sorted(job.graph.named_buffers())  # a graph keeps its constants there
     ]
     inputs = [
@@ -65,6 +65,10 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
         torch.get_num_threads(),
         *_machine(spec.device),
     )
+
+
+def _bytes_of(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _code_of(value: Any, seen: set[int] | None = None) -> object:

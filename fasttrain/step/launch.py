@@ -81,6 +81,10 @@ class ProgramLauncher:
         return inputs if isinstance(inputs, Mismatch) else program.run(inputs)
 
 
+class _CannotLaunchError(Exception):
+    """Of a launch that is compared with single steps; an error of theirs is none of these."""
+
+
 class Launches:
     """Runs spans of steps, by as few launches as was measured to be fastest, else one by one.
 
@@ -143,7 +147,7 @@ class Launches:
     @property
     def is_running(self) -> bool:
         """Whether there is a program by which spans run."""
-        return self._program is not None and not self._trial
+        return self._program is not None and not self._trial and self._missed < MISSED_SPANS
 
     @property
     def is_pending(self) -> bool:
@@ -238,11 +242,11 @@ class Launches:
         return torch.cat([self._launch(piece) for piece in pieces(span, size)])
 
     def _launch(self, span: Span) -> Tensor:
-        if self._program is None or self._traced is None:  # dropped by the launch before
-            return self._one_by_one(span)
+        if self._program is None or self._traced is None or span.steps not in (self._sizes or []):
+            return self._one_by_one(span)  # the launch just before was dropped
+        if span.steps not in self._proven:
+            return self._prove(span, self._program, self._traced)
         try:
-            if span.steps not in self._proven:
-                return self._prove(span, self._program, self._traced)
             losses = self._launcher.launch(self._program, self._traced, span)
         except EngineError as error:
             self._drop_size(span.steps, str(error))
@@ -267,6 +271,7 @@ class Launches:
 
     def _drop_size(self, size: int, reason: str) -> None:
         """Goes on without launches of so many steps."""
+        self._missed = 0
         sizes = [each for each in self._sizes or [] if each != size]
         reason = f"{size} steps as one were refused: {reason}"
         if not sizes:
@@ -282,7 +287,8 @@ class Launches:
             return self._miss(span, inputs.reason)
         step, device = traced.step, self._spec.device
         if not fits_in_memory(step.tensors, device):
-            raise EngineError("two copies of the step's state, to compare it with single steps, do not fit in memory")
+            self._drop_size(span.steps, "two copies of the step's state, to compare it with, do not fit in memory")
+            return self._one_by_one(span)
         losses: list[Tensor] = []
 
         def one_by_one(span: Span) -> Tensor:
@@ -290,13 +296,20 @@ class Launches:
             return losses[0].sum()
 
         def as_one(span: Span) -> Tensor:
-            found = self._launcher.launch(program, traced, span)
+            try:
+                found = self._launcher.launch(program, traced, span)
+            except EngineError as error:
+                raise _CannotLaunchError(str(error)) from error
             assert not isinstance(found, Mismatch)  # it was looked at just before
             return found.sum()
 
-        _, difference = compare_steps(
-            step.tensors, step.kinds, device, one_by_one, as_one, span, current=lambda: step.tensors
-        )
+        try:
+            _, difference = compare_steps(
+                step.tensors, step.kinds, device, one_by_one, as_one, span, current=lambda: step.tensors
+            )
+        except _CannotLaunchError as error:  # nor has any single step run: the launch's turn comes first
+            self._drop_size(span.steps, str(error))
+            return self._one_by_one(span)
         self._missed = 0
         if difference is None:
             self._proven.add(span.steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -28,12 +27,28 @@ ENOUGH_STEPS = 16
 Batch = Any
 
 
+class Refuse(Protocol):
+    """What is told why a program must not be used."""
+
+    def __call__(self, reason: str, *, is_wrong: bool) -> None:
+        """It gives wrong numbers, or (for now) it cannot run."""
+        ...
+
+
 class Program(Protocol):
     """What runs a traced step in place of its operators: a `StepProgram`, or a CUDA graph."""
 
     def run(self, inputs: list[Tensor]) -> Tensor:
-        """The part of the step that is due, given what `TracedStep.inputs` gives; returns the loss. No host read."""
+        """The part of the step that is due, given what `TracedStep.inputs` gives; returns the loss. No host read.
+
+        Raises:
+            EngineError: it cannot run; nothing has changed.
+        """
         ...
+
+
+class _CannotRunError(Exception):
+    """Of a program that is compared with eager; an error of eager's own is none of these."""
 
 
 @dataclass
@@ -67,7 +82,7 @@ class Programs:
         added: programs taken up so far, those that are gone among them.
     """
 
-    def __init__(self, spec: StepSpec, eager: EagerEngine, refuse: Callable[[str], None]) -> None:
+    def __init__(self, spec: StepSpec, eager: EagerEngine, refuse: Refuse) -> None:
         self.missed = 0
         self.missed_in_a_row = 0
         self.why_missed = ""
@@ -174,7 +189,10 @@ class Programs:
         def by_program(batch: Batch) -> Tensor:
             inputs = traced.inputs(batch)
             assert not isinstance(inputs, Mismatch)
-            return self._run(entry, inputs)
+            try:
+                return self._run(entry, inputs)
+            except EngineError as error:
+                raise _CannotRunError(str(error)) from error
 
         def state_after_eager() -> list[Tensor]:
             if isinstance(traced.inputs(batch), Mismatch):
@@ -195,18 +213,18 @@ class Programs:
                 partial(is_eagers_rounding, traced, by_program, batch),
                 state_after_eager,
             )
-        except EngineError as error:  # it cannot run: neither way has been gone
+        except _CannotRunError as error:  # nor has eager: the program's turn comes first
             return self._drop(entry, str(error), batch)
         if traced.why_eager is not None:
             self._eager.apply_if_due()
         if difference is not None:
             self.drop(traced)
-            self._refuse(f"its numbers differ from eager's: {difference}")
+            self._refuse(f"its numbers differ from eager's: {difference}", is_wrong=True)
         entry.proven.add(due)
         return loss
 
     def _drop(self, entry: _Entry, reason: str, batch: Batch) -> Tensor:
         """Goes on without a program that cannot run; the step is eager's."""
         self.drop(entry.traced)
-        self._refuse(reason)
+        self._refuse(reason, is_wrong=False)
         return self._eager.step(batch)

@@ -36,6 +36,7 @@ class Recording:
     Attributes:
         programs: see above.
         captures: how many there were.
+        failures: captures that failed.
         launches: of graphs.
         on_capture: called before each capture.
         price: what a span of 16 steps takes, by the number of launches.
@@ -43,7 +44,7 @@ class Recording:
 
     def __init__(self, programs: Graphs) -> None:
         self.programs = programs
-        self.captures = 0
+        self.captures = self.failures = 0
         self.launches = 0
         self.on_capture: Callable[[], None] = lambda: None
         self.price: Callable[[int], float] = float
@@ -63,6 +64,9 @@ class Recording:
         try:
             with Memory(is_capturing=True) as captured:
                 run()
+        except RuntimeError:
+            self.failures += 1
+            raise
         finally:
             captured.put_back()
             torch.set_rng_state(rng)

@@ -165,7 +165,7 @@ def test_an_optimizer_that_cannot_be_recorded_is_refused(lane: Recording) -> Non
     step = graphed_step(lane)
     step.spec.optimizer.register_step_pre_hook(lambda *_: None)
     step(batches(1)[0])
-    with pytest.raises(EngineError, match="needs the step of AdamW in its graph, where it cannot be: it has hooks"):
+    with pytest.raises(EngineError, match="needs the step of AdamW in it, where it cannot be: it has hooks"):
         step(batches(1)[0])
 
 
@@ -183,7 +183,10 @@ def test_a_forward_that_reads_the_device_is_refused(lane: Recording) -> None:
 
 
 def test_tensors_on_the_host_are_refused() -> None:
-    part = SimpleNamespace(kinds=[(torch.Size([2]), (1,), torch.float32, torch.device("meta"))])
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    part = SimpleNamespace(
+        recorded=graph, anywhere=(), kinds=[(torch.Size([2]), (1,), torch.float32, torch.device("meta"))]
+    )
     traced: Any = SimpleNamespace(why_eager=None, parts=[part], spec=SimpleNamespace(device=torch.device("cpu")))
     with pytest.raises(EngineError, match=r"a tensor of shape \[2\] that the step reads is on meta"):
         graphed._refuse_unfit(traced)  # pyright: ignore[reportPrivateUsage]

@@ -124,7 +124,7 @@ inline void multiply(const float* bias, int64_t bias_row, const float* a, const 
 _PLACES = """
 #include <ATen/cpu/vec/vec.h>
 namespace {
-template <int ROWS, int CLASSES, int X_ROW, int X_COL>
+template <int ROWS, int CLASSES, int64_t X_ROW, int64_t X_COL>
 inline void place_largest(const float* x, int64_t* made) {
     using Vec = at::vec::Vectorized<float>;
     constexpr int WIDTH = Vec::size();
