@@ -128,6 +128,10 @@ class GraphLauncher:
             graph = self._graphs[span.steps] = CapturedSpan(program, traced, span.steps, self._lane, self._waits)
         return graph.run(span)
 
+    def forget(self) -> None:
+        """See `Launcher.forget`: graphs hold memory of the device, and the resident data."""
+        self._program, self._graphs = None, {}
+
 
 def _counts_away(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], str, torch.device]]:
     """Scalars of the optimizer's state that are not where their parameters are, with the devices of these."""

@@ -62,6 +62,10 @@ class Launcher(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Lets go of what launches are made of: there will be none."""
+        ...
+
 
 class ProgramLauncher:
     """One call of a program that holds all the steps."""
@@ -79,6 +83,9 @@ class ProgramLauncher:
         """See `Launcher.launch`."""
         inputs = traced.inputs(span)
         return inputs if isinstance(inputs, Mismatch) else program.run(inputs)
+
+    def forget(self) -> None:
+        """See `Launcher.forget`: it keeps nothing."""
 
 
 class _CannotLaunchError(Exception):
@@ -164,6 +171,7 @@ class Launches:
     def drop(self, reason: str = "") -> None:
         """Goes on with single steps for good."""
         self.close()
+        self._launcher.forget()
         self._program, self._traced, self._sizes = None, None, []
         self._proven, self._trial, self._missed = set(), {}, 0
         self._reason = reason and f"; {reason}"

@@ -322,6 +322,8 @@ def _refuse_unsupported(spec: StepSpec) -> None:
     """Raises EngineError for what a trace would silently get wrong."""
     if any(isinstance(module, DistributedDataParallel) for module in spec.model.modules()):
         raise EngineError("the model is wrapped by DistributedDataParallel: a compiled step would not share gradients")
+    if spec.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        raise EngineError("torch.use_deterministic_algorithms is on: a compiled step on a GPU adds up in any order")
     for parameter in (*spec.model.parameters(), *spec.trained()):
         if type(parameter) not in (Tensor, nn.Parameter):
             raise EngineError(
@@ -334,6 +336,7 @@ def _refuse_unsupported(spec: StepSpec) -> None:
 def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
     """Turns the real tensors that were met while tracing into inputs of the graph, after the others."""
     lifted: dict[int, tuple[Tensor, torch.fx.Node]] = {}
+    held: set[str] = set()
     nodes = list(graph.graph.nodes)
     last = [node for node in nodes if node.op == "placeholder"][-1]
     for node in nodes:
@@ -352,6 +355,9 @@ def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
             lifted[id(tensor)] = tensor, last
         node.replace_all_uses_with(lifted[id(tensor)][1])
         graph.graph.erase_node(node)
+        held.add(node.target)
+    for name in held:
+        delattr(graph, name)  # a program does not depend on its values
     graph.recompile()
     for tensor, node in lifted.values():
         if is_changed(graph, node):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fasttrain import TrainStep
 from fasttrain.data.resident import ResidentBatches, Span
-from fasttrain.step import auto, launch
+from fasttrain.step import auto, capture, launch
 from fasttrain.step.auto import AutoEngine
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.spec import Engine, StepSpec, run_steps
@@ -89,6 +89,17 @@ def test_a_graph_that_cannot_be_captured_anew_is_left(lane: Recording) -> None:
     assert_as_eager(step, batches(80), {60: load}, rtol=EXACT)
     assert step.engine.value == "eager"
     assert "while it ran: the step cannot be captured" in step.engine.reason
+
+
+def test_a_lack_of_memory_is_not_remembered(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as crowded:
+        crowded.setattr(capture, "fits_in_memory", lambda *_: False)
+        step = auto_step(lane)
+        assert_as_eager(step, batches(40), rtol=EXACT)
+        assert "no memory for two copies" in step.engine.reason
+    step = auto_step(lane)
+    assert_as_eager(step, batches(60), rtol=EXACT)
+    assert step.engine.value == "graphed"
 
 
 def test_an_optimizer_that_steps_eagerly_stays_eager_in_all(lane: Recording) -> None:

@@ -273,3 +273,27 @@ def test_two_constants_of_forward_make_two_programs() -> None:
         [part] = trace_step(spec, batch).parts
         keys.add(program_key(GraphJob.of(part)))
     assert len(keys) == 2
+
+
+def test_tensors_that_forward_reads_are_no_part_of_a_program() -> None:
+    """Those are inputs: other values, or an expanded tensor, which has no bytes of its own to look at."""
+    keys: set[str] = set()
+    for value in (2.0, 3.0):
+        net, weights = nn.Linear(6, 3), torch.full((1,), value).expand(8)
+
+        def forward(model: nn.Module, batch: Any, weights: Tensor = weights) -> Tensor:
+            return (F.cross_entropy(model(batch[0]), batch[1], reduction="none") * weights).mean()
+
+        step = TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.1), forward, engine="eager")
+        batch = torch.ones(8, 6), torch.zeros(8, dtype=torch.int64)
+        step(batch)
+        [part] = trace_step(step.spec, batch).parts
+        assert not list(part.graph.buffers())
+        keys.add(program_key(GraphJob.of(part)))
+    assert len(keys) == 1
+
+
+def test_an_expanded_constant_has_a_key() -> None:
+    held = job(TWO, X)
+    held.graph.register_buffer("held", torch.ones(1).expand(4))
+    assert program_key(held) != program_key(job(TWO, X))

@@ -241,6 +241,36 @@ def test_what_a_capture_would_get_wrong_is_refused(
         step(batches(2)[1])
 
 
+def test_a_step_that_was_refused_stays_refused(lane: Recording) -> None:
+    lane.programs.spoil = lambda loss: loss * 1.01
+    step = graphed_step(lane)
+    step(batches(1)[0])
+    for batch in batches(3):
+        with pytest.raises(EngineError, match="cannot run this step: its numbers differ"):
+            step(batch)
+
+
+def test_a_batch_that_forward_changes_is_refused(lane: Recording) -> None:
+    net = jobs.model()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0].mul_(0.5)), batch[1])
+
+    step = with_graphs(TrainStep(net, torch.optim.Adam(net.parameters()), forward, engine="eager"), lane)
+    step(batches(1)[0])
+    with pytest.raises(EngineError, match="forward changes its batch in place"):
+        step(batches(1)[0])
+
+
+def test_a_graph_from_before_a_failed_capture_is_captured_anew(lane: Recording) -> None:
+    step = graphed_step(lane)
+    run(step, batches(4))
+    lane.failures += 1  # of another graph of the same device
+    captures = lane.captures
+    run(step, batches(2))
+    assert lane.captures == captures + 1
+
+
 def test_a_compiler_that_fails_leaves_the_state_as_it_was(lane: Recording) -> None:
     step, eager = graphed_step(lane), jobs.train_step("eager")
     data = batches(6)
@@ -312,3 +342,21 @@ def test_cuda_warms_up_and_captures_in_a_stream_of_its_own(monkeypatch: pytest.M
     assert cuda.log == ["cuda:1", capturing, f"end of {capturing}", "end of cuda:1"]
     assert replay() is replay()
     assert cuda.log[-2:] == ["replay", "replay"]
+
+
+def test_after_a_refused_capture_random_numbers_and_memory_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    generator = SimpleNamespace(
+        clone_state=lambda: "a state of its own", graphsafe_set_state=lambda state: cuda.log.append(f"takes {state}")
+    )
+    monkeypatch.setattr(torch.cuda, "default_generators", [None, generator])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    lane = CudaLane(torch.device("cuda:1"))
+
+    def refused() -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        lane.capture(refused)
+    assert "takes a state of its own" in cuda.log
+    assert lane.failures == 1

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fasttrain import TrainStep, resident
+from fasttrain import EngineError, TrainStep, resident
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import Span
 from fasttrain.step import graphed, launch
+from fasttrain.step.capture import CapturedStep
+from fasttrain.step.compiler import Pending
 from fasttrain.step.launch import FROM_STEPS
+from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import run_steps
+from fasttrain.step.trace import Mismatch
 from tests.step import jobs
 from tests.step.cuda_stand_in import EXACT, Recording, graphed_step
 from tests.step.jobs import batches, everything, run
@@ -179,3 +186,98 @@ def test_settling_trains_until_the_number_is_known(lane: Recording) -> None:
     step.settle(data())
     assert step.span == 16
     assert step.compile_s is not None
+
+
+class Failing(graphed.CapturedSpan):
+    """Launches of four steps cannot be captured."""
+
+    tries = 0
+
+    def run(self, span: Span) -> Any:
+        if span.steps == 4:
+            Failing.tries += 1
+            raise EngineError("cannot be captured")
+        return super().run(span)
+
+
+def test_a_size_that_cannot_be_captured_is_tried_once(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "CapturedSpan", Failing)
+    monkeypatch.setattr(Failing, "tries", 0)
+    step = graphed_step(lane)
+    assert_epochs_as_eager(step)
+    assert (Failing.tries, step.span) == (1, 16)
+    assert step.engine.reason.count("4 steps as one were refused") == 1
+
+
+def test_a_launch_that_missed_and_then_cannot_be_captured_ends_the_trial(
+    lane: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = itertools.count(1)
+
+    class Moody(graphed.CapturedSpan):
+        def run(self, span: Span) -> Any:
+            number = next(runs) if span.steps == 16 else 0
+            if number == 4:
+                raise EngineError("cannot be captured")
+            return Mismatch("an option") if number == 3 else super().run(span)
+
+    monkeypatch.setattr(graphed, "CapturedSpan", Moody)
+    monkeypatch.setattr(launch, "TRIAL_ROUNDS", 2)
+    step = graphed_step(lane)
+    train(step, data(), 20)
+    assert step.span == 4
+    assert "; 4 steps run as one" in step.engine.reason
+
+
+def test_an_error_of_a_single_step_in_a_proof_is_raised(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no launch's: the batches must not be trained again."""
+    prove = launch.Launches._prove  # pyright: ignore[reportPrivateUsage]
+
+    def failing(*_: Any) -> Tensor:
+        raise EngineError("no memory for a single step")
+
+    def prove_and_fail(self: launch.Launches, *given: Any) -> Tensor:
+        monkeypatch.setattr(CapturedStep, "run", failing)
+        return prove(self, *given)
+
+    monkeypatch.setattr(launch.Launches, "_prove", prove_and_fail)
+    step = graphed_step(lane)
+    with pytest.raises(EngineError, match="cannot run this step: no memory for a single step"):
+        train(step, data(), EPOCHS)
+
+
+def test_a_wait_that_was_interrupted_is_begun_anew(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait, waits = Pending.wait, itertools.count()
+
+    def interrupted(self: Pending[Any]) -> None:
+        if isinstance(self.traced, TracedSpan) and next(waits) == 0:
+            raise KeyboardInterrupt
+        wait(self)
+
+    monkeypatch.setattr(Pending, "wait", interrupted)
+    step, source = graphed_step(lane), data()
+    with pytest.raises(KeyboardInterrupt):
+        train(step, source, 1)
+    step.close()
+    train(step, source, EPOCHS)
+    assert step.span == 16
+
+
+def test_spans_before_there_is_a_program_run_one_by_one(lane: Recording) -> None:
+    step = graphed_step(lane)
+    epoch = iter(data())
+    for size in (1, 2):
+        span = epoch.take(size)
+        assert span is not None
+        assert step.steps(span).shape == (size,)
+
+
+def test_launches_that_do_not_pay_are_let_go_of(lane: Recording) -> None:
+    lane.price = lambda _: 1.0
+    step, source = graphed_step(lane), data()
+    train(step, source, EPOCHS)
+    assert step.span == 1
+    dropped = weakref.ref(source)
+    del source
+    gc.collect()
+    assert dropped() is None
