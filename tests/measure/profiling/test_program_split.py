@@ -104,8 +104,11 @@ def test_what_is_slow_is_found_in_its_kernel(tmp_path: Path) -> None:
     assert any("optimizer" in origin for origin in summary.program)
     assert summary.program[NOT_ATTRIBUTED] < 0.2 * whole
     assert sum(summary.program.values()) == pytest.approx(whole) == pytest.approx(sum(row.self_us for row in rows))
-    products = {row.name: row.calls for row in rows if row.name.endswith("mm_out")}
-    assert products == {"forward: addmm_out": 2 * STEPS, "backward: mm_out": 3 * STEPS}
+    products = {"forward": 0, "backward": 0}
+    for row in rows:
+        if "product_" in row.name or row.name.endswith("mm_out"):  # a loop of ours or ATen's, by the processor
+            products[row.name.partition(":")[0]] += row.calls
+    assert products == {"forward": 2 * STEPS, "backward": 3 * STEPS}
     # Neither kernels nor empty events are operators, but what ATen dispatches in a kernel is.
     assert 0 < summary.num_operators < 20 * STEPS
     assert summary.num_operators % STEPS == 0
