@@ -82,8 +82,12 @@ class Bench:
         spec: Any = SimpleNamespace(
             metrics=metrics, device=CPU, precision="fp32", gathered=Gathered(), trained=lambda: iter(())
         )
-        self.programs = Programs(spec, self.eager, self.differences.append)
+        self.programs = Programs(spec, self.eager, self.refuse)
         self.stubs: dict[Any, Any] = {batch: self.add(batch) for batch in batches}
+
+    def refuse(self, reason: str, *, is_wrong: bool) -> None:
+        assert is_wrong
+        self.differences.append(reason)
 
     def _count(self, weight: float) -> None:
         self.weight += weight
