@@ -64,11 +64,6 @@ def parts(out: Path) -> list[list[Part]]:
     return found
 
 
-def run_part(part: Part, out: Path, limit_s: float) -> str:
-    """Runs a part alone; see `run_beside`."""
-    return run_beside([part], out, limit_s)[part.name]
-
-
 def run_beside(wanted: Sequence[Part], out: Path, limit_s: float) -> dict[str, str]:
     """Runs parts side by side, the output of each in `out`/<name>.txt; says of each how it ended.
 
@@ -82,6 +77,7 @@ def run_beside(wanted: Sequence[Part], out: Path, limit_s: float) -> dict[str, s
     with ExitStack() as opened:
         logs = [opened.enter_context((out / f"{part.name}.txt").open("wb")) for part in wanted]
         children = [start(part.command, log) for part, log in zip(wanted, logs, strict=True)]
+        opened.callback(end, children)  # Ctrl-C reaches this process alone
         for part, child in zip(wanted, children, strict=True):
             bound_s = min(part.limit_s, limit_s)
             try:
@@ -118,6 +114,13 @@ def interrupt(child: subprocess.Popen[bytes]) -> None:
             with suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(process, signal.SIGKILL)
         child.wait()
+
+
+def end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Interrupts those that still run."""
+    for child in children:
+        if child.poll() is None:
+            interrupt(child)
 
 
 def session_of(leader: int) -> list[int]:

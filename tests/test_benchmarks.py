@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,23 +182,27 @@ def part(code: str, limit_s: float = 60.0) -> gpu.Part:
     return gpu.Part("part", limit_s, [sys.executable, "-c", code])
 
 
+def alone(wanted: gpu.Part, out: Path, limit_s: float) -> str:
+    return gpu.run_beside([wanted], out, limit_s)[wanted.name]
+
+
 SLOW = "try:\n import time; time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
 
 
 def test_each_part_of_the_gpu_check_keeps_its_bound(tmp_path: Path) -> None:
     begin = time.perf_counter()
-    assert gpu.run_part(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
+    assert alone(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
     assert (tmp_path / "part.txt").read_text() == "kept\n"
     assert time.perf_counter() - begin < 10
     ended = gpu.run_parts([[part("raise SystemExit(3)"), part("", 0.5)]], tmp_path, 1e-9)
     assert ended == {"part": "no time was left"}
-    assert gpu.run_part(part("raise SystemExit(3)"), tmp_path, 60.0).startswith("exit code 3, ")
+    assert alone(part("raise SystemExit(3)"), tmp_path, 60.0).startswith("exit code 3, ")
 
 
 def test_a_part_keeps_what_it_has_where_the_check_runs_in_the_background(tmp_path: Path) -> None:
     found = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what ends in &
     try:
-        assert gpu.run_part(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
+        assert alone(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, found)
@@ -211,12 +216,22 @@ def test_what_a_part_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytes
         "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         f"print(subprocess.Popen([sys.executable, '-c', {block!r}], process_group=0).pid, flush=True); time.sleep(60)"
     )
-    assert gpu.run_part(part(deaf), tmp_path, 2.0) == "interrupted after 2 s"
+    assert alone(part(deaf), tmp_path, 2.0) == "interrupted after 2 s"
     started = Path("/proc", (tmp_path / "part.txt").read_text().strip(), "stat")
     deadline = time.perf_counter() + 10.0
     while started.exists() and started.read_text().split()[2] != "Z":  # it ends when it gets round to it
         assert time.perf_counter() < deadline
         time.sleep(0.01)
+
+
+def test_ctrl_c_ends_all_parts_that_run_side_by_side(tmp_path: Path) -> None:
+    wanted = [gpu.Part(name, 60.0, [sys.executable, "-c", SLOW]) for name in ("first", "second")]
+    threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_beside(wanted, tmp_path, 60.0)
+    assert time.perf_counter() - begin < 30
+    assert [(tmp_path / f"{name}.txt").read_text() for name in ("first", "second")] == ["kept\n"] * 2
 
 
 def test_parts_of_the_gpu_check_run_side_by_side(tmp_path: Path) -> None:

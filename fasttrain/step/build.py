@@ -27,6 +27,7 @@ import torch
 
 from fasttrain.device import total_bytes
 from fasttrain.errors import EngineError
+from fasttrain.step.held import held
 from fasttrain.step.kernels import define_operators
 from fasttrain.step.padded import spelled_out
 from fasttrain.step.program import compile_graph
@@ -42,7 +43,6 @@ TIMEOUT_S = 900.0
 
 MEMORY_SHARE = 0.5
 """Of the machine's memory, what a child may take."""
-
 
 GPU_BYTES = 2 << 30
 """Of a GPU's memory, what must be free for a child: its CUDA context, and room to try its kernels out."""
@@ -180,13 +180,15 @@ class Build:
 
     def _start(self, job: GraphJob) -> subprocess.Popen[bytes]:
         (self._folder / "job").write_bytes(pickle.dumps(job))
-        with (self._folder / "log").open("wb") as log:
+        kept = self._inductor_folder or self._folder / "inductor"
+        with held(kept) as hold, (self._folder / "log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "fasttrain.step.build", str(self._folder)],
                 stdin=subprocess.PIPE,  # closes when this process ends: the child's sign to end too
                 stdout=log,
                 stderr=log,
-                env=self._environment(job),
+                pass_fds=(hold,),
+                env=self._environment(job, kept),
                 start_new_session=True,  # Ctrl-C is for the training, and killing reaches the compiler's children
             )
 
@@ -194,8 +196,7 @@ class Build:
         lines = (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
 
-    def _environment(self, job: GraphJob) -> dict[str, str]:
-        kept = self._inductor_folder or self._folder / "inductor"
+    def _environment(self, job: GraphJob, kept: Path) -> dict[str, str]:
         (kept / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
         return {
             **os.environ,

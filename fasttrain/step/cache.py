@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.errors import EngineError
+from fasttrain.step.held import empty_if_free
 
 __all__ = ["CacheEntry", "ProgramCache", "Verdict", "default_folder"]
 
@@ -27,7 +28,8 @@ MAX_BYTES = 2 << 30
 """Beyond this, the programs that were not used for longest are removed."""
 
 SCRATCH_BYTES = 1 << 30
-"""Beyond this, what compiling children keep for the next one is removed: one precompiled header takes 0.1 GB."""
+"""Beyond this, what compiling children keep for the next one is removed, once none is at work: one precompiled header
+takes 0.1 GB."""
 
 FORMAT = 1
 
@@ -118,7 +120,7 @@ class ProgramCache:
         _write(record, {"format": FORMAT, "sha256": digest, "what": what})
         self._keep_to_size(key)
         if sum(_size_of(path) for path in self.inductor_folder.rglob("*")) > SCRATCH_BYTES:
-            shutil.rmtree(self.inductor_folder, ignore_errors=True)
+            empty_if_free(self.inductor_folder)
         return home
 
     def verdict(self, signature: str) -> Verdict | None:
@@ -152,7 +154,7 @@ class ProgramCache:
         for path in list(self._own_files()):
             count += path.suffix == ".pt2"
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.inductor_folder, ignore_errors=True)
+        empty_if_free(self.inductor_folder)
         return count
 
     def _paths(self, key: str) -> tuple[Path, Path]:

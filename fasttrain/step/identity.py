@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, cast
 
@@ -17,16 +19,17 @@ from fasttrain.data.ragged import Ragged
 from fasttrain.device import cpu_features, device_name, versions
 from fasttrain.step.build import GraphJob
 from fasttrain.step.spec import StepSpec
-from fasttrain.step.torch_private.lowering import KERNEL_SOURCE
-from fasttrain.step.torch_private.marking import MARKS
 
 __all__ = ["job_signature", "program_key"]
 
 Batch = Any
 
+COMPILING = ("build.py", "kernels.py", "padded.py", "program.py", "torch_private", "unroll.py")
+"""What the compiling child does with a job, beside torch's own compiler."""
+
 
 def program_key(job: GraphJob) -> str:
-    """Of everything that a program depends on: graph, constants, shapes, versions, hardware, threads."""
+    """Of everything that a program depends on: graph, constants, shapes, what compiles it, hardware, threads."""
     constants = [
         (name, value.shape, value.dtype, _bytes_of(value))
         for name, value in sorted(job.graph.named_buffers())  # a graph keeps its constants there
@@ -35,10 +38,8 @@ def program_key(job: GraphJob) -> str:
         ([None if dim in dims else length for dim, length in enumerate(size)], stride, dtype, device)
         for (size, stride, dtype, device), dims in zip(job.inputs, job.open_dims, strict=True)
     ]
-    special = [MARKS, job.origins] if job.origins is not None else []
-    special += [job.anywhere] if job.anywhere else []
-    machine = _machine(job.device)
-    return _hash(job.graph.code, job.unrolling, KERNEL_SOURCE, constants, inputs, job.num_threads, *machine, *special)
+    plain = (job.unrolling, job.num_threads, job.origins, job.anywhere)
+    return _hash(job.graph.code, constants, inputs, *plain, _compiling_code(), *_machine(job.device))
 
 
 def job_signature(spec: StepSpec, batch: Batch) -> str:
@@ -65,6 +66,19 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
         torch.get_num_threads(),
         *_machine(spec.device),
     )
+
+
+@cache
+def _compiling_code() -> str:
+    """Of the files that make a program of a job: others may make another program."""
+    here = files("fasttrain.step")
+    return _hash(*(file.read_text(encoding="utf-8") for name in COMPILING for file in _sources(here / name)))
+
+
+def _sources(place: Traversable) -> list[Traversable]:
+    if place.is_file():
+        return [place]
+    return sorted((file for file in place.iterdir() if file.name.endswith(".py")), key=lambda file: file.name)
 
 
 def _bytes_of(value: Tensor) -> bytes:

@@ -22,6 +22,7 @@ import torch
 from fasttrain.errors import EngineError
 from fasttrain.step import build as build_module
 from fasttrain.step.build import REFUSED, Build, ChildEndedError, GraphJob
+from fasttrain.step.held import empty_if_free
 
 StandIn = Callable[[str], None]
 
@@ -111,6 +112,18 @@ def test_a_child_that_fails_says_why(
         build.wait()
     assert isinstance(caught.value, ChildEndedError) != is_refused
     assert not any(temporary.iterdir())
+
+
+def test_what_children_keep_stays_while_one_is_at_work(stand_in: StandIn, tmp_path: Path) -> None:
+    kept = tmp_path / "inductor"
+    stand_in("exec sleep 1000")
+    build = Build(job(), kept)
+    assert not empty_if_free(kept)
+    assert (kept / "tmp").exists()
+    build.close()
+    assert empty_if_free(kept)
+    assert not any(kept.iterdir())
+    assert empty_if_free(tmp_path / "none")
 
 
 def test_a_child_that_hangs_is_ended(stand_in: StandIn, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

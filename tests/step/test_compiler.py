@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain.data.resident import resident
+from fasttrain.step import identity
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import ProgramCache, Verdict
 from fasttrain.step.compiler import Compiler
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.identity import job_signature, program_key
+from fasttrain.step.program import compile_graph
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.torch_private import prepare_for_inductor, trace_graph
@@ -84,6 +89,45 @@ def test_threads_hardware_and_versions_are_part_of_key_and_signature(
     monkeypatch.undo()
     assert before[0] != after[0]
     assert before[1] != after[1]
+
+
+@pytest.mark.parametrize("name", [*identity.COMPILING[:-2], "torch_private/small.py", "unroll.py"])
+def test_what_compiles_is_part_of_the_key(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    digest = identity._compiling_code  # pyright: ignore[reportPrivateUsage]
+    package = Path(identity.__file__).parent
+    copy = Path(shutil.copytree(package, tmp_path / "step"))
+    before = program_key(job(TWO, X))
+    monkeypatch.setattr(identity, "files", lambda _: copy)
+    try:
+        digest.cache_clear()
+        assert program_key(job(TWO, X)) == before
+        with (copy / name).open("a") as file:
+            file.write("# another\n")
+        digest.cache_clear()
+        assert program_key(job(TWO, X)) != before
+    finally:
+        digest.cache_clear()
+
+
+def test_a_key_knows_all_code_that_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All of ours that runs while a job is compiled, but for plain data."""
+    ran: set[str] = set()
+    package = Path(identity.__file__).parent
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            ran.add(frame.f_code.co_filename)
+
+    wanted = job(TWO, X)
+    sys.setprofile(note)
+    try:
+        made = wanted.unrolled()
+        compile_graph(made.graph, made.inputs, made.open_dims, tmp_path / "step.pt2")
+    finally:
+        sys.setprofile(None)
+    ours = {Path(name).relative_to(package).parts[0] for name in ran if Path(name).is_relative_to(package)}
+    assert "torch_private" in ours
+    assert ours <= set(identity.COMPILING)
 
 
 def altered(**options: Any) -> Callable[[StepSpec], StepSpec]:

@@ -14,10 +14,9 @@ import torch
 
 from fasttrain.step.kernels import define_operators
 from fasttrain.step.torch_private.loops import Loop, loop_class
-from fasttrain.step.torch_private.scratch import SCRATCH_SOURCE
-from fasttrain.step.torch_private.small import SMALL_SOURCE, register_small_kernels
+from fasttrain.step.torch_private.small import register_small_kernels
 
-__all__ = ["KERNEL_SOURCE", "register_lowerings"]
+__all__ = ["register_lowerings"]
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t", torch.int64: "int64_t"}
 
@@ -75,9 +74,6 @@ _BODIES = {
     "sum": {"before": "", "body": _SUM, "num_values": "num_given", "num_rows": "num_made"},
     "spread": {"before": _CLEAR, "body": _SPREAD, "num_values": "num_made", "num_rows": "num_given"},
 }
-
-KERNEL_SOURCE = _HEAD + _ROWS + _FETCH + _SUM + _SPREAD + _CLEAR + SMALL_SOURCE + SCRATCH_SOURCE
-"""What a program holds of these files: another source makes another program."""
 
 
 @cache

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any
 from unittest import mock
 
-__all__ = ["SCRATCH_SOURCE", "small_buffers_kept"]
+__all__ = ["small_buffers_kept"]
 
 MAX_BYTES = 1 << 16
 """Of a buffer: to make a larger one takes no longer, to fill it does."""
@@ -34,9 +34,6 @@ _KEPT = """static const RAIIAtenTensorHandle {name}_kept = [] {{
 AtenTensorHandle {name}_handle;
 AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle({name}_kept, &{name}_handle));"""
 """A buffer: what a run holds is a new name for the tensor that is kept. C++ has no array without entries: hence 0."""
-
-SCRATCH_SOURCE = f"{_KEPT}{MAX_BYTES, MAX_TOTAL_BYTES}"
-"""What a program holds of this file: another source makes another program."""
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 
 from fasttrain.step.torch_private.loops import Loop, loop_class
 
-__all__ = ["SMALL_SOURCE", "register_small_kernels"]
+__all__ = ["register_small_kernels"]
 
 MAX_SECOND = 1 << 14
 """Values of the second factor, which is packed on the stack and is to stay in the first caches: 64 KB."""
@@ -151,11 +151,6 @@ inline void place_largest(const float* x, int64_t* made) {
 _CALL_PRODUCT = "{{ multiply<{sizes}>({bias}, {bias_row}, a + {a_offset}, b + {b_offset}, made); }}"
 _CALL_PLACES = "{{ place_largest<{sizes}>(x + {offset}, made); }}"
 
-_LIMITS = (MAX_SECOND, MAX_PRODUCTS, MIN_ROWS, WIDEST, MAX_CLASSES)
-
-SMALL_SOURCE = f"{_PRODUCT}{_PLACES}{_CALL_PRODUCT}{_CALL_PLACES}{_LIMITS}"
-"""What a program holds of this file: another source makes another program."""
-
 
 @cache
 def register_small_kernels() -> None:
@@ -254,7 +249,7 @@ def _is_small_product(first: Any, second: Any) -> bool:
     if not _is_known(first) or not _is_known(second):
         return False
     (m, k), n = first.get_size(), second.get_size()[1]
-    padded = max(n, WIDEST)  # a narrow factor is filled up to whole vectors; a vector is ATen's
+    padded = -(-n // WIDEST) * WIDEST  # the second factor is filled up to whole vectors; a vector is ATen's
     return m >= MIN_ROWS and n > 1 and 0 < k * padded <= MAX_SECOND and m * k * padded <= MAX_PRODUCTS
 
 
