@@ -126,6 +126,11 @@ class ResidentBatches:
         """Batches in an epoch."""
         return -(-self._num_used // self.batch_size)
 
+    @property
+    def num_whole(self) -> int:
+        """Batches in an epoch without the last one where it is shorter."""
+        return self._num_used // self.batch_size
+
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch the next pass gives: what resumes a run rebuilds its order of data."""
         self.epoch = epoch

@@ -23,7 +23,7 @@ from fasttrain.step.launch import Launcher
 from fasttrain.step.optimizer import first_line
 from fasttrain.step.program import StepProgram
 from fasttrain.step.replay import Program
-from fasttrain.step.span import TracedSpan
+from fasttrain.step.span import TracedSpan, fewest_launches
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import is_changed
 from fasttrain.step.trace import Mismatch, TracedStep
@@ -96,14 +96,14 @@ class GraphRung:
 
 
 class GraphLauncher:
-    """Launches of 4 or 16 steps, each one CUDA graph of as many calls of a step's program.
+    """Launches of 4 or up to 16 steps, each one CUDA graph of as many calls of a step's program.
 
     Args:
         lane: what captures and replays.
         waits: is told what steps have waited for captures.
     """
 
-    SIZES = (4, 16)
+    SIZES = (4, 8, 12, 16)
 
     def __init__(self, lane: Lane, waits: Waits) -> None:
         self._lane = lane
@@ -111,9 +111,15 @@ class GraphLauncher:
         self._program: StepProgram | None = None
         self._graphs: dict[int, CapturedSpan] = {}
 
-    def sizes(self, traced: TracedStep, _batch: Sequence[Tensor]) -> tuple[int, ...]:
-        """See `Launcher.sizes`: all are captured and measured, whatever the step."""
-        return self.SIZES if traced.is_whole else ()
+    def most_steps(self, traced: TracedStep, _batch: Sequence[Tensor]) -> int:
+        """See `Launcher.most_steps`."""
+        return self.SIZES[-1] if traced.is_whole else 1
+
+    def sizes(self, most: int, num_batches: int) -> list[int]:
+        """See `Launcher.sizes`: the smallest, and the one by which an epoch takes fewest launches."""
+        sizes = [size for size in self.SIZES if size <= most]
+        fewest = fewest_launches(sizes, num_batches)
+        return sorted({sizes[0], fewest}) if fewest is not None else []
 
     def compiled_steps(self, _size: int) -> int:
         """See `Launcher.compiled_steps`."""

@@ -18,7 +18,7 @@ from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.parity import compare_steps, fits_in_memory
 from fasttrain.step.program import StepProgram
 from fasttrain.step.replay import Programs
-from fasttrain.step.span import TracedSpan, span_steps
+from fasttrain.step.span import LEAST_STEPS, TracedSpan, fewest_launches, most_steps
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 
@@ -41,12 +41,21 @@ often at most."""
 class Launcher(Protocol):
     """How several steps are launched as one."""
 
-    def sizes(self, traced: TracedStep, batch: Sequence[Tensor], /) -> tuple[int, ...]:
-        """How many steps a launch may have, in rising order; nothing where a launch does not weigh in such a step.
+    def most_steps(self, traced: TracedStep, batch: Sequence[Tensor], /) -> int:
+        """How many steps a launch may have; 1 where a launch does not weigh in such a step.
 
         Args:
             traced: the step.
             batch: the tensors of its batch.
+        """
+        ...
+
+    def sizes(self, most: int, num_batches: int, /) -> list[int]:
+        """Of how many steps launches are to be, in rising order, of which the fastest is kept.
+
+        Args:
+            most: steps that a launch may have.
+            num_batches: whole batches of an epoch.
         """
         ...
 
@@ -70,10 +79,14 @@ class Launcher(Protocol):
 class ProgramLauncher:
     """One call of a program that holds all the steps."""
 
-    def sizes(self, traced: TracedStep, batch: Sequence[Tensor]) -> tuple[int, ...]:
-        """See `Launcher.sizes`."""
-        steps = span_steps(traced, batch)
-        return (steps,) if steps > 1 else ()
+    def most_steps(self, traced: TracedStep, batch: Sequence[Tensor]) -> int:
+        """See `Launcher.most_steps`."""
+        return most_steps(traced, batch)
+
+    def sizes(self, most: int, num_batches: int) -> list[int]:
+        """See `Launcher.sizes`: one, since each takes a program of its own."""
+        size = fewest_launches(range(LEAST_STEPS, most + 1), num_batches)
+        return [] if size is None else [size]
 
     def compiled_steps(self, size: int) -> int:
         """See `Launcher.compiled_steps`."""
@@ -114,6 +127,7 @@ class Launches:
         self._launcher = launcher
         self._clock = clock
         self._waits = waits
+        self._most = 1
         self._sizes: list[int] | None = None  # not known yet
         self._pending: Pending[TracedSpan] | None = None
         self._program: StepProgram | None = None
@@ -166,7 +180,8 @@ class Launches:
         if self._sizes is None:
             traced = self._programs.first
             leaves = traced.leaves(batch)
-            self._sizes = [] if leaves is None else list(self._launcher.sizes(traced, leaves))
+            self._most = 1 if leaves is None else self._launcher.most_steps(traced, leaves)
+            self._sizes = [LEAST_STEPS] if self._most > 1 else []  # until there is a span, which tells of its epoch
 
     def drop(self, reason: str = "") -> None:
         """Goes on with single steps for good."""
@@ -196,8 +211,11 @@ class Launches:
         if isinstance(step.inputs(batch), Mismatch):
             return  # the steps that follow take up what was loaded, or use the program of another size
         begin = time.perf_counter()
+        self._sizes = self._launcher.sizes(self._most, span.source.num_whole)
+        if not self._sizes:
+            return
         try:
-            traced = TracedSpan(step, batch, span.source, self._launcher.compiled_steps(span.steps))
+            traced = TracedSpan(step, batch, span.source, self._launcher.compiled_steps(self.size))
             self.is_uncached = only_from_cache and not compiler.has(traced)
             if not self.is_uncached:
                 self._pending = compiler.pending(traced)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 from fasttrain.step.unroll import Unrolling, takes_rows
 
-__all__ = ["TracedSpan", "span_steps"]
+__all__ = ["LEAST_STEPS", "TracedSpan", "fewest_launches", "most_steps"]
 
 MOST_STEPS, LEAST_STEPS = 16, 4
 """Steps of a span. From 8 to 16 a review step gains another 6%, and compiling takes twice as long."""
@@ -28,8 +28,8 @@ MOST_BYTES = 1 << 20
 """Of a step's state and batch: a step that moves more takes so long that what a launch costs does not show."""
 
 
-def span_steps(step: TracedStep, batch: Sequence[Tensor]) -> int:
-    """How many steps are worth one program, by the size of a step alone; 1 where a call does not weigh in it.
+def most_steps(step: TracedStep, batch: Sequence[Tensor]) -> int:
+    """How many steps may be one program, by the size of a step alone; 1 where a call does not weigh in it.
 
     On a GPU it is always 1: several steps are one CUDA graph there.
 
@@ -44,10 +44,22 @@ def span_steps(step: TracedStep, batch: Sequence[Tensor]) -> int:
     calls = [node.target for node in step.parts[0].graph.graph.nodes if node.op == "call_function"]
     if torch.ops.aten.convolution.default in calls:
         return 1
-    steps = MOST_STEPS
-    while steps * len(calls) > MOST_NODES:
-        steps //= 2
+    steps = min(MOST_STEPS, MOST_NODES // len(calls))
     return steps if steps >= LEAST_STEPS else 1
+
+
+def fewest_launches(sizes: Iterable[int], num_batches: int) -> int | None:
+    """The size of launches by which an epoch takes fewest, its remainder batch by batch; the largest of equals.
+
+    Args:
+        sizes: to choose from.
+        num_batches: of the epoch.
+
+    Returns:
+        The size, or None where all are larger than the epoch.
+    """
+    fitting = [size for size in sizes if size <= num_batches]
+    return min(fitting, key=lambda size: (num_batches // size + num_batches % size, -size), default=None)
 
 
 MOST_PADDED = 1 << 22

@@ -89,7 +89,7 @@ class Lab:
         monkeypatch.setattr(auto, "LOOK_STEPS", LOOK_STEPS)
         for each in (auto, launch):
             monkeypatch.setattr(each, "TRIAL_ROUNDS", TRIAL_ROUNDS)
-        monkeypatch.setattr(launch, "span_steps", lambda *_: lab.span_steps)
+        monkeypatch.setattr(launch, "most_steps", lambda *_: lab.span_steps)
         monkeypatch.setattr(launch, "TracedSpan", lambda *given: FakeSpan(lab, *given))
         monkeypatch.setattr(auto, "Compiler", lambda spec: FakeCompiler(lab, spec))
         monkeypatch.setattr(auto, "EagerEngine", lambda spec, choice: TimedEager(lab, spec))

@@ -29,7 +29,7 @@ from tests.step.test_compiled import CHANGES
 pytestmark = pytest.mark.usefixtures("in_double")
 
 ROWS = 8
-NUM_BATCHES = 37
+NUM_BATCHES = 35
 
 
 EPOCHS = 5
@@ -87,6 +87,15 @@ def test_the_number_of_steps_a_launch_is_measured(price: dict[int, float], size:
     assert sum(sizes) == EPOCHS * NUM_BATCHES
     last = [*[size] * (NUM_BATCHES // size), *[1] * (NUM_BATCHES % size)]
     assert sizes[-len(last) :] == last
+
+
+@pytest.mark.parametrize(("num_batches", "size"), [(NUM_BATCHES, 16), (37, 12), (8, 8), (5, 4), (3, 1)])
+def test_short_epochs_are_launched_too(num_batches: int, size: int, lane: Recording) -> None:
+    """By the size that leaves few batches; epochs of three batches run one by one."""
+    step = graphed_step(lane)
+    sizes = train(step, data(num_batches), EPOCHS * NUM_BATCHES // num_batches)
+    assert sizes[-num_batches:].count(size) >= num_batches // size
+    assert step.span in (size, 4), "the size that is kept; where an epoch has too few batches, what to try"
 
 
 def test_a_span_is_one_launch(lane: Recording) -> None:

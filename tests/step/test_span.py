@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fasttrain.errors import EngineError
 from fasttrain.step import span as module
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.program import compile_graph
-from fasttrain.step.span import TracedSpan, span_steps
+from fasttrain.step.span import TracedSpan, fewest_launches, most_steps
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import flat_runner
 from fasttrain.step.trace import Mismatch, trace_step
@@ -126,7 +126,7 @@ def leaves(batch: Any) -> list[Tensor]:
 
 def steps_of(name: str, **options: Any) -> int:
     spec, batch = started(CASES[name], OPTIMIZERS["adam"], **options)
-    return span_steps(trace_step(spec, batch), leaves(batch))
+    return most_steps(trace_step(spec, batch), leaves(batch))
 
 
 def test_the_number_of_steps_follows_the_number_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +136,26 @@ def test_the_number_of_steps_follows_the_number_of_operators(monkeypatch: pytest
     found: list[int] = []
     for most in (16 * nodes, 16 * nodes - 1, 4 * nodes, 4 * nodes - 1, nodes):
         monkeypatch.setattr(module, "MOST_NODES", most)
-        found.append(span_steps(traced, leaves(batch)))
-    assert found == [16, 8, 4, 1, 1]
+        found.append(most_steps(traced, leaves(batch)))
+    assert found == [16, 15, 4, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_batches", "size"),
+    [
+        (range(4, 17), 306, 16),  # 19 launches and 2 batches
+        (range(4, 17), 156, 13),  # 12 launches, where 16 at a time leave 12 batches
+        (range(4, 17), 10, 10),
+        (range(4, 17), 3, None),
+        (range(4, 2), 100, None),
+        ((4, 8, 12, 16), 156, 12),
+        ((4, 8, 12, 16), 8, 8),
+        ((4, 8, 16), 24, 8),  # 3 launches, where 16 at a time leave 8 batches
+        ((4, 7), 28, 7),
+    ],
+)
+def test_an_epoch_takes_few_launches(sizes: Iterable[int], num_batches: int, size: int | None) -> None:
+    assert fewest_launches(sizes, num_batches) == size
 
 
 def test_steps_that_take_long_are_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,9 +166,9 @@ def test_steps_that_take_long_are_launched_one_by_one(monkeypatch: pytest.Monkey
     traced = trace_step(spec, batch)
     size = sum(tensor.nbytes for tensor in (*traced.tensors, *batch))
     monkeypatch.setattr(module, "MOST_BYTES", size)
-    assert span_steps(traced, batch) > 1
+    assert most_steps(traced, batch) > 1
     monkeypatch.setattr(module, "MOST_BYTES", size - 1)
-    assert span_steps(traced, batch) == 1
+    assert most_steps(traced, batch) == 1
 
 
 def compiled_span(traced: TracedSpan, folder: Path) -> Callable[[list[Tensor]], list[Tensor]]:
