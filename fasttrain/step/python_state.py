@@ -46,21 +46,28 @@ class Read(NamedTuple):
 
 
 class RandomNumbers:
-    """Where Python's and numpy's generators stand; torch's own belong to the step."""
+    """Where Python's and numpy's generators stand: the global ones, and those that a step reads.
 
-    def __init__(self) -> None:
-        self._python = random.getstate()
-        self._numpy: Any = np.random.get_state()
+    Torch's own belong to the step.
+    """
+
+    def __init__(self, spec: StepSpec) -> None:
+        global_ones: list[Any] = [random.random, np.random.random]
+        values = [*global_ones, *(read.value for read in (*_attributes(spec), *_reads(spec)))]
+        owners = [getattr(value, "__self__", value) for value in values]  # a method of one may be what is read
+        self._generators = list({id(each): each for each in owners if _is_generator(each)}.values())
+        self._before = [_standing(each) for each in self._generators]
 
     def put_back(self) -> bool:
         """Has them go on from there; returns whether they had gone on."""
-        found: Any = np.random.get_state()
-        are_drawn = random.getstate() != self._python or found[2:] != self._numpy[2:]
-        are_drawn = are_drawn or not np.array_equal(found[1], self._numpy[1])
-        if are_drawn:
-            random.setstate(self._python)
-            np.random.set_state(self._numpy)
-        return are_drawn
+        drawn = [
+            (generator, before)
+            for generator, before in zip(self._generators, self._before, strict=True)
+            if not _is_equal(_standing(generator), before)
+        ]
+        for generator, before in drawn:
+            _go_on_from(generator, before)
+        return bool(drawn)
 
 
 def modules_of(spec: StepSpec) -> Iterator[tuple[str, nn.Module]]:
@@ -77,19 +84,22 @@ def plain_values_of(spec: StepSpec) -> list[Read]:
     These functions are forward or the loss, metrics, hooks of modules, and the functions that they call. Not seen is
     what lies deeper: in a list, or on an object of the user's.
     """
-    of_modules = [
-        Read(name, vars(module), value)
-        for _, module in modules_of(spec)
-        for name, value in vars(module).items()
-        if name != "training"  # which has a guard of its own
-    ]
-    found = [read for read in (*of_modules, *_reads(spec)) if isinstance(read.value, PLAIN)]
+    found = [read for read in (*_attributes(spec), *_reads(spec)) if isinstance(read.value, PLAIN)]
     return [read for read in found if read.value == read.value]  # not a number is never what it was
 
 
 def containers_of(spec: StepSpec) -> dict[str, Any]:
     """Lists, dicts and sets that the user's functions read in the same way, by name."""
     return {read.name: read.value for read in _reads(spec) if isinstance(read.value, list | dict | set)}
+
+
+def _attributes(spec: StepSpec) -> list[Read]:
+    return [
+        Read(name, vars(module), value)
+        for _, module in modules_of(spec)
+        for name, value in vars(module).items()
+        if name != "training"  # which has a guard of its own
+    ]
 
 
 def _callables(spec: StepSpec) -> dict[str, Any]:
@@ -150,3 +160,33 @@ def _names(code: CodeType) -> set[str]:
     """Of globals and attributes that code asks for, and the code inside it."""
     inner = [_names(each) for each in code.co_consts if isinstance(each, CodeType)]
     return set(code.co_names).union(*inner)
+
+
+def _is_generator(value: Any) -> bool:
+    is_one = isinstance(value, random.Random | np.random.RandomState | np.random.Generator)
+    return is_one and not isinstance(value, random.SystemRandom)  # which stands nowhere
+
+
+def _standing(generator: Any) -> Any:
+    """Where a generator stands in its stream."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def _go_on_from(generator: Any, standing: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(standing)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(standing)
+    else:
+        generator.bit_generator.state = standing
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        entries, others = cast("dict[str, Any]", one), cast("dict[str, Any]", other)
+        return all(_is_equal(value, others[name]) for name, value in entries.items())
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other

@@ -274,7 +274,7 @@ def _unchanged(spec: StepSpec) -> Generator[None]:
         EngineError: forward has changed something: a graph would not, and later steps may read it.
     """
     modules = [(name, module, Attributes(vars(module))) for name, module in modules_of(spec)]
-    containers, values, numbers = Attributes(containers_of(spec)), plain_values_of(spec), RandomNumbers()
+    containers, values, numbers = Attributes(containers_of(spec)), plain_values_of(spec), RandomNumbers(spec)
     changed: list[str] = []
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fasttrain.data.ragged import Ragged
 from fasttrain.errors import EngineError
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, trace_step
 from tests.step.agreement import run_graph
 from tests.step.models import ASKED, CASES, OPTIMIZERS, Case, assert_same, batches, started, with_forward
@@ -243,22 +245,34 @@ def test_a_tensor_that_forward_changes_must_be_a_buffer(is_view: bool) -> None:
     assert not mean.any()
 
 
-DRAWS: dict[str, Callable[[], float]] = {"Python": random.random, "numpy": np.random.rand}
+OWN = [random.Random(3), np.random.RandomState(3), np.random.default_rng(3)]
+DRAWS: list[Any] = [random.random, np.random.rand, *(own.random for own in OWN)]
 
 
-@pytest.mark.parametrize("whose", DRAWS)
-def test_random_numbers_of_others_than_torch_are_refused_and_none_is_lost(whose: str) -> None:
-    draw = DRAWS[whose]
+@pytest.mark.parametrize("draw", DRAWS)
+def test_random_numbers_of_others_than_torch_are_refused_and_none_is_lost(draw: Any) -> None:
     spec, batch = started(MLP, SGD)
-    spec = with_forward(spec, lambda model, batch: MLP.loss(model(batch[0]), batch[1]) * draw())
-    random.seed(3)
-    np.random.seed(3)
-    wanted = draw()
-    random.seed(3)
-    np.random.seed(3)
+    assert_refused(with_forward(spec, lambda model, batch: MLP.loss(model(batch[0]), batch[1]) * draw()), batch, draw)
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_generators_that_are_read_or_held_are_noticed_too(own: Any) -> None:
+    spec, batch = started(MLP, SGD)
+    read = with_forward(spec, lambda model, batch: MLP.loss(model(batch[0]), batch[1]) * own.random())
+    assert_refused(read, batch, own.random)
+    spec.model.own = own
+    held = with_forward(spec, lambda model, batch: MLP.loss(model(batch[0]), batch[1]) * model.own.random())
+    assert_refused(held, batch, own.random)
+    unused = with_forward(spec, lambda model, batch: MLP.loss(model(batch[0]), batch[1]) + 0 * len(str(model.own)))
+    trace_step(unused, batch)
+
+
+def assert_refused(spec: StepSpec, batch: Any, draw: Any) -> None:
+    """And the number that comes next is the one that came next before."""
+    twin = copy.deepcopy(draw.__self__)
     with pytest.raises(EngineError, match="random numbers from Python's or numpy's"):
         trace_step(spec, batch)
-    assert draw() == wanted
+    assert draw() == getattr(twin, draw.__name__)()
 
 
 def test_a_trace_leaves_the_weights_that_a_recurrent_layer_lists() -> None:
