@@ -34,13 +34,13 @@ Batch = Any
 
 
 class GraphRung:
-    """Runs a compiled step by a CUDA graph; where batches are of any size, by the program itself.
+    """Runs a compiled step by a CUDA graph; what no graph can hold, by the program itself.
 
     Args:
         spec: the step.
         waits: is told what steps have waited for captures.
-        moves_counts: whether step counts that the optimizer keeps on the host may be moved to their parameters' device,
-            where they stay; a graph cannot change what is on the host. If not, such a step is refused.
+        is_required: whether graphs were asked for: what no graph can hold is refused then, and step counts that the
+            optimizer keeps on the host are moved to their parameters' device, where they stay.
         lane: what captures and replays; None for CUDA's.
         clock: of the device; None for CUDA's.
 
@@ -51,29 +51,27 @@ class GraphRung:
     name = "graphed"
 
     def __init__(
-        self, spec: StepSpec, waits: Waits, *, moves_counts: bool, lane: Lane | None = None, clock: Clock | None = None
+        self, spec: StepSpec, waits: Waits, *, is_required: bool, lane: Lane | None = None, clock: Clock | None = None
     ) -> None:
         self._lane = CudaLane(spec.device) if lane is None else lane
         self.clock = clock_of(spec.device) if clock is None else clock
         self.launcher: Launcher = GraphLauncher(self._lane, waits)
         self._spec = spec
         self._waits = waits
-        self._moves_counts = moves_counts
+        self._is_required = is_required
 
     def explain(self, traced: TracedStep) -> Choice:
         """See `Rung.explain`."""
         if any(traced.open_dims):
             return Choice("compiled", "; single batches with rows of unequal length are in no CUDA graph")
-        return Choice(self.name, "")
+        unfit = _why_unfit(traced)
+        return Choice("compiled", f"; without a CUDA graph: {unfit}") if unfit else Choice(self.name, "")
 
     def begin(self, compiler: Compiler, batch: Batch) -> Pending[TracedStep]:
         """See `Rung.begin`."""
+        if not self._is_required:
+            return compiler.begin(batch)
         away = _counts_away(self._spec.optimizer)
-        if away and not self._moves_counts:
-            raise EngineError(
-                "the optimizer counts its steps on the host, which a CUDA graph cannot do: make it with "
-                "capturable=True, or ask for engine 'graphed', which moves the counts"
-            )
         before = [(entries, name, entries[name]) for entries, name, _ in away]
         for entries, name, device in away:
             entries[name] = entries[name].to(device)
@@ -87,7 +85,7 @@ class GraphRung:
     def program(self, pending: Pending[TracedStep]) -> Program:
         """See `Rung.program`."""
         program, traced = pending.load(), pending.traced
-        if any(traced.open_dims):
+        if any(traced.open_dims) or _why_unfit(traced):
             return program
         try:
             return CapturedStep(program, traced, self._lane, self._waits)
@@ -113,7 +111,7 @@ class GraphLauncher:
 
     def most_steps(self, traced: TracedStep, _batch: Sequence[Tensor]) -> int:
         """See `Launcher.most_steps`."""
-        return self.SIZES[-1] if traced.is_whole else 1
+        return self.SIZES[-1] if traced.is_whole and not _why_unfit(traced) else 1
 
     def sizes(self, most: int, num_batches: int) -> list[int]:
         """See `Launcher.sizes`: the smallest, and the one by which an epoch takes fewest launches."""
@@ -150,17 +148,28 @@ def _counts_away(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any],
 
 
 def _refuse_unfit(traced: TracedStep) -> None:
-    """Raises EngineError for what no graph can hold."""
+    unfit = _why_unfit(traced)
+    if unfit:
+        raise EngineError(f"no CUDA graph can hold this step: {unfit}")
+
+
+def _why_unfit(traced: TracedStep) -> str:
+    """Why no graph can hold a step; empty where one can."""
     if traced.why_eager is not None:
-        optimizer = type(traced.spec.optimizer).__name__
-        raise EngineError(f"a CUDA graph needs the step of {optimizer} in it, where it cannot be: {traced.why_eager}")
+        return f"{type(traced.spec.optimizer).__name__} steps eagerly ({traced.why_eager})"
+    if _counts_away(traced.spec.optimizer):
+        return (
+            "the optimizer counts its steps on the host: make it with capturable=True, or ask for engine 'graphed', "
+            "which moves the counts"
+        )
     for part in traced.parts:
         inputs = [node for node in part.recorded.graph.nodes if node.op == "placeholder"]
         if any(is_changed(part.recorded, inputs[place]) for place in part.anywhere):
-            raise EngineError("forward changes its batch in place, and a CUDA graph would change a copy: copy it first")
+            return "forward changes its batch in place, and a graph would change a copy: copy it first"
         for size, _, _, device in part.kinds:
             if device.type != traced.spec.device.type:
-                raise EngineError(
-                    f"a tensor of shape {list(size)} that the step reads is on {device}, and a CUDA graph would keep "
-                    f"the value that it has now: move it to {traced.spec.device}"
+                return (
+                    f"a tensor of shape {list(size)} that the step reads is on {device}, and a graph would keep the "
+                    f"value that it has now: move it to {traced.spec.device}"
                 )
+    return ""

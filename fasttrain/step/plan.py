@@ -71,5 +71,5 @@ def _require_compiler(device: torch.device) -> None:
 def _rung(wanted: str, spec: StepSpec, waits: Waits) -> Rung:
     """What an engine's compiled steps run by."""
     if wanted == "graphed" or (wanted == "auto" and spec.device.type == "cuda"):
-        return GraphRung(spec, waits, moves_counts=wanted == "graphed")
+        return GraphRung(spec, waits, is_required=wanted == "graphed")
     return ProgramRung(spec)

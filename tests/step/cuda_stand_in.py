@@ -132,10 +132,10 @@ def with_graphs(step: TrainStep, lane: Recording) -> TrainStep:
 
 
 def graphed_engine(spec: StepSpec, lane: Recording) -> CompiledEngine:
-    rung, waits = graph_rung(spec, lane, moves_counts=True)
+    rung, waits = graph_rung(spec, lane, is_required=True)
     return CompiledEngine(spec, ASKED, rung, waits)
 
 
-def graph_rung(spec: StepSpec, lane: Recording, *, moves_counts: bool) -> tuple[GraphRung, Waits]:
+def graph_rung(spec: StepSpec, lane: Recording, *, is_required: bool) -> tuple[GraphRung, Waits]:
     waits = Waits()
-    return GraphRung(spec, waits, moves_counts=moves_counts, lane=lane, clock=lane), waits
+    return GraphRung(spec, waits, is_required=is_required, lane=lane, clock=lane), waits

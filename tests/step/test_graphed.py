@@ -165,7 +165,7 @@ def test_an_optimizer_that_cannot_be_recorded_is_refused(lane: Recording) -> Non
     step = graphed_step(lane)
     step.spec.optimizer.register_step_pre_hook(lambda *_: None)
     step(batches(1)[0])
-    with pytest.raises(EngineError, match="needs the step of AdamW in it, where it cannot be: it has hooks"):
+    with pytest.raises(EngineError, match=r"no CUDA graph can hold this step: AdamW steps eagerly \(it has hooks"):
         step(batches(1)[0])
 
 
@@ -187,7 +187,8 @@ def test_tensors_on_the_host_are_refused() -> None:
     part = SimpleNamespace(
         recorded=graph, anywhere=(), kinds=[(torch.Size([2]), (1,), torch.float32, torch.device("meta"))]
     )
-    traced: Any = SimpleNamespace(why_eager=None, parts=[part], spec=SimpleNamespace(device=torch.device("cpu")))
+    spec = SimpleNamespace(device=torch.device("cpu"), optimizer=jobs.train_step("eager").spec.optimizer)
+    traced: Any = SimpleNamespace(why_eager=None, parts=[part], spec=spec)
     with pytest.raises(EngineError, match=r"a tensor of shape \[2\] that the step reads is on meta"):
         graphed._refuse_unfit(traced)  # pyright: ignore[reportPrivateUsage]
 
@@ -195,33 +196,39 @@ def test_tensors_on_the_host_are_refused() -> None:
 class OnMeta:
     """A step whose parameters are on another device than the count of their optimizer's steps."""
 
-    def __init__(self, lane: Recording, *, moves_counts: bool) -> None:
+    def __init__(self, lane: Recording, *, is_required: bool) -> None:
         net = nn.Linear(2, 2, device="meta")
         optimizer = torch.optim.Adam(net.parameters())
         self.state = optimizer.state[net.weight]
         self.state.update({"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, 2, device="meta"), "note": 1})
         self.traced = False
-        spec: Any = SimpleNamespace(optimizer=optimizer, device=torch.device("meta"))
-        self._rung, _ = graph_rung(spec, lane, moves_counts=moves_counts)
+        self.spec: Any = SimpleNamespace(optimizer=optimizer, device=torch.device("meta"))
+        self.rung, _ = graph_rung(self.spec, lane, is_required=is_required)
 
     def begin(self) -> None:
-        self._rung.begin(SimpleNamespace(begin=lambda *_: setattr(self, "traced", True)), None)  # pyright: ignore[reportArgumentType]
+        self.rung.begin(SimpleNamespace(begin=lambda *_: setattr(self, "traced", True)), None)  # pyright: ignore[reportArgumentType]
 
 
 def test_step_counts_are_brought_to_the_device(lane: Recording) -> None:
-    step = OnMeta(lane, moves_counts=True)
+    step = OnMeta(lane, is_required=True)
     step.begin()
     assert step.traced
     assert step.state["step"].device.type == "meta"
     assert step.state["note"] == 1
 
 
-def test_step_counts_on_the_host_are_refused_where_they_are_to_stay(lane: Recording) -> None:
-    step = OnMeta(lane, moves_counts=False)
-    with pytest.raises(EngineError, match="make it with capturable=True, or ask for engine 'graphed'"):
-        step.begin()
-    assert not step.traced
+def test_step_counts_stay_on_the_host_where_graphs_were_not_asked_for(lane: Recording) -> None:
+    """Single steps run by the program itself then, which can count there."""
+    step = OnMeta(lane, is_required=False)
+    step.begin()
+    assert step.traced
     assert step.state["step"].device.type == "cpu"
+    traced: Any = SimpleNamespace(why_eager=None, open_dims=(), is_whole=True, spec=step.spec)
+    choice = step.rung.explain(traced)
+    assert choice.value == "compiled"
+    assert "make it with capturable=True, or ask for engine 'graphed'" in choice.reason
+    assert step.rung.program(SimpleNamespace(load=lambda: "the program", traced=traced)) == "the program"  # pyright: ignore[reportArgumentType]
+    assert step.rung.launcher.most_steps(traced, []) == 1
 
 
 @pytest.mark.parametrize(

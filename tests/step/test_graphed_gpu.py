@@ -269,12 +269,13 @@ def test_auto_ends_on_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     loop.step.close()
 
 
-def test_auto_leaves_step_counts_on_the_host() -> None:
+def test_auto_leaves_step_counts_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "MARGIN", 1e9)  # whether the program is faster or not
     net = mlp()
     optimizer = torch.optim.Adam(net.parameters(), foreach=True)
     step = TrainStep(net, optimizer, loss=F.cross_entropy)
     step.settle(batches(60))
-    assert step.engine.value == "eager"
+    assert step.engine.value == "compiled"
     assert "make it with capturable=True" in step.engine.reason
     assert {state["step"].device.type for state in optimizer.state.values()} == {"cpu"}
 
