@@ -20,7 +20,7 @@ from fasttrain.data.ragged import Ragged
 from fasttrain.errors import EngineError
 from fasttrain.step.optimizer import has_own_step
 from fasttrain.step.options import GroupOptions
-from fasttrain.step.python_state import PLAIN, modules_of, plain_values_of
+from fasttrain.step.python_state import PLAIN, Read, modules_of, objects_of, plain_values_of
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import (
     NO_GRADIENT_HOOKS,
@@ -269,15 +269,25 @@ def _model_facts(spec: StepSpec, facts: _Facts) -> None:
     own = set(spec.model.modules())
     for _, module in modules_of(spec):
         is_own = module in own
-        reason = f"a module, parameter, buffer or hook of the {'model' if is_own else 'loss or a metric'}"
+        whose = "the model" if is_own else "what forward, the loss or a metric holds"
+        reason = f"a module, parameter, buffer or hook of {whose}"
         facts.add_tables(reason, module_tables(module), are_inputs=is_own)
     for _, module in modules_of(spec):
         facts.add_value("train or eval mode of a module", "{}.training is {}", module, module.training)
-    for name, holder, value in plain_values_of(spec):
-        if isinstance(holder, CellType):
-            facts.add_value(f"the value of {name!r}", "{}.cell_contents == {}", holder, value)
-        else:
-            facts.add_value(f"the value of {name!r}", "{}[{}] == {}", holder, name, value)
+    for read in plain_values_of(spec):
+        facts.add(f"the value of {read.name!r}", f"{_held(read)} == {{}}", *_place(read), read.value)
+        facts.values.append(read.value)
+    for read in objects_of(spec):
+        facts.add(f"what {read.name!r} is", f"{_held(read)} is {{}}", *_place(read), read.value)
+        facts.values.append((read.name, id(read.value)))
+
+
+def _held(read: Read) -> str:
+    return "{}.cell_contents" if isinstance(read.holder, CellType) else "{}[{}]"
+
+
+def _place(read: Read) -> tuple[Any, ...]:
+    return (read.holder,) if isinstance(read.holder, CellType) else (read.holder, read.name)
 
 
 def _other_facts(spec: StepSpec, facts: _Facts) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from functools import cache, partial
+from collections.abc import Iterable
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from fasttrain.data.batch import tensors
 from fasttrain.data.ragged import Ragged
 from fasttrain.device import cpu_features, device_name, versions
 from fasttrain.step.build import GraphJob
+from fasttrain.step.python_state import PLAIN, callables_of, functions_of, objects_of, plain_values_of
 from fasttrain.step.spec import StepSpec
 
 __all__ = ["job_signature", "program_key"]
@@ -60,8 +60,10 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
         options,
         [(leaf.shape, leaf.dtype) for leaf in leaves],
         (spec.precision, spec.accumulate, spec.clip_norm, spec.clip_value),
-        _code_of(spec.forward),
-        sorted({repr(_code_of(type(module).forward)) for module in spec.model.modules()}),
+        [(name, _name_of(value)) for name, value in callables_of(spec).items()],
+        [(_code_of(function.__code__), _plain(function.__defaults__ or ())) for function in functions_of(spec)],
+        [(read.name, read.value) for read in plain_values_of(spec)],
+        [(read.name, _name_of(read.value)) for read in objects_of(spec)],
         versions()["fasttrain"],
         torch.get_num_threads(),
         *_machine(spec.device),
@@ -85,50 +87,26 @@ def _bytes_of(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _code_of(value: Any, seen: set[int] | None = None) -> object:
-    """What a function, or an object that can be called, computes as far as its code and plain values tell.
+def _code_of(code: CodeType) -> object:
+    """What code computes, as far as it is its own: the same in every process."""
+    constants = [_code_of(each) if isinstance(each, CodeType) else _constant(each) for each in code.co_consts]
+    return code.co_code, code.co_names, constants
 
-    Args:
-        value: the function or object.
-        seen: the ids of those that were met before: it may hold itself, or a loop that holds it.
-    """
-    if isinstance(value, _PLAIN):
-        return repr(value)
-    seen = set() if seen is None else seen
-    if id(value) in seen:
-        return "met before"
-    seen.add(id(value))
-    if isinstance(value, CodeType):
-        constants = [_code_of(each, seen) if isinstance(each, CodeType) else repr(each) for each in value.co_consts]
-        return value.co_code, value.co_names, constants
-    if isinstance(value, FunctionType):
-        held = [*(value.__defaults__ or ()), *_contents(value.__closure__ or ())]
-        return _code_of(value.__code__, seen), [_code_of(each, seen) for each in held]
-    if isinstance(value, MethodType):
-        return _code_of(value.__func__, seen)
+
+def _constant(value: object) -> str:
+    # The order of a set is another one in each process.
+    return repr(sorted(map(repr, cast("frozenset[object]", value))) if isinstance(value, frozenset) else value)
+
+
+def _plain(values: Iterable[object]) -> list[object]:
+    return [value for value in values if isinstance(value, PLAIN)]
+
+
+def _name_of(value: Any) -> str:
+    """Of something that is called, or a tensor."""
     if isinstance(value, nn.Module):
-        return repr(value), _code_of(type(value).forward, seen), _plain(vars(value))
-    if isinstance(value, partial):
-        return _code_of(cast("Any", value).func, seen), _plain(cast("Any", value).keywords)
-    kind: Any = type(value)
-    if kind.__module__.startswith(_OWN):
-        return kind.__qualname__, [_code_of(each, seen) for each in getattr(value, "__dict__", {}).values()]
-    return getattr(value, "__qualname__", kind.__qualname__)
-
-
-def _contents(cells: Iterable[CellType]) -> Iterator[Any]:
-    """What a function closes over and was given a value already."""
-    for cell in cells:
-        with suppress(ValueError):
-            yield cell.cell_contents
-
-
-def _plain(values: dict[str, Any]) -> list[tuple[str, str]]:
-    return sorted((name, repr(value)) for name, value in values.items() if isinstance(value, _PLAIN))
-
-
-_PLAIN = (bool, int, float, str, bytes, type(None))
-_OWN = __name__.partition(".")[0]
+        return repr(value)
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
 def _machine(device: torch.device) -> tuple[str, ...]:

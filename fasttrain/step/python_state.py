@@ -10,12 +10,22 @@ from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import module_tables
 
-__all__ = ["PLAIN", "RandomNumbers", "Read", "containers_of", "modules_of", "plain_values_of"]
+__all__ = [
+    "PLAIN",
+    "RandomNumbers",
+    "Read",
+    "callables_of",
+    "containers_of",
+    "functions_of",
+    "modules_of",
+    "objects_of",
+    "plain_values_of",
+]
 
 PLAIN = (bool, int, float, str, bytes, type(None))
 """Values that compare by what they are."""
@@ -53,7 +63,7 @@ class RandomNumbers:
 
     def __init__(self, spec: StepSpec) -> None:
         global_ones: list[Any] = [random.random, np.random.random]
-        values = [*global_ones, *(read.value for read in (*_attributes(spec), *_reads(spec)))]
+        values = [*global_ones, *(read.value for read in (*_attributes(spec), *_Walk(spec).reads))]
         owners = [getattr(value, "__self__", value) for value in values]  # a method of one may be what is read
         self._generators = list({id(each): each for each in owners if _is_generator(each)}.values())
         self._before = [_standing(each) for each in self._generators]
@@ -70,12 +80,30 @@ class RandomNumbers:
         return bool(drawn)
 
 
+def callables_of(spec: StepSpec) -> dict[str, Any]:
+    """What the user gave to be called: forward or the loss, and the metrics."""
+    return {**vars(spec.forward), **spec.metrics.user_metrics}
+
+
 def modules_of(spec: StepSpec) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a step runs through: the model's, and those of the loss and the metrics."""
+    """The modules that a step runs through: the model's, and those that the user's functions are or hold."""
+    seen = set(spec.model.modules())
     yield from spec.model.named_modules()
-    for name, value in _callables(spec).items():
+    held = ((read.name, read.value) for read in _Walk(spec).reads)
+    for name, value in (*callables_of(spec).items(), *held):
         if isinstance(value, nn.Module):
-            yield from value.named_modules(prefix=name.lstrip("_"))
+            yield from value.named_modules(seen, prefix=name.lstrip("_"))
+
+
+def objects_of(spec: StepSpec) -> list[Read]:
+    """Tensors, modules and functions that a step reads by name: with another one it computes something else."""
+    found = (*_attributes(spec), *_Walk(spec).reads)
+    return [read for read in found if isinstance(read.value, Tensor | nn.Module | FunctionType)]
+
+
+def functions_of(spec: StepSpec) -> list[FunctionType]:
+    """The functions of the user's that a step runs, in the order in which they are found."""
+    return _Walk(spec).functions
 
 
 def plain_values_of(spec: StepSpec) -> list[Read]:
@@ -84,13 +112,13 @@ def plain_values_of(spec: StepSpec) -> list[Read]:
     These functions are forward or the loss, metrics, hooks of modules, and the functions that they call. Not seen is
     what lies deeper: in a list, or on an object of the user's.
     """
-    found = [read for read in (*_attributes(spec), *_reads(spec)) if isinstance(read.value, PLAIN)]
+    found = [read for read in (*_attributes(spec), *_Walk(spec).reads) if isinstance(read.value, PLAIN)]
     return [read for read in found if read.value == read.value]  # not a number is never what it was
 
 
 def containers_of(spec: StepSpec) -> dict[str, Any]:
     """Lists, dicts and sets that the user's functions read in the same way, by name."""
-    return {read.name: read.value for read in _reads(spec) if isinstance(read.value, list | dict | set)}
+    return {read.name: read.value for read in _Walk(spec).reads if isinstance(read.value, list | dict | set)}
 
 
 def _attributes(spec: StepSpec) -> list[Read]:
@@ -102,48 +130,59 @@ def _attributes(spec: StepSpec) -> list[Read]:
     ]
 
 
-def _callables(spec: StepSpec) -> dict[str, Any]:
-    """What the user gave to be called: forward or the loss, and the metrics."""
-    return {**vars(spec.forward), **spec.metrics.user_metrics}
+class _Walk:
+    """Through the functions that a step runs: the model's, the loss and metrics, hooks, and those that they call.
 
+    Attributes:
+        reads: what they read as a global, a closure or of `self`.
+        functions: the functions, without torch's.
+    """
 
-def _reads(spec: StepSpec) -> list[Read]:
-    seen: set[int] = set()
-    modules = [module for _, module in modules_of(spec)]
-    hooks = [each for module in modules for table in module_tables(module) for each in table.values()]
-    functions = [*_callables(spec).values(), *hooks, *(type(module).forward for module in modules)]
-    return [read for each in functions for read in _of(each, seen)]
+    def __init__(self, spec: StepSpec) -> None:
+        self.reads: list[Read] = []
+        self.functions: list[FunctionType] = []
+        self._seen: set[int] = set()
+        for each in (spec.model, *callables_of(spec).values()):
+            self._visit(each)
 
+    def _visit(self, value: Any) -> None:
+        """A function, a method, a partial, a module or another object that can be called."""
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, nn.Module):
+            self._visit_module(value)
+        elif isinstance(value, FunctionType):
+            self._visit_function(value)
+        elif isinstance(value, MethodType):
+            self._visit_method(value.__func__, value.__self__)
+        elif isinstance(value, partial):
+            bound = cast("partial[Any]", value)
+            self._read(Read(name, bound.keywords, each) for name, each in bound.keywords.items())
+            self._visit(bound.func)
+        elif callable(value) and not isinstance(value, type):
+            self._visit_method(type(value).__call__, value)
 
-def _of(value: Any, seen: set[int]) -> Iterator[Read]:
-    """What a function, a method, a partial or an object that can be called reads."""
-    if id(value) in seen or isinstance(value, nn.Module):  # modules are looked at by themselves
-        return
-    seen.add(id(value))
-    if isinstance(value, FunctionType):
-        if not value.__module__.startswith("torch."):
-            yield from _of_function(value, seen)
-    elif isinstance(value, MethodType):
-        yield from _of_method(value.__func__, value.__self__, seen)
-    elif isinstance(value, partial):
-        bound = cast("partial[Any]", value)
-        yield from (Read(name, bound.keywords, each) for name, each in bound.keywords.items())
-        yield from _of(bound.func, seen)
-    elif callable(value) and not isinstance(value, type):
-        yield from _of_method(type(value).__call__, value, seen)
+    def _visit_module(self, module: nn.Module) -> None:
+        inner = [each for table in module_tables(module) for each in table.values()]  # modules and hooks, among others
+        for each in (type(module).forward, *inner):
+            self._visit(each)
 
+    def _visit_function(self, function: FunctionType) -> None:
+        if function.__module__.startswith("torch."):
+            return
+        self.functions.append(function)
+        self._read((*_closed_over(function), *_named(function.__globals__, _names(function.__code__))))
 
-def _of_function(function: FunctionType, seen: set[int]) -> Iterator[Read]:
-    reads = [*_closed_over(function), *_named(function.__globals__, _names(function.__code__))]
-    for read in reads:
-        yield read
-        yield from _of(read.value, seen)
+    def _visit_method(self, function: Callable[..., Any], owner: Any) -> None:
+        if isinstance(function, FunctionType):
+            self._visit(function)
+            self._read(_named(getattr(owner, "__dict__", {}), _names(function.__code__)))
 
-
-def _of_method(function: Callable[..., Any], owner: Any, seen: set[int]) -> Iterator[Read]:
-    if isinstance(function, FunctionType):
-        yield from _of(function, seen)
-        yield from _named(getattr(owner, "__dict__", {}), _names(function.__code__))
+    def _read(self, reads: Iterable[Read]) -> None:
+        for read in reads:
+            self.reads.append(read)
+            self._visit(read.value)
 
 
 def _closed_over(function: FunctionType) -> Iterator[Read]:

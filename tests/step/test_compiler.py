@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -180,6 +182,50 @@ def test_another_job_has_another_signature(change: Callable[[StepSpec], StepSpec
     before = job_signature(spec, batch)
     assert job_signature(train_step("eager").spec, batch) == before
     assert job_signature(change(spec), batch) != before
+
+
+def counting(_loss: Tensor, predictions: Tensor | None, _targets: Tensor | None) -> Tensor:
+    assert predictions is not None
+    return of_all(predictions)
+
+
+def of_all(values: Tensor) -> Tensor:
+    return values.sum()
+
+
+def test_metrics_and_what_they_call_are_part_of_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    [batch] = batches(1)
+    found = {job_signature(train_step("eager").spec, batch)}
+    found.add(job_signature(train_step("eager", metrics={"count": counting}).spec, batch))
+    monkeypatch.setitem(globals(), "of_all", lambda values: values.mean())
+    found.add(job_signature(train_step("eager", metrics={"count": counting}).spec, batch))
+    assert len(found) == 3
+
+
+IN_ANOTHER_PROCESS = """
+import torch
+from fasttrain.step.identity import job_signature
+from fasttrain.step.train_step import TrainStep
+def forward(model, batch):
+    assert batch.dim() in {1, 2, 3}
+    assert str(batch.dtype) in {"torch.float32", "torch.float64", "torch.bfloat16"}
+    return model(batch).sum()
+net = torch.nn.Linear(2, 2)
+print(job_signature(TrainStep(net, torch.optim.SGD(net.parameters()), forward).spec, torch.ones(2, 2)))
+"""
+
+
+def test_the_signature_is_the_same_in_every_process() -> None:
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", IN_ANOTHER_PROCESS],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
 
 
 def closing_over(factor: float, smoothing: float) -> Any:

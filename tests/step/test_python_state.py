@@ -195,8 +195,124 @@ def test_settings_of_the_loss_are_guarded_and_its_weights_traced_anew() -> None:
     loss.label_smoothing = 0.1
     assert not isinstance(traced.inputs(batch), Mismatch)
     loss.weight = torch.tensor([1.0, 2.0, 3.0])
-    assert traced.inputs(batch) == Mismatch("a module, parameter, buffer or hook of the loss or a metric")
+    assert traced.inputs(batch) == Mismatch(
+        "a module, parameter, buffer or hook of what forward, the loss or a metric holds"
+    )
     assert not traced.rebind()  # the graph holds the old one
+
+
+class Scaled(nn.Module):
+    """Holds a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.scale = torch.tensor(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.scale
+
+
+SCALE = torch.tensor(1.0)
+
+
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def by_global_tensor(model: nn.Module, batch: Any) -> Tensor:
+    return twice(MLP.loss(model(batch[0]), batch[1]) * SCALE)
+
+
+def replace_global_tensor() -> None:
+    globals()["SCALE"] = torch.tensor(5.0)
+
+
+def replace_global_function() -> None:
+    globals()["twice"] = torch.neg
+
+
+@pytest.mark.parametrize(
+    ("replace", "reason"),
+    [(replace_global_tensor, "what 'SCALE' is"), (replace_global_function, "what 'twice' is")],
+)
+def test_a_tensor_or_function_that_is_read_as_a_global_is_not_replaced_in_silence(
+    replace: Callable[[], None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SCALE", "twice"):
+        monkeypatch.setitem(globals(), name, globals()[name])
+    spec, batch = started(MLP, SGD)
+    traced = trace_step(with_forward(spec, by_global_tensor), batch)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    replace()
+    assert traced.inputs(batch) == Mismatch(reason)
+    assert not traced.rebind()
+
+
+def test_a_tensor_that_a_module_or_a_closure_holds_is_not_replaced_in_silence() -> None:
+    scale = torch.tensor(1.0)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return MLP.loss(model(batch[0]), batch[1]) * scale
+
+    spec, batch = started(Case(Scaled, MLP.inputs, MLP.targets, MLP.loss), SGD)
+    traced = trace_step(with_forward(spec, forward), batch)
+    held: Any = spec.model
+    before = held.scale
+    held.scale = torch.tensor(5.0)
+    assert traced.inputs(batch) == Mismatch("what 'scale' is")
+    held.scale = before
+    scale.fill_(2.0)  # a tensor that stays the same one is read anew
+    held.scale.fill_(2.0)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    scale = torch.tensor(5.0)
+    assert traced.inputs(batch) == Mismatch("what 'scale' is")
+    assert not traced.rebind()
+
+
+def put_in_eval_mode(teacher: Any) -> None:
+    teacher.eval()
+
+
+def give_other_weights(teacher: Any) -> None:
+    teacher[0].weight = nn.Parameter(torch.ones(3, 4), requires_grad=False)
+
+
+def give_other_rate(teacher: Any) -> None:
+    teacher[1].p = 0.5
+
+
+def add_hook(teacher: Any) -> None:
+    teacher[0].register_forward_hook(lambda _m, _i, output: 2 * output)
+
+
+def taught_by(teacher: nn.Module) -> tuple[StepSpec, Any]:
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        found = model(batch[0])
+        return MLP.loss(found, batch[1]) + (found - teacher(batch[0])).square().mean()
+
+    spec, batch = started(MLP, SGD)
+    return with_forward(spec, forward), batch
+
+
+@pytest.mark.parametrize("change", [put_in_eval_mode, give_other_weights, give_other_rate, add_hook])
+def test_a_module_that_forward_holds_is_guarded_as_the_model_is(change: Callable[[Any], None]) -> None:
+    teacher = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9)).requires_grad_(False)
+    spec, batch = taught_by(teacher)
+    traced = trace_step(spec, batch)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    change(teacher)
+    assert isinstance(traced.inputs(batch), Mismatch)
+    assert not traced.rebind()
+
+
+def test_what_a_module_that_forward_holds_keeps_is_refused() -> None:
+    teacher = Counting().requires_grad_(False)
+    teacher.count = 7
+    spec, batch = taught_by(teacher)
+    with pytest.raises(EngineError, match=r"forward changes 'teacher\.count'"):
+        trace_step(spec, batch)
+    assert teacher.count == 7
 
 
 def collecting_hook() -> tuple[Callable[[nn.Module], Any], dict[str, Tensor]]:
