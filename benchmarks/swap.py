@@ -206,7 +206,7 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
         "first step, auto": seconds(
             "the same, side by side, with an empty cache", [each.first_step_s for each in ran[SHORT_AUTO]]
         ),
-        "trace": seconds("what `auto` stops for, once", [each.steps_s[each.traced_at or 0] for each in ran[COLD]]),
+        "trace": seconds("what `auto` stops for, once", [trace_s(each) for each in ran[COLD]]),
         "swap": seconds(
             "the longest step after the trace and before five steps of the program, cache empty and full",
             [swap_s(each) for each in swapped],
@@ -241,6 +241,12 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
         "refused": {},
         "notes": [f"an eager step takes {step_us:.0f} us", *ends],
     }
+
+
+def trace_s(watched: Watched) -> float:
+    """The step in which it was traced."""
+    assert watched.traced_at is not None
+    return watched.steps_s[watched.traced_at]
 
 
 def swap_s(watched: Watched) -> float:

@@ -9,6 +9,7 @@ Each arrow is a method that the next steps run through; whatever goes wrong on t
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -25,11 +26,11 @@ from fasttrain.step.clock import Waits
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.launch import Launches
-from fasttrain.step.parity import fits_in_memory
 from fasttrain.step.replay import Programs
 from fasttrain.step.rung import Rung
 from fasttrain.step.spec import StepSpec, run_passes
 from fasttrain.step.trace import Mismatch, TracedStep
+from fasttrain.step.trial import Trial
 from fasttrain.step.worth import shortfall
 
 __all__ = ["AutoEngine"]
@@ -45,12 +46,8 @@ TIMED_STEPS = 32
 POLL_STEPS = 16
 """Steps between two looks at the child."""
 
-TRIAL_ROUNDS = 10
 TRIAL_S = 0.002
-"""A trial alternates so many rounds of eager and program, each long enough for the clock."""
-
-MARGIN = 0.98
-"""A program is kept if its step takes less than this share of eager's."""
+"""What a round of a trial takes at least, by eager steps."""
 
 AUDIT_STEPS = 20_000
 """Steps between two audits of a running program: one step both ways, compared."""
@@ -61,7 +58,7 @@ MAX_TRACES = 4
 """A running step is traced anew where, of so many steps, more than this share found no program; so often at most."""
 
 SETTLING_STEPS = 4_000
-"""It goes on undecided if it could not settle in so many."""
+"""`settle` ends after so many, decided or not."""
 
 LAUNCHES_FROM_S = 10.0
 """What the steps to come must take, if several are to be made one program: a child keeps a core busy for a minute."""
@@ -69,6 +66,9 @@ LAUNCHES_FROM_S = 10.0
 CACHED_LAUNCHES_FROM_S = 0.5
 """The same, if the cache has that program. It stops the training for 15 to 25 ms (7 to 12 to find it, 3 to load it, 6
 to 9 to prove it; reviews and MLP, one thread) and then takes a quarter to a third off each step."""
+
+EAGER, PROGRAM = "eager", "program"
+"""The arms of a trial."""
 
 FOREVER = 1 << 40
 """Steps to expect where a program is wanted whether this job repays it or not."""
@@ -99,7 +99,7 @@ class AutoEngine:
         self._is_settling = self._is_closed = False
         self._eager_times: list[float] = []
         self._program_s = 0.0
-        self._trial = _Trial()
+        self._trial = Trial([EAGER, PROGRAM])
         self._run: Callable[[Batch], Tensor] = self._measure_eager
 
     @property
@@ -171,14 +171,21 @@ class AutoEngine:
         self.expect(FOREVER)
         self._is_settling = True
         has_spans = isinstance(batches, ResidentBatches)
-        for _ in run_passes(self, batches, SETTLING_STEPS):
-            if self._run == self._wait_for_program and self._pending is not None:
-                with suppress(EngineError):  # the step that looks at the child deals with it
-                    self._pending.wait()
-            is_decided = self._run in (self._replay, self._programs.step, self._run_short_of_steps)
-            if is_decided and (self._launches.is_settled or not has_spans or not len(self._programs)):
-                break
-        self._is_settling = False
+        try:
+            for _ in run_passes(self, batches, SETTLING_STEPS):
+                if self._run == self._wait_for_program and self._pending is not None:
+                    self._wait_for_child(self._pending)
+                is_decided = self._run in (self._replay, self._programs.step, self._run_short_of_steps)
+                if is_decided and (self._launches.is_settled or not has_spans or not len(self._programs)):
+                    break
+        finally:
+            self._is_settling = False
+
+    def _wait_for_child(self, pending: Pending[TracedStep]) -> None:
+        begin = time.perf_counter()
+        with suppress(EngineError):  # the step that looks at the child deals with it
+            pending.wait()
+        self._waits.add(time.perf_counter() - begin)
 
     @property
     def _eager_s(self) -> float:
@@ -233,9 +240,6 @@ class AutoEngine:
             inputs = traced.inputs(batch)
         if isinstance(inputs, Mismatch):
             return self._missed(batch, inputs.reason)
-        if not fits_in_memory([*traced.tensors, *traced.gradients], self._spec.device):
-            self._give_up("two copies of the step's state, to check the program with, do not fit in memory")
-            return self._programs.step(batch)
         try:
             self._programs.add(traced, self._rung.program(self._pending))
         except EngineError as error:
@@ -252,17 +256,18 @@ class AutoEngine:
         if self._pending is not None and (self._programs.are_proven or self._proofs == LOOK_STEPS):
             # Whole groups of accumulated batches, or one arm would have the steps with the optimizer in them.
             group = self._spec.accumulate
-            self._trial = _Trial(steps=group * max(1, round(TRIAL_S / self._eager_s / group)))
+            self._trial = Trial([EAGER, PROGRAM], steps=group * max(1, round(TRIAL_S / self._eager_s / group)))
             self._run = self._try_out
         return loss
 
     def _try_out(self, batch: Batch) -> Tensor:
         """One step of the trial, by the arm whose turn it is; both arms train."""
-        run = self._programs.step if self._trial.is_programs_turn else self._eager.step
+        arm = self._trial.turn
+        run = self._eager.step if arm == EAGER else self._programs.step
         loss, seconds = self._rung.clock.timed(lambda: run(batch))
-        self._trial.add(seconds)
+        self._trial.add(arm, seconds)
         if self._trial.is_over and self._pending is not None:  # else the program could not run just now
-            self._conclude(*self._trial.medians())
+            self._conclude()
         return loss
 
     def _replay(self, batch: Batch) -> Tensor:
@@ -320,9 +325,10 @@ class AutoEngine:
             self._give_up(f"the step kept changing while its program was compiled: {reason}")
         return self._programs.step(batch)
 
-    def _conclude(self, eager_s: float, program_s: float) -> None:
+    def _conclude(self) -> None:
         assert self._pending is not None
-        is_faster = program_s < MARGIN * eager_s
+        eager_s, program_s = self._trial.medians().values()
+        is_faster = self._trial.fastest() != EAGER
         self._eager_times = [eager_s]  # beside the program, not some time before: the machine's speed may differ
         measured = f"measured {program_s * 1e6:.0f} us a step, eager {eager_s * 1e6:.0f} us"
         self._remember(program_us=program_s * 1e6, refused=None if is_faster else f"not faster: {measured}")
@@ -338,13 +344,15 @@ class AutoEngine:
             self._programs.drop(traced)
             self._give_up(f"the compiled program is not faster: {measured}")
 
-    def _refuse_program(self, reason: str, *, is_wrong: bool) -> None:
+    def _refuse_program(self, reason: str, traced: TracedStep, *, is_wrong: bool) -> None:
         """A program gives wrong numbers or cannot run, when it is taken up or later; a lack of memory may pass."""
-        if self._pending is None:
+        is_remembered = is_wrong
+        if self._pending is None or self._pending.traced is not traced:
+            is_remembered = is_wrong and self._pending is None  # else what is known is of the step that is compiled now
             self._programs.clear()
             self._launches.drop()
             reason = f"while it ran: {reason}"
-        (self._refuse if is_wrong else self._give_up)(reason)
+        (self._refuse if is_remembered else self._give_up)(reason)
 
     def _refuse(self, reason: str) -> None:
         """The program must not be used, now or in a later run."""
@@ -372,29 +380,3 @@ class AutoEngine:
         if not len(self._programs):
             self._choice = Choice("eager", reason)
         self._run = self._replay if len(self._programs) else self._programs.step
-
-
-class _Trial:
-    """Times eager and program in turn, in rounds of so many steps."""
-
-    def __init__(self, steps: int = 1) -> None:
-        self._steps = steps
-        self._rounds: list[list[float]] = [[]]
-
-    @property
-    def is_programs_turn(self) -> bool:
-        return len(self._rounds) % 2 == 0
-
-    @property
-    def is_over(self) -> bool:
-        return len(self._rounds) > 2 * TRIAL_ROUNDS
-
-    def add(self, seconds: float) -> None:
-        self._rounds[-1].append(seconds)
-        if len(self._rounds[-1]) == self._steps:
-            self._rounds.append([])
-
-    def medians(self) -> tuple[float, float]:
-        """Seconds of a step: eager, program; the first round of each warms up and does not count."""
-        means = [statistics.fmean(each) for each in self._rounds if each]
-        return statistics.median(means[2::2]), statistics.median(means[3::2])

@@ -19,6 +19,7 @@ from fasttrain.step.launch import FROM_STEPS, Launches
 from fasttrain.step.replay import MAX_PROGRAMS, Programs
 from fasttrain.step.rung import Rung
 from fasttrain.step.spec import StepSpec, run_passes
+from fasttrain.step.trace import TracedStep
 
 __all__ = ["CompiledEngine"]
 
@@ -86,10 +87,10 @@ class CompiledEngine:
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
         launches = self._launches
-        if not len(self._programs):
-            return torch.stack([self.step(batch) for batch in span.batches()])
-        if not launches.is_made:
+        if len(self._programs) and not launches.is_made:
             launches.begin(self._compiler, span)
+        if not launches.is_made:  # single steps first, for which a program may have to be made anew
+            return torch.stack([self.step(batch) for batch in span.batches()])
         launches.take_up(waits=True, on_trial=False)
         return launches.run(span)
 
@@ -123,6 +124,6 @@ class CompiledEngine:
             pending.close()
         self._waits.add(time.perf_counter() - begin)
 
-    def _refuse(self, reason: str, *, is_wrong: bool) -> None:  # noqa: ARG002
+    def _refuse(self, reason: str, traced: TracedStep, *, is_wrong: bool) -> None:  # noqa: ARG002
         self._refused = f"engine {self._rung.name!r} cannot run this step: {reason}"
         raise EngineError(self._refused)

@@ -132,9 +132,11 @@ class GraphLauncher:
             graph = self._graphs[span.steps] = CapturedSpan(program, traced, span.steps, self._lane, self._waits)
         return graph.run(span)
 
-    def forget(self) -> None:
+    def forget(self, but: int = 0) -> None:
         """See `Launcher.forget`: graphs hold memory of the device, and the resident data."""
-        self._program, self._graphs = None, {}
+        self._graphs = {size: graph for size, graph in self._graphs.items() if size == but}
+        if not self._graphs:
+            self._program = None
 
 
 def _counts_away(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], str, torch.device]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -21,17 +20,12 @@ from fasttrain.step.replay import Programs
 from fasttrain.step.span import LEAST_STEPS, TracedSpan, fewest_launches, most_steps
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
+from fasttrain.step.trial import Trial
 
 __all__ = ["Launcher", "Launches", "ProgramLauncher", "pieces"]
 
 FROM_STEPS = 2_000
 """Fewer steps than these gain nothing that shows."""
-
-TRIAL_ROUNDS = 10
-"""A trial runs so many spans step by step and as many by each kind of launch, in turn."""
-
-MARGIN = 0.98
-"""More steps a launch are kept if a step then takes less than this share of the time."""
 
 MISSED_SPANS, MAX_MADE = 64, 4
 """After so many spans in a row that no launch held for, others are made: of other data, or of the step as it is now. So
@@ -71,8 +65,8 @@ class Launcher(Protocol):
         """
         ...
 
-    def forget(self) -> None:
-        """Lets go of what launches are made of: there will be none."""
+    def forget(self, but: int = 0) -> None:
+        """Lets go of what launches are made of, except for those of so many steps."""
         ...
 
 
@@ -97,7 +91,7 @@ class ProgramLauncher:
         inputs = traced.inputs(span)
         return inputs if isinstance(inputs, Mismatch) else program.run(inputs)
 
-    def forget(self) -> None:
+    def forget(self, but: int = 0) -> None:
         """See `Launcher.forget`: it keeps nothing."""
 
 
@@ -134,7 +128,7 @@ class Launches:
         self._traced: TracedSpan | None = None
         self._proven: set[int] = set()
         self._made = self._missed = 0
-        self._trial: dict[int, list[float]] = {}
+        self._trial: Trial[int] | None = None
 
     @property
     def reason(self) -> str:
@@ -157,7 +151,7 @@ class Launches:
     def is_settled(self) -> bool:
         """Whether it is decided, for now, how spans are run."""
         return self._sizes == [] or (
-            self._sizes is not None and self._proven.issuperset(self._sizes) and not self._trial
+            self._sizes is not None and self._proven.issuperset(self._sizes) and self._trial is None
         )
 
     @property
@@ -168,7 +162,7 @@ class Launches:
     @property
     def is_running(self) -> bool:
         """Whether there is a program by which spans run."""
-        return self._program is not None and not self._trial and self._missed < MISSED_SPANS
+        return self._program is not None and self._trial is None and self._missed < MISSED_SPANS
 
     @property
     def is_pending(self) -> bool:
@@ -188,7 +182,7 @@ class Launches:
         self.close()
         self._launcher.forget()
         self._program, self._traced, self._sizes = None, None, []
-        self._proven, self._trial, self._missed = set(), {}, 0
+        self._proven, self._trial, self._missed = set(), None, 0
         self._reason = reason and f"; {reason}"
 
     def close(self) -> None:
@@ -240,8 +234,7 @@ class Launches:
                 self._pending.wait()
             if self._pending.is_ready():
                 self._program, self._traced = self._pending.load(), self._pending.traced
-                arms = [1, *self._sizes] if on_trial or len(self._sizes) > 1 else []
-                self._trial = {size: [] for size in arms}
+                self._trial = Trial([1, *self._sizes]) if on_trial or len(self._sizes) > 1 else None
                 self._pending.close()
                 self._pending = None
         except EngineError as error:
@@ -257,7 +250,7 @@ class Launches:
         """The steps of a span; returns the losses, [steps]."""
         if self._program is None:
             return self._one_by_one(span)
-        return self._try_out(span) if self._trial else self._run(span, self.size)
+        return self._run(span, self.size) if self._trial is None else self._try_out(span, self._trial)
 
     def _run(self, span: Span, size: int) -> Tensor:
         """By launches of so many steps."""
@@ -290,8 +283,9 @@ class Launches:
         self._missed += 1
         self._why_missed = reason
         if self._missed == MISSED_SPANS and self._made < MAX_MADE:
+            self._launcher.forget()
             self._program, self._traced, self._sizes = None, None, None
-            self._proven, self._trial = set(), {}
+            self._proven, self._trial = set(), None
             self._missed, self._reason = 0, ""
         return self._one_by_one(span)
 
@@ -304,7 +298,8 @@ class Launches:
             self.drop(reason)
         else:
             self._sizes, self._reason = sizes, f"{self._reason}; {reason}"
-            self._trial.pop(size, None)
+            if self._trial is not None:
+                self._trial.drop(size)
 
     def _prove(self, span: Span, program: StepProgram, traced: TracedSpan) -> Tensor:
         """One launch both ways; what differs from single steps, which have been compared with eager, is dropped."""
@@ -343,28 +338,26 @@ class Launches:
             self._drop_size(span.steps, f"other numbers than single steps: {difference}")
         return losses[0]
 
-    def _try_out(self, span: Span) -> Tensor:
+    def _try_out(self, span: Span, trial: Trial[int]) -> Tensor:
         """One span of the trial, by the size whose turn it is; all train."""
-        size = min(self._trial, key=lambda each: len(self._trial[each]))
+        size = trial.turn
         is_proven = size == 1 or size in self._proven
         losses, seconds = self._clock.timed(lambda: self._run(span, size))
-        if is_proven and size in self._trial and not self._missed:
-            self._trial[size].append(seconds / span.steps)
-        if self._trial and all(len(times) > TRIAL_ROUNDS for times in self._trial.values()):
-            self._conclude()
+        if is_proven and size in trial and not self._missed:
+            trial.add(size, seconds / span.steps)
+        if self._trial is not None and trial.is_over:
+            self._conclude(trial)
         return losses
 
-    def _conclude(self) -> None:
-        medians = {size: statistics.median(times[1:]) for size, times in self._trial.items()}
-        chosen = 1
-        for size, median in medians.items():
-            chosen = size if median < MARGIN * medians[chosen] else chosen
+    def _conclude(self, trial: Trial[int]) -> None:
+        chosen, medians = trial.fastest(), trial.medians()
         told = [f"{size} as one {median * 1e6:.0f}" for size, median in medians.items() if size > 1]
         measured = f"measured us a step: one by one {medians[1] * 1e6:.0f}, {', '.join(told)}"
         if chosen == 1:
             self.drop(f"several steps as one are not faster: {measured}")
         else:
-            self._trial, self._sizes = {}, [chosen]
+            self._launcher.forget(but=chosen)
+            self._trial, self._sizes = None, [chosen]
             self._reason += f"; {chosen} steps run as one: {measured}"
 
 

@@ -12,7 +12,7 @@ from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.apart import is_eagers_rounding
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.parity import compare_steps
+from fasttrain.step.parity import compare_steps, fits_in_memory
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 
@@ -30,8 +30,8 @@ Batch = Any
 class Refuse(Protocol):
     """What is told why a program must not be used."""
 
-    def __call__(self, reason: str, *, is_wrong: bool) -> None:
-        """It gives wrong numbers, or (for now) it cannot run."""
+    def __call__(self, reason: str, traced: TracedStep, *, is_wrong: bool) -> None:
+        """The program of a step gives wrong numbers, or (for now) it cannot run."""
         ...
 
 
@@ -59,11 +59,13 @@ class _Entry:
         traced: the step.
         program: compiled from it.
         proven: the parts of the step that have given eager's numbers.
+        audits: those of them that are to be compared again.
     """
 
     traced: TracedStep
     program: Program
     proven: set[int] = field(default_factory=set[int])
+    audits: set[int] = field(default_factory=set[int])
 
 
 class Programs:
@@ -138,8 +140,8 @@ class Programs:
         return any(not isinstance(entry.traced.inputs(batch), Mismatch) for entry in self._entries)
 
     def audit(self) -> None:
-        """Has the program that was used last compared with eager again."""
-        self._entries[0].proven.clear()
+        """Has the program that was used last compared with eager again, where memory allows that."""
+        self._entries[0].audits = set(self._entries[0].proven)
 
     def drop(self, traced: TracedStep) -> None:
         """Drops the program of a step, if it is there."""
@@ -161,7 +163,7 @@ class Programs:
             self.missed_in_a_row = 0
             if index:
                 self._entries.insert(0, self._entries.pop(index))
-            if entry.traced.due not in entry.proven:
+            if self._is_to_be_proven(entry):
                 return self._prove(entry, batch)
             try:
                 loss = self._run(entry, inputs)
@@ -182,9 +184,24 @@ class Programs:
         entry.traced.finish()
         return loss
 
+    def _is_to_be_proven(self, entry: _Entry) -> bool:
+        due = entry.traced.due
+        if due not in entry.proven:
+            return True
+        if due in entry.audits and not self._fits_twice(entry.traced):
+            entry.audits.discard(due)
+        return due in entry.audits
+
+    def _fits_twice(self, traced: TracedStep) -> bool:
+        return fits_in_memory([*traced.tensors, *traced.gradients], self._spec.device)
+
     def _prove(self, entry: _Entry, batch: Batch) -> Tensor:
         """One step both ways; the state is eager's."""
         traced, due = entry.traced, entry.traced.due
+        if not self._fits_twice(traced):
+            return self._drop(
+                entry, "two copies of the step's state, to check the program with, do not fit in memory", batch
+            )
 
         def by_program(batch: Batch) -> Tensor:
             inputs = traced.inputs(batch)
@@ -219,12 +236,13 @@ class Programs:
             self._eager.apply_if_due()
         if difference is not None:
             self.drop(traced)
-            self._refuse(f"its numbers differ from eager's: {difference}", is_wrong=True)
+            self._refuse(f"its numbers differ from eager's: {difference}", traced, is_wrong=True)
         entry.proven.add(due)
+        entry.audits.discard(due)
         return loss
 
     def _drop(self, entry: _Entry, reason: str, batch: Batch) -> Tensor:
         """Goes on without a program that cannot run; the step is eager's."""
         self.drop(entry.traced)
-        self._refuse(reason, is_wrong=False)
+        self._refuse(reason, entry.traced, is_wrong=False)
         return self._eager.step(batch)

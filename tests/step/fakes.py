@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.errors import EngineError
-from fasttrain.step import auto, clock, compiler, launch
+from fasttrain.step import auto, clock, compiler, launch, trial
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import Verdict
 from fasttrain.step.eager import EagerEngine
@@ -87,8 +87,7 @@ class Lab:
         monkeypatch.setattr(clock, "time", time)
         monkeypatch.setattr(launch, "time", time)
         monkeypatch.setattr(auto, "LOOK_STEPS", LOOK_STEPS)
-        for each in (auto, launch):
-            monkeypatch.setattr(each, "TRIAL_ROUNDS", TRIAL_ROUNDS)
+        monkeypatch.setattr(trial, "ROUNDS", TRIAL_ROUNDS)
         monkeypatch.setattr(launch, "most_steps", lambda *_: lab.span_steps)
         monkeypatch.setattr(launch, "TracedSpan", lambda *given: FakeSpan(lab, *given))
         monkeypatch.setattr(auto, "Compiler", lambda spec: FakeCompiler(lab, spec))
@@ -327,9 +326,7 @@ HASTE: dict[str, float] = {
     "WARM_STEPS": 1,
     "TIMED_STEPS": 1,
     "POLL_STEPS": 1,
-    "TRIAL_ROUNDS": 2,
     "TRIAL_S": 0.0,
-    "MARGIN": 1e9,
     "LOOK_STEPS": 8,
 }
 
@@ -338,4 +335,6 @@ def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has `auto` take a program up within ten steps, whether it is faster or not."""
     for name, value in HASTE.items():
         monkeypatch.setattr(auto, name, value)
+    monkeypatch.setattr(trial, "ROUNDS", 1)
+    monkeypatch.setattr(trial, "MARGIN", 1e9)
     monkeypatch.setattr(auto, "shortfall", lambda *_: None)

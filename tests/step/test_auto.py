@@ -249,6 +249,26 @@ def test_audits_go_on_while_a_program_runs(lab: Lab, monkeypatch: pytest.MonkeyP
     assert lab.replayed == before
 
 
+def test_what_is_wrong_while_another_program_is_compiled_is_not_remembered_of_that(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = compiled(lab)
+    lab.is_ready = False
+    job.run(3 * auto.LOOK_STEPS, is_short=half)
+    assert len(lab.begun) == 2
+    assert not lab.begun[1].is_closed
+    remembered = len(lab.remembered)
+    lab.spoil = lambda loss: loss * 1.01
+    monkeypatch.setattr(auto, "AUDIT_STEPS", 64)
+    job.step._engine._programs.audit()  # type: ignore[attr-defined]
+    for batch in batches(4):
+        job.step(batch)
+    assert job.engine == "eager"
+    assert "while it ran: its numbers differ" in job.reason
+    assert len(lab.remembered) == remembered
+    assert lab.begun[1].is_closed
+
+
 def test_a_rare_batch_at_the_moment_of_the_swap_does_not_matter(lab: Lab) -> None:
     job = Job().run(MEASURED + auto.POLL_STEPS)
     lab.is_ready = True
@@ -353,14 +373,3 @@ def test_the_record_tells_when_no_program_holds_and_when_one_does_again(lab: Lab
     job.run(2 * auto.LOOK_STEPS)
     assert job.engine == "compiled"
     assert job.reason == "measured 50 us a step, eager 100 us"
-
-
-def test_the_trial_is_not_misled_by_a_slow_start() -> None:
-    trial = auto._Trial(steps=2)  # pyright: ignore[reportPrivateUsage]
-    count = 0
-    while not trial.is_over:
-        is_first = count < 4
-        trial.add(9.0 if is_first else 1.0 if trial.is_programs_turn else 2.0)
-        count += 1
-    assert trial.medians() == (2.0, 1.0)
-    assert count == 2 * 2 * auto.TRIAL_ROUNDS

@@ -32,7 +32,6 @@ def in_haste(monkeypatch: pytest.MonkeyPatch, lane: Recording) -> None:
     """Launches are asked for at once, and the fewer there are the less time it takes."""
     monkeypatch.setattr(auto, "LAUNCHES_FROM_S", 0.0)
     monkeypatch.setattr(auto, "CACHED_LAUNCHES_FROM_S", 0.0)
-    monkeypatch.setattr(launch, "TRIAL_ROUNDS", 1)
     monkeypatch.setattr(launch, "FROM_STEPS", 0)
     lane.price = lambda launches: {1: 1.0, 4: 2.0}.get(launches, 3.0)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fasttrain import EngineError, FastLoop, TrainStep, resident
 from fasttrain.data.ragged import Ragged
-from fasttrain.step import auto
+from fasttrain.step import auto, trial
 from fasttrain.step.graphed import GraphLauncher
 from fasttrain.step.launch import FROM_STEPS
 from fasttrain.step.replay import ENOUGH_STEPS
@@ -270,7 +270,7 @@ def test_auto_ends_on_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_auto_leaves_step_counts_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "MARGIN", 1e9)  # whether the program is faster or not
+    monkeypatch.setattr(trial, "MARGIN", 1e9)  # whether the program is faster or not
     net = mlp()
     optimizer = torch.optim.Adam(net.parameters(), foreach=True)
     step = TrainStep(net, optimizer, loss=F.cross_entropy)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fasttrain import EngineError, TrainStep, resident
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import Span
-from fasttrain.step import graphed, launch
+from fasttrain.step import graphed, launch, trial
 from fasttrain.step.capture import CapturedStep
 from fasttrain.step.compiler import Pending
 from fasttrain.step.launch import FROM_STEPS
@@ -38,7 +38,7 @@ EPOCHS = 5
 
 @pytest.fixture(autouse=True)
 def short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "TRIAL_ROUNDS", 1)
+    monkeypatch.setattr(trial, "ROUNDS", 1)
 
 
 def data(num_batches: int = NUM_BATCHES) -> Any:
@@ -231,7 +231,7 @@ def test_a_launch_that_missed_and_then_cannot_be_captured_ends_the_trial(
             return Mismatch("an option") if number == 3 else super().run(span)
 
     monkeypatch.setattr(graphed, "CapturedSpan", Moody)
-    monkeypatch.setattr(launch, "TRIAL_ROUNDS", 2)
+    monkeypatch.setattr(trial, "ROUNDS", 2)
     step = graphed_step(lane)
     train(step, data(), 20)
     assert step.span == 4
@@ -279,6 +279,21 @@ def test_spans_before_there_is_a_program_run_one_by_one(lane: Recording) -> None
         span = epoch.take(size)
         assert span is not None
         assert step.steps(span).shape == (size,)
+
+
+def test_data_that_do_not_come_any_more_are_let_go_of(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the graphs over them; so is the graph of a size that was not chosen."""
+    monkeypatch.setattr(launch, "MISSED_SPANS", 4)
+    step, source = graphed_step(lane), data()
+    train(step, source, EPOCHS)
+    launcher: Any = step._engine._launches._launcher  # type: ignore[attr-defined]
+    assert list(launcher._graphs) == [16]
+    dropped = weakref.ref(source)
+    del source
+    train(step, data(NUM_BATCHES - 1), 2 * EPOCHS)
+    gc.collect()
+    assert dropped() is None
+    assert step.span == 16
 
 
 def test_launches_that_do_not_pay_are_let_go_of(lane: Recording) -> None:

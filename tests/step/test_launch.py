@@ -208,8 +208,10 @@ def test_nothing_waits_for_the_compiler(lab: Lab) -> None:
     job = begun(lab)
     replayed, now = lab.replayed, lab.now
     job.run(100 * SIZE)
-    assert lab.now - now == pytest.approx(100 * SIZE * lab.program_s)
-    assert (lab.replayed - replayed, lab.launched) == (100 * SIZE, 0)
+    steps = lab.replayed - replayed
+    assert steps >= 100 * SIZE
+    assert lab.now - now == pytest.approx(steps * lab.program_s)
+    assert lab.launched == 0
     assert not lab.begun_spans[0].was_waited_for
     assert job.reason == "measured 50 us a step, eager 100 us"
     job.step.close()

@@ -6,7 +6,7 @@ All but the last replay the traced graphs in place of machine code, which is all
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,6 @@ def several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "FROM_STEPS", 0)
     monkeypatch.setattr(auto, "LAUNCHES_FROM_S", 0.0)
     monkeypatch.setattr(auto, "CACHED_LAUNCHES_FROM_S", 0.0)
-    monkeypatch.setattr(launch, "TRIAL_ROUNDS", 1)
-    monkeypatch.setattr(launch, "MARGIN", 1e9)
 
 
 def data_of(batch_size: int = 8, seed: int = 2) -> ResidentBatches:
@@ -215,6 +213,48 @@ def test_compiled_settles_with_both_programs(graphs: Graphs, monkeypatch: pytest
     assert graphs.builds == 2
     assert graphs.launched == SIZE
     assert step.compile_s is not None
+
+
+@pytest.mark.parametrize("whole", [8, 9])
+def test_a_step_that_changes_before_launches_are_made_is_compiled_anew(
+    whole: int, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an epoch is whole spans, so that no single batch is left over."""
+    monkeypatch.setattr(compiled, "FROM_STEPS", 2_000)
+    x, y = batches(1, rows=8 * whole)[0]
+    data = resident(x, y, batch_size=8, device="cpu", seed=2)
+    step = train_step("compiled")
+    for epoch in range(12):
+        step.expect(0 if epoch < 2 else 100_000)
+        if epoch == 2:
+            next(step.spec.model.parameters()).requires_grad_(False)
+        for _ in step.run(iter(data)):
+            pass
+    assert graphs.builds == 3, "the step, the step after the change, and the launch of that"
+    assert graphs.launched > 0
+    assert step.engine.value == "compiled"
+    step.close()
+
+
+def test_after_settling_that_was_interrupted_auto_waits_no_more(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> Iterator[Any]:
+        yield from batches(3)
+        raise KeyboardInterrupt
+
+    step = train_step("auto")
+    with pytest.raises(KeyboardInterrupt):
+        step.settle(interrupted())
+    waited: list[object] = []
+    monkeypatch.setattr(compiler.Pending, "wait", waited.append)
+    data = data_of()
+    for _ in range(EPOCHS):
+        for _ in step.run(iter(data)):
+            pass
+    assert graphs.launched > 0
+    assert not waited
+    step.close()
 
 
 def test_auto_takes_what_an_earlier_run_has_left_and_starts_no_child(

@@ -36,7 +36,7 @@ class Recorded:
 class Refusals(list[str]):
     """Keeps why programs were refused, all of them for their numbers."""
 
-    def __call__(self, reason: str, *, is_wrong: bool) -> None:
+    def __call__(self, reason: str, traced: TracedStep, *, is_wrong: bool) -> None:
         assert is_wrong
         self.append(reason)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fasttrain.device import Choice
+from fasttrain.step import replay
 from fasttrain.step.replay import ENOUGH_STEPS, MAX_PROGRAMS, Programs
 from fasttrain.step.spec import Gathered
 from fasttrain.step.trace import Mismatch
@@ -85,8 +86,9 @@ class Bench:
         self.programs = Programs(spec, self.eager, self.refuse)
         self.stubs: dict[Any, Any] = {batch: self.add(batch) for batch in batches}
 
-    def refuse(self, reason: str, *, is_wrong: bool) -> None:
+    def refuse(self, reason: str, traced: Any, *, is_wrong: bool) -> None:
         assert is_wrong
+        assert isinstance(traced, Stub)
         self.differences.append(reason)
 
     def _count(self, weight: float) -> None:
@@ -211,6 +213,17 @@ def test_an_audit_compares_again() -> None:
     bench.programs.audit()
     assert bench.run([1]) == [-1]
     assert len(bench.differences) == 1
+
+
+def test_an_audit_that_does_not_fit_in_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(1)
+    with monkeypatch.context() as crowded:
+        crowded.setattr(replay, "fits_in_memory", lambda *_: False)
+        bench.programs.audit()
+        assert bench.run([1, 1]) == [1, 1]
+    assert bench.run([1]) == [1], "nor is it made up for"
+    assert not bench.eager.calls
+    assert not bench.differences
 
 
 def test_an_optimizer_that_steps_eagerly_steps_once_also_where_a_program_is_compared() -> None:

@@ -19,7 +19,7 @@ from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, Arm
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm, endless
 from fasttrain.measure.bench.losses import check_losses, running_means
 from fasttrain.reference import TextbookDataset, train_epoch
-from fasttrain.step import auto, launch, span
+from fasttrain.step import auto, span
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.mlp import mlp_job
@@ -183,7 +183,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Graphs:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     hasten(monkeypatch)
     monkeypatch.setattr(auto, "WARM_STEPS", 2 * CHECKED_STEPS)
-    monkeypatch.setattr(launch, "MARGIN", 1e9)
     monkeypatch.setattr(span, "MOST_STEPS", 4)
     return Graphs(monkeypatch, tmp_path)
 
