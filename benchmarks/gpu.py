@@ -24,8 +24,10 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
+from fasttrain.workloads.job import JOBS
+
 ARMS = ("textbook", "tuned", "eager", "compiled", "graphed", "auto")
-WORKLOADS = ("reviews", "mlp", "cnn", "chars")
+WORKLOADS = tuple(JOBS)
 PROFILED = ("textbook", "auto")
 
 FIRST_S, BENCH_S, PROFILE_S = 200.0, 60.0, 25.0

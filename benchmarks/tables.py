@@ -30,6 +30,7 @@ from fasttrain.measure.bench.summary import (
 )
 from fasttrain.measure.files import write_text
 from fasttrain.measure.strict import read_json
+from fasttrain.workloads.job import JOBS
 
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
@@ -40,7 +41,7 @@ nothing else than resident data."""
 
 DROP_IN = "drop-in"
 
-WORKLOADS = ("reviews", "mlp", "cnn", "chars")
+WORKLOADS = tuple(JOBS)
 """In the order of the tables; others follow."""
 
 INTRODUCTION = """\

@@ -13,7 +13,7 @@ exits with 2.
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataError", "DeviceError", "EngineError", "FasttrainError", "RunError"]
+__all__ = ["ConfigError", "DataError", "DeviceError", "EngineError", "FasttrainError", "RunError", "first_line"]
 
 
 class FasttrainError(Exception):
@@ -55,3 +55,8 @@ class EngineError(FasttrainError):
 
 class RunError(FasttrainError):
     """A run folder cannot be made, read or written."""
+
+
+def first_line(error: Exception) -> str:
+    """An error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

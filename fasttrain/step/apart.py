@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fasttrain.step.changes import distance
-from fasttrain.step.parity import Snapshot, compare_steps, fits_in_memory
+from fasttrain.step.parity import compare_steps
+from fasttrain.step.snapshot import Snapshot, fits_in_memory
 from fasttrain.step.trace import Mismatch, TracedStep
 
 __all__ = ["is_eagers_rounding"]

@@ -27,11 +27,11 @@ import torch
 
 from fasttrain.device import total_bytes
 from fasttrain.errors import EngineError
-from fasttrain.step.held import held
 from fasttrain.step.kernels import define_operators
 from fasttrain.step.padded import spelled_out
 from fasttrain.step.program import compile_graph
 from fasttrain.step.recorded import InputKind, TracedGraph
+from fasttrain.step.shared_folder import held
 from fasttrain.step.toolkit import cuda_environment
 from fasttrain.step.torch_private import lacks_resources, origins_of, unpickle_with_graph
 from fasttrain.step.unroll import Unrolling, unroll

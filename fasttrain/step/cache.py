@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.errors import EngineError
-from fasttrain.step.held import empty_if_free
+from fasttrain.step.shared_folder import empty_if_free
 
 __all__ = ["CacheEntry", "ProgramCache", "Verdict", "default_folder"]
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.resident import Span
-from fasttrain.errors import EngineError
+from fasttrain.errors import EngineError, first_line
 from fasttrain.step.clock import Waits
-from fasttrain.step.optimizer import first_line
-from fasttrain.step.parity import Snapshot, fits_in_memory
 from fasttrain.step.program import Runner, StepProgram
 from fasttrain.step.recorded import TracedGraph, TracedPart
+from fasttrain.step.snapshot import Snapshot, fits_in_memory
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fasttrain.step.spec import StepSpec
 
-__all__ = ["distance", "gradients_seen", "is_judged", "other_change"]
+__all__ = ["NOISE_LIMIT", "NOISE_SHARE", "distance", "gradients_seen", "is_judged", "other_change"]
 
 CHANGE_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 """By dtype, of eager's change: the entry's, or the root mean square of its tensor's where that is more. Programs of

@@ -8,8 +8,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fasttrain.step.batch_layout import BatchLayout
 from fasttrain.step.eager import run_forward
-from fasttrain.step.guards import BatchLayout
 from fasttrain.step.optimizer import OptimizerStep
 from fasttrain.step.options import GroupOptions
 from fasttrain.step.scaling import LossScaling

@@ -14,9 +14,10 @@ from fasttrain.data.resident import Span
 from fasttrain.errors import EngineError
 from fasttrain.step.clock import Clock, Waits
 from fasttrain.step.compiler import Compiler, Pending
-from fasttrain.step.parity import compare_steps, fits_in_memory
+from fasttrain.step.parity import compare_steps
 from fasttrain.step.program import StepProgram
 from fasttrain.step.replay import Programs
+from fasttrain.step.snapshot import fits_in_memory
 from fasttrain.step.span import LEAST_STEPS, TracedSpan, fewest_launches, most_steps
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep

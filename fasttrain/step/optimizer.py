@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fasttrain.errors import EngineError
+from fasttrain.errors import EngineError, first_line
 from fasttrain.step.attributes import Attributes
 from fasttrain.step.options import GroupOptions
 from fasttrain.step.state import StepState
-from fasttrain.step.torch_private import optimizer_hooks, reported_as_compiling
+from fasttrain.step.torch_private import has_own_step, optimizer_hooks, reported_as_compiling
 
-__all__ = ["OptimizerNotTracedError", "OptimizerStep", "first_line", "has_own_step"]
+__all__ = ["OptimizerNotTracedError", "OptimizerStep"]
 
 _BRANCHES_ON_VALUES = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
 """Their default code branches on values of tensors; their `capturable` code computes the same without."""
@@ -141,13 +141,6 @@ class OptimizerStep:
             home.copy_(new)
 
 
-def has_own_step(optimizer: torch.optim.Optimizer) -> bool:
-    """True where `step` was replaced on the object, by more than a scheduler's wrapper, which notes the call."""
-    own: Any = vars(optimizer).get("step")
-    is_scheduler = hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is type(optimizer).step
-    return own is not None and not is_scheduler
-
-
 class _WatchedGroup(dict[str, Any]):
     """A parameter group that tells which of its options are asked for (None for whatever there is)."""
 
@@ -267,8 +260,3 @@ _DERIVING = frozenset({Tensor.__rsub__, Tensor.neg, Tensor.__neg__, Tensor.mul, 
 def _is_in_place(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__isub__", "__imul__", "__idiv__")
-
-
-def first_line(error: Exception) -> str:
-    """An error's kind and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -45,12 +45,10 @@ class GroupOptions:
         names: of the options that may move.
 
     Attributes:
-        names: see above.
         read: the names of all options that the optimizer's code asked for, None where it looked at whole groups.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, names: Sequence[str] = MOVED) -> None:
-        self.names = names
         self.read: set[str] | None = set()
         self._optimizer = optimizer
         self._options: list[_Option] = []

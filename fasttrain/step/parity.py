@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor
 
 from fasttrain.data.batch import tensors as tensors_of
 from fasttrain.data.ragged import Ragged
-from fasttrain.device import autocast_dtype, free_bytes
-from fasttrain.step.changes import distance, gradients_seen, is_judged, other_change
+from fasttrain.device import autocast_dtype
+from fasttrain.step.changes import NOISE_LIMIT, NOISE_SHARE, distance, gradients_seen, is_judged, other_change
+from fasttrain.step.snapshot import Snapshot
 from fasttrain.step.spec import StepSpec
+from fasttrain.step.state import METRICS, PARAMETERS
 
-__all__ = ["METRICS", "PARAMETERS", "Snapshot", "compare_steps", "fits_in_memory"]
-
-METRICS, PARAMETERS, GRADIENTS = "metrics", "parameters", "gradients"
-"""Kinds of tensors that are judged in their own way; any other is state of the optimizer or a buffer."""
+__all__ = ["compare_steps"]
 
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative, by the loss's dtype. Rounding is far below; a lost term is not."""
@@ -32,50 +30,6 @@ METRICS_TOLERANCE = 0.02
 PARAMETER_SLACK = 10.0
 """Parameters may differ by so many times more, and a hundredth of their entries by more still: where a gradient is zero
 but for rounding (a bias in front of BatchNorm), an optimizer that divides by its size makes whole steps of noise."""
-
-NOISE_SHARE = 0.01
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Copies of tensors and gradients, and of the random generator's state, at one moment."""
-
-    copies: list[Tensor]
-    gradients: list[Tensor | None]
-    num_gathered: int
-    rng: Tensor
-    cuda_rng: Tensor | None
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], device: torch.device, spec: StepSpec | None = None) -> Snapshot:
-        """Copies the tensors, and a step's gradients if one is given; the generators are the CPU's and the device's."""
-        cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(
-            [tensor.detach().clone() for tensor in tensors],
-            [] if spec is None else [None if each.grad is None else each.grad.clone() for each in spec.trained()],
-            0 if spec is None else spec.gathered.count,
-            torch.get_rng_state(),
-            cuda_rng,
-        )
-
-    @torch.no_grad()
-    def restore(self, tensors: Sequence[Tensor], device: torch.device, spec: StepSpec | None = None) -> None:
-        """Brings tensors, gradients and generators back, bit for bit."""
-        if spec is not None:
-            spec.gathered.count = self.num_gathered
-            for parameter, gradient in zip(spec.trained(), self.gradients, strict=True):
-                parameter.grad = None if gradient is None else gradient.clone()
-        for tensor, copy in zip(tensors, self.copies, strict=True):
-            tensor.copy_(copy)
-        torch.set_rng_state(self.rng)
-        if self.cuda_rng is not None:
-            torch.cuda.set_rng_state(self.cuda_rng, device)
-
-
-def fits_in_memory(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """True where two copies of the tensors take at most half of the memory that is free."""
-    free = free_bytes(device)
-    return free is None or 2 * sum(tensor.nbytes for tensor in tensors) <= free // 2
 
 
 def compare_steps(
@@ -121,7 +75,7 @@ def compare_steps(
     gradients = [] if spec is None else [parameter.grad for parameter in spec.trained()]
     wanted = [*(tensors if current is None else current()), *_or_nothing(gradients)]
     old, new = [[*each.copies, *_or_nothing(each.gradients)] for each in (before, got)]
-    kinds = [*kinds, *[GRADIENTS] * len(gradients)]
+    kinds = [*kinds, *["gradients"] * len(gradients)]
     precision = None if spec is None else autocast_dtype(spec.precision)
     slack = [0.0] * len(tensors) if slack is None else slack
 
@@ -227,7 +181,7 @@ def _kind_differs(
     count, beyond = sum(error.numel() for error in errors), sum(int((~(error <= bound)).sum()) for error in errors)
     worst = max((error.max().item() for error in errors if error.numel()), default=0.0)
     allowed = NOISE_SHARE * count if kind == PARAMETERS else 0
-    if beyond > allowed or not worst <= max(bound, 2.5 * largest):
+    if beyond > allowed or not worst <= max(bound, NOISE_LIMIT * largest):
         return f"{beyond} of {count} entries differ by more than {bound:.3g}, at most by {worst:.3g}"
     return None
 

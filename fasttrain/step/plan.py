@@ -51,8 +51,8 @@ def make_engine(wanted: str, spec: StepSpec) -> Engine:
         return EagerEngine(spec, choice)
     if wanted == "torch-compile":
         return TorchCompileEngine(spec, choice)
-    if wanted == "auto" and explain_auto(spec.device).value == "eager":
-        return EagerEngine(spec, explain_auto(spec.device))
+    if wanted == "auto" and (planned := explain_auto(spec.device)).value == "eager":
+        return EagerEngine(spec, planned)
     waits = Waits()
     rung = _rung(wanted, spec, waits)
     if wanted == "auto":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,19 +91,6 @@ class StepProgram:
     def due(self) -> TracedGraph:
         """The part that the next run is of."""
         return self.parts[self._traced.due]
-
-    @classmethod
-    def compile(cls, traced: TracedStep) -> StepProgram:
-        """Exports, compiles and loads a traced step, and waits for it.
-
-        Raises:
-            EngineError: it cannot be exported or compiled.
-        """
-        with tempfile.TemporaryDirectory(prefix="fasttrain-") as folder:
-            packages = [Path(folder) / f"{number}.pt2" for number in range(len(traced.parts))]
-            for part, package in zip(traced.parts, packages, strict=True):
-                compile_graph(part.graph, part.kinds, part.open_dims, package)
-            return cls(packages, traced)
 
     def run(self, inputs: list[Tensor]) -> Tensor:
         """The part of the step that is due. Makes no host read.

@@ -12,7 +12,8 @@ from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.apart import is_eagers_rounding
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.parity import compare_steps, fits_in_memory
+from fasttrain.step.parity import compare_steps
+from fasttrain.step.snapshot import fits_in_memory
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 

@@ -124,11 +124,6 @@ class TracedSpan:
         reason = self.parts[0].differ(found)
         return found if reason is None else Mismatch(reason)
 
-    @torch.no_grad()
-    def run(self, inputs: list[Tensor]) -> Tensor:
-        """The steps, operator by operator; returns the losses, [steps]."""
-        return self.parts[0].graph(*inputs)
-
 
 def _padded_to(source: ResidentBatches) -> int | None:
     """What rows of unequal length are padded to; None where they need not be, or there are none.

@@ -13,7 +13,10 @@ from fasttrain.errors import EngineError
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import scaler_tensors
 
-__all__ = ["StepState"]
+__all__ = ["METRICS", "PARAMETERS", "StepState"]
+
+METRICS, PARAMETERS = "metrics", "parameters"
+"""Kinds of tensors that a program is judged by in their own way; any other is state of the optimizer or a buffer."""
 
 
 class StepState:
@@ -38,14 +41,14 @@ class StepState:
         self.kinds: list[str] = []
         self.tensors: list[Tensor] = []
         self._places: dict[int, int] = {}
-        self.parameters = {name: self._add(name, "parameters", value) for name, value in spec.model.named_parameters()}
+        self.parameters = {name: self._add(name, PARAMETERS, value) for name, value in spec.model.named_parameters()}
         self.groups = [
-            [self._add(f"group {number}", "parameters", parameter) for parameter in group["params"]]
+            [self._add(f"group {number}", PARAMETERS, parameter) for parameter in group["params"]]
             for number, group in enumerate(spec.optimizer.param_groups)
         ]
         self.buffers = {name: self._add(name, "buffers", value) for name, value in spec.model.named_buffers()}
         self.slots = dict(self._add_slots(spec.optimizer))
-        self.totals = self._add("metrics", "metrics", spec.metrics.totals)
+        self.totals = self._add("metrics", METRICS, spec.metrics.totals)
         of_scaler = () if spec.scaler is None else scaler_tensors(spec.scaler) or ()
         self.scaler = [self._add(f"scaler {number}", "scaler", tensor) for number, tensor in enumerate(of_scaler)]
 

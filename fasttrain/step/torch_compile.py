@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from fasttrain.device import Choice, cpp_compiler
 from fasttrain.errors import EngineError
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.spec import StepSpec
+from fasttrain.step.torch_private import dynamo_error
 
 __all__ = ["TorchCompileEngine", "require_compiler"]
 
@@ -43,7 +43,7 @@ class TorchCompileEngine(EagerEngine):
         begin = time.perf_counter()
         try:
             loss = super().step(batch)
-        except TorchDynamoException as error:
+        except dynamo_error() as error:
             raise EngineError(f"engine 'torch-compile' cannot compile this forward: {error}") from error
         self.compile_s: float | None = time.perf_counter() - begin
         return loss

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fasttrain.errors import EngineError
+from fasttrain.errors import EngineError, first_line
 from fasttrain.step.attributes import Attributes
+from fasttrain.step.batch_layout import BatchLayout
 from fasttrain.step.function import Part, StepFunction
 from fasttrain.step.gradients import Gradients
-from fasttrain.step.guards import BatchLayout, Guards
+from fasttrain.step.guards import Guards
 from fasttrain.step.kernels import use_kernels
-from fasttrain.step.optimizer import OptimizerNotTracedError, first_line
+from fasttrain.step.optimizer import OptimizerNotTracedError
 from fasttrain.step.options import MOVED, GroupOptions
 from fasttrain.step.python_state import RandomNumbers, containers_of, modules_of, plain_values_of
 from fasttrain.step.recorded import TracedPart

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from fasttrain.step.apart import is_eagers_rounding
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.parity import PARAMETERS, Snapshot, compare_steps
+from fasttrain.step.parity import compare_steps
+from fasttrain.step.snapshot import Snapshot
 from fasttrain.step.spec import StepSpec
+from fasttrain.step.state import PARAMETERS
 from fasttrain.step.trace import Mismatch, TracedStep, trace_step
 from tests.step.models import ASKED, CPU, OPTIMIZERS, Case, everything, indices, make
 

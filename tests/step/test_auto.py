@@ -219,7 +219,7 @@ def test_whatever_fails_training_goes_on_and_says_why(lab: Lab, where: str) -> N
 
 
 def test_a_program_that_does_not_fit_beside_the_training_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasttrain.step.parity.free_bytes", lambda _: 10)
+    monkeypatch.setattr("fasttrain.step.snapshot.free_bytes", lambda _: 10)
     lab.is_ready = True
     job = Job().run(2 * MEASURED)
     assert "do not fit in memory" in job.reason

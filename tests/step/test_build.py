@@ -22,7 +22,7 @@ import torch
 from fasttrain.errors import EngineError
 from fasttrain.step import build as build_module
 from fasttrain.step.build import REFUSED, Build, ChildEndedError, GraphJob
-from fasttrain.step.held import empty_if_free
+from fasttrain.step.shared_folder import empty_if_free
 
 StandIn = Callable[[str], None]
 

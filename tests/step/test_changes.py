@@ -17,8 +17,9 @@ from torch import Tensor, nn, optim
 from fasttrain.step.apart import is_eagers_rounding
 from fasttrain.step.changes import NOISE_SHARE, gradients_seen, other_change
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.parity import PARAMETERS, compare_steps
+from fasttrain.step.parity import compare_steps
 from fasttrain.step.spec import StepSpec
+from fasttrain.step.state import PARAMETERS
 from fasttrain.step.trace import Mismatch, trace_step
 from tests.step.models import ASKED, CASES, CPU, OPTIMIZERS, Case, batches, indices, make, numbers
 

@@ -23,8 +23,9 @@ from fasttrain.data.ragged import Ragged
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.metrics import RunningMetrics
+from fasttrain.step.batch_layout import BatchLayout
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.guards import BatchLayout, Guards
+from fasttrain.step.guards import Guards
 from fasttrain.step.options import GroupOptions
 from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.state import StepState

@@ -327,7 +327,7 @@ def test_whatever_fails_single_steps_go_on_and_the_record_says_why(lab: Lab, whe
 
 def test_a_proof_that_does_not_fit_in_memory_is_not_made(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     job = begun(lab)
-    monkeypatch.setattr("fasttrain.step.parity.free_bytes", lambda _: 10)
+    monkeypatch.setattr("fasttrain.step.snapshot.free_bytes", lambda _: 10)
     lab.is_span_ready = True
     job.run(4 * SIZE)
     assert "do not fit in memory" in job.reason

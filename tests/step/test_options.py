@@ -24,8 +24,6 @@ from tests.step.models import ASKED, CASES, CPU, OPTIMIZERS, batches, started
 pytestmark = pytest.mark.usefixtures("in_double")
 
 MLP = CASES["mlp"]
-MOMENTS = ("adam", "adam-amsgrad", "adamw", "nadam", "radam", "adamax")
-
 ALL_MOVED: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     **{name: (kind, {"weight_decay": 0.01, **options}) for name, (kind, options) in OPTIMIZERS.items()},
     "rprop": OPTIMIZERS["rprop"],

@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from fasttrain.step import parity
-from fasttrain.step.parity import METRICS, PARAMETERS, Snapshot, compare_steps, fits_in_memory
-from fasttrain.step.state import StepState
+from fasttrain.step.parity import compare_steps
+from fasttrain.step.state import METRICS, PARAMETERS, StepState
 from tests.step.jobs import batches, everything, train_step
 from tests.step.models import CPU
 
@@ -190,25 +187,3 @@ def test_judging_a_real_step_leaves_no_trace() -> None:
     assert difference is not None
     torch.testing.assert_close(everything(step), wanted, rtol=0, atol=0)
     assert step.metrics.compute().loss == alone.metrics.compute().loss
-
-
-@given(st.lists(st.lists(st.floats(width=32), max_size=4).map(torch.tensor), max_size=3))
-@settings(deadline=None)
-def test_a_snapshot_brings_everything_back(tensors: list[Tensor]) -> None:
-    wanted = [tensor.clone() for tensor in tensors]
-    snapshot = Snapshot.of(tensors, CPU)
-    random_state = torch.get_rng_state()
-    for tensor in tensors:
-        tensor.uniform_()
-    torch.rand(3)
-    snapshot.restore(tensors, CPU)
-    torch.testing.assert_close(tensors, wanted, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
-@pytest.mark.parametrize(("free", "fits"), [(None, True), (1600, True), (1599, False)])
-def test_two_copies_must_fit_in_half_of_what_is_free(
-    free: int | None, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parity, "free_bytes", lambda _: free)
-    assert fits_in_memory([torch.zeros(100)], CPU) is fits

@@ -22,7 +22,7 @@ from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, ArmFactory
 from fasttrain.measure.bench.rounds import SLICE_S
 from fasttrain.metrics import count_correct
 from fasttrain.reference import compute_loss, train_epoch, unpack_batch
-from fasttrain.step.parity import Snapshot
+from fasttrain.step.snapshot import Snapshot
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.review_job import ReviewJob
 

@@ -1,6 +1,7 @@
 """Every private torch API that the compiled step needs, in one room, for torch 2.11 to 2.13.
 
-Each function has a canary in tests/step/test_torch_private.py, test_torch_objects.py or test_kernels.py.
+Each has a canary in tests/step: test_torch_private.py, test_torch_objects.py, test_kernels.py, test_small.py,
+test_scratch.py or test_marked.py.
 """
 
 from fasttrain.step.torch_private.graphs import (
@@ -17,6 +18,7 @@ from fasttrain.step.torch_private.marking import origins_of, recorded_as
 from fasttrain.step.torch_private.objects import (
     NO_GRADIENT_HOOKS,
     has_gradient_hooks,
+    has_own_step,
     module_tables,
     note_step,
     optimizer_hooks,
@@ -29,6 +31,7 @@ from fasttrain.step.torch_private.programs import (
     Compilation,
     compilations,
     compile_package,
+    dynamo_error,
     examples_of,
     flat_runner,
     lacks_resources,
@@ -40,11 +43,13 @@ __all__ = [
     "Compilation",
     "compilations",
     "compile_package",
+    "dynamo_error",
     "examples_of",
     "flat_runner",
     "global_module_hooks",
     "has_gradient_hooks",
     "has_onednn_lstm",
+    "has_own_step",
     "is_changed",
     "lacks_resources",
     "module_tables",

@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 __all__ = [
     "NO_GRADIENT_HOOKS",
     "has_gradient_hooks",
+    "has_own_step",
     "module_tables",
     "note_step",
     "optimizer_hooks",
@@ -51,6 +52,13 @@ def run_backward(loss: Tensor, one: Tensor) -> None:
     _engine_run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
+def has_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """True where `step` was replaced on the object, by more than a scheduler's wrapper, which notes the call."""
+    own: Any = vars(optimizer).get("step")
+    is_scheduler = hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is type(optimizer).step
+    return own is not None and not is_scheduler
+
+
 def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()`, without the profiler's range around it where nobody profiles and nothing is hooked.
 
@@ -58,14 +66,11 @@ def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """
     whole: Any = type(optimizer).step
     is_ranged = getattr(whole, "__code__", None) is _ranged_code()
-    scheduled = vars(optimizer).get("step")  # a scheduler's wrapper, which notes that there was a step
-    is_scheduler = hasattr(scheduled, "_wrapped_by_lr_sched") and cast("Any", scheduled).__wrapped__ is whole
-    is_plain = scheduled is None or is_scheduler
-    if not is_ranged or not is_plain or any(optimizer_hooks(optimizer)) or _is_profiling():
+    if not is_ranged or has_own_step(optimizer) or any(optimizer_hooks(optimizer)) or _is_profiling():
         optimizer.step()
         return
-    if scheduled is not None:
-        vars(optimizer)["_opt_called"] = True
+    if "step" in vars(optimizer):  # a scheduler's wrapper, which would note the call
+        note_step(optimizer)
     whole.__wrapped__(optimizer)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "Compilation",
     "compilations",
     "compile_package",
+    "dynamo_error",
     "examples_of",
     "flat_runner",
     "lacks_resources",
@@ -180,6 +181,13 @@ def _tensor_guards(tensors: list[Tensor], open_dims: list[frozenset[int]]) -> Ca
         return None if guards.check(*found) else str(guards.check_verbose(*found, tensor_check_names=names))
 
     return check
+
+
+def dynamo_error() -> type[Exception]:
+    """What `torch.compile` raises, when it is called, where it cannot compile."""
+    from torch._dynamo.exc import TorchDynamoException  # of its own: it takes a second
+
+    return TorchDynamoException
 
 
 @dataclass(frozen=True, kw_only=True)
