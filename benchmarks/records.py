@@ -1,4 +1,4 @@
-"""A stored measurement of commands: raw values, their conditions, and how to read and write that as JSON."""
+"""A stored measurement of commands, of what `auto` costs or of comparisons: raw values, conditions, as JSON."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Record:
     """One measurement, whole.
 
     Attributes:
-        benchmark: which one: "commands".
+        benchmark: which one: "commands", "swap" or "live".
         title: the heading of its table.
         command: what measures it again.
         created: when, ISO 8601 in UTC.

@@ -64,16 +64,18 @@ date. Measure on a machine that does nothing else.
 - `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.
 - `python -m tests.step.errors`: how far compiled steps are from exact ones, beside eager steps; writes
   `results/errors-cpu.json`.
-- `python -m benchmarks.gpu`: all of it on a machine with a CUDA GPU, in under nine minutes.
+- `python -m benchmarks.gpu`: on a machine with a CUDA GPU, in under nine minutes: its tests, six arms of each workload
+  in 3 blocks, and profiles; what does not fit into the time is left out.
 - `python -m benchmarks.tables`: writes this file and the table in the top README; with `--check` it writes nothing and
   exits with 1 if they are not up to date.
 
 `bench` measures in blocks: in each, every arm has a fresh process that imports, checks the losses of its first 20 steps
-against the textbook's loop and warms up. When all are ready they take turns, 50 ms each, in random order in each round,
-all but one asleep; a median polish over the rounds takes out what the machine's speed did in the meantime. Order of
-rows, gathering, steps and the readout of loss and accuracy are inside; evaluation is not. It is a median: what an arm
-does in fewer than half of its turns does not show, and is noted where an arm's steps took 10% longer in all than the
-others' did. An arm whose single call takes longer has longer turns, on which short disturbances weigh more.
+against the textbook's loop (scikit-learn, another algorithm, has none that could be) and warms up. When all are ready
+they take turns, 50 ms each, in random order in each round, all but one asleep; a median polish over the rounds takes
+out what the machine's speed did in the meantime. Order of rows, gathering, steps and the readout of loss and accuracy
+are inside; evaluation is not. It is a median: what an arm does in fewer than half of its turns does not show, and is
+noted where an arm's steps took 10% longer in all than the others' did. An arm whose single call takes longer has longer
+turns, on which short disturbances weigh more.
 
 An arm is flagged where more work than cores was there before the rounds (load), where its process had to wait for a
 core (waited) or used one in the others' turns (awake), where memory came back from the disk (swapped), or where CPU or

@@ -1,6 +1,6 @@
 """What this machine can do: accelerator, dtypes, compiler, pinned memory.
 
-Nothing here changes a setting; everything else asks this module instead of probing for itself.
+Nothing here changes a setting.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": f"{device} ({device_name(device)})",
         "memory": _memory(device),
         "bf16": "in hardware" if good_at_bf16(device) else "not in hardware: slower than fp32",
-        "compiler": cpp_compiler() or "none: engine 'compiled' cannot run on the CPU; install g++ or set CXX",
+        "compiler": cpp_compiler() or "none: compiled engines cannot run, and auto stays eager; install g++ or set CXX",
         "cuda": _cuda(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),

@@ -22,7 +22,8 @@ class Cache:
     """Show or clear the compiled programs on disk, or compile a job's step ahead (`warm`, with train options)."""
 
     action: tyro.conf.Positional[Literal["show", "clear", "warm"]] = "show"
-    """show lists the programs, clear removes them, warm compiles for a job that is too short to do so itself."""
+    """show lists the programs; clear removes them and what was decided about them; warm compiles for a job that is too
+    short to do so itself."""
 
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
 

@@ -59,7 +59,7 @@ def resident(
         An iterable; each pass over it is one epoch, in an order of its own.
 
     Raises:
-        ConfigError: the batch size is not positive, or leaves no batch at all.
+        ConfigError: the batch size is not positive, or leaves no batch at all; a negative seed.
         DataError: no rows, columns of unequal length, or a column that is not numbers.
         DeviceError: this machine does not have the device.
     """

@@ -60,8 +60,8 @@ class TrainConfig:
 
     threads: int | Literal["auto"] | None = None
     """CPU threads of a step, or auto: before training, the job's own steps are timed (eagerly) with 1, 2, 4 ...
-    By default 1 on the CPU: a step on sparse reviews is too small to share, and other counts round otherwise, so that
-    two runs under auto may differ in their last digits."""
+    By default 1 on the CPU, since a step on sparse reviews is too small to share. Two runs with `--threads auto` may
+    get other counts, and so differ in their last digits."""
 
     tf32: bool = False
     """Let fp32 matrix products use TF32 on CUDA: faster, with 10 bits of mantissa."""

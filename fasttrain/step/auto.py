@@ -1,6 +1,6 @@
 """`auto`: starts eagerly, compiles beside the training where that can pay, and keeps what is measured faster.
 
-    measure eager -> consider -> trace (the one stall) -> a child compiles -> parity -> trial -> program, or eager
+    measure eager -> consider -> trace (the long stall) -> a child compiles -> parity -> trial -> program, or eager
 
 Each arrow is a method that the next steps run through; whatever goes wrong on the way, training goes on eagerly and
 `choice` says why.

@@ -38,7 +38,7 @@ def compile_graph(
     (`torch.get_num_threads()`).
 
     Args:
-        graph: of a `TracedPart`.
+        graph: of a `TracedGraph`, unrolled.
         inputs: what its inputs are like.
         open_dims: of a `TracedPart`.
         package: where it goes.

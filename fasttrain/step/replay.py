@@ -20,7 +20,8 @@ from fasttrain.step.trace import Mismatch, TracedStep
 __all__ = ["Program", "Programs"]
 
 MAX_PROGRAMS = 4
-"""Programs kept at a time, one a shape; the one that was not used for longest goes."""
+"""Programs kept at a time, one a shape (or another option); the one that was not used for longest goes. An engine makes
+no more either, so that what changes all the time ends up eager."""
 
 ENOUGH_STEPS = 16
 """Steps that no program holds for run eagerly until there were so many; then there is one more program."""

@@ -134,7 +134,7 @@ class Engine(Protocol):
     def close(self) -> None:
         """Ends what runs beside the training (a compiling child).
 
-        Steps may follow; they compile nothing until more are expected (`expect`).
+        Steps may follow; those of "auto" compile nothing until more are expected (`expect`).
         """
         ...
 

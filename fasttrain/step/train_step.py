@@ -28,7 +28,8 @@ class TrainStep:
 
     Args:
         model: the model; not moved.
-        optimizer: over the model's parameters; neither its options nor its state are replaced.
+        optimizer: over the model's parameters; neither its options nor its state are replaced (but "graphed" moves
+            step counts that are on the host to the parameters' device).
         forward: (model, batch) -> loss, or (loss, predictions, targets).
         loss: instead of forward, (predictions, targets) -> loss, for (inputs, targets) batches.
         device: where the step runs; None is where the model is.
@@ -107,16 +108,16 @@ class TrainStep:
         """Tells how many steps are to come: whether compiling can pay depends on it. Without it, none are expected."""
         self._engine.expect(steps)
 
-    def run(self, batches: Iterator[Batch]) -> Iterator[Batch | Span]:
-        """Steps on all the batches, several as one where the engine can and they are an epoch of resident data.
+    def run(self, batches: Iterable[Batch]) -> Iterator[Batch | Span]:
+        """Steps on all the batches while it is iterated over, several as one where the engine can.
 
         Args:
-            batches: as `step` takes them; with `iter(resident(...))` several steps may be one launch.
+            batches: as `step` takes them; of `resident(...)` several steps may be one launch.
 
         Yields:
             After each launch, what it was of: a batch, or a `Span` of several.
         """
-        return run_steps(self._engine, batches)
+        return run_steps(self._engine, iter(batches))
 
     @property
     def span(self) -> int:
@@ -145,7 +146,7 @@ class TrainStep:
     def close(self) -> None:
         """Ends what runs beside the training (a compiling child).
 
-        Steps may follow; they compile nothing until more are expected (`expect`).
+        Steps may follow; under "auto" they compile nothing until more are expected (`expect`).
         """
         self._engine.close()
 

@@ -77,7 +77,7 @@ def train_reviews(
     With `threads="auto"` it sets torch's threads for the process; with any other value, its caller has set them.
 
     Args:
-        config: the options; when resuming, those of the run (`resumed_config`).
+        config: the options; when resuming, those of the run, whose limit of epochs may be another.
         resume: folder of an earlier run to go on with, from its last finished epoch.
         progress: show it on stderr.
         check_interrupt: called after every step; may raise `fasttrain.loop.Interrupted`.

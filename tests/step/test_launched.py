@@ -228,7 +228,7 @@ def test_a_step_that_changes_before_launches_are_made_is_compiled_anew(
         step.expect(0 if epoch < 2 else 100_000)
         if epoch == 2:
             next(step.spec.model.parameters()).requires_grad_(False)
-        for _ in step.run(iter(data)):
+        for _ in step.run(data):
             pass
     assert graphs.builds == 3, "the step, the step after the change, and the launch of that"
     assert graphs.launched > 0
