@@ -141,17 +141,18 @@ class _Walk:
     def __init__(self, spec: StepSpec) -> None:
         self.reads: list[Read] = []
         self.functions: list[FunctionType] = []
-        self._seen: set[int] = set()
-        for each in (spec.model, *callables_of(spec).values()):
-            self._visit(each)
+        self._to_visit: list[Any] = [spec.model, *callables_of(spec).values()]
+        seen: set[int] = set()
+        for value in self._to_visit:  # it grows meanwhile
+            if id(value) not in seen:
+                seen.add(id(value))
+                self._visit(value)
 
     def _visit(self, value: Any) -> None:
         """A function, a method, a partial, a module or another object that can be called."""
-        if id(value) in self._seen:
-            return
-        self._seen.add(id(value))
         if isinstance(value, nn.Module):
-            self._visit_module(value)
+            inner = [each for table in module_tables(value) for each in table.values()]  # modules and hooks, too
+            self._to_visit += [type(value).forward, *inner]
         elif isinstance(value, FunctionType):
             self._visit_function(value)
         elif isinstance(value, MethodType):
@@ -159,30 +160,25 @@ class _Walk:
         elif isinstance(value, partial):
             bound = cast("partial[Any]", value)
             self._read(Read(name, bound.keywords, each) for name, each in bound.keywords.items())
-            self._visit(bound.func)
+            self._to_visit.append(bound.func)
         elif callable(value) and not isinstance(value, type):
             self._visit_method(type(value).__call__, value)
 
-    def _visit_module(self, module: nn.Module) -> None:
-        inner = [each for table in module_tables(module) for each in table.values()]  # modules and hooks, among others
-        for each in (type(module).forward, *inner):
-            self._visit(each)
-
     def _visit_function(self, function: FunctionType) -> None:
-        if function.__module__.startswith("torch."):
+        if str(function.__module__).startswith("torch."):  # it may be None
             return
         self.functions.append(function)
         self._read((*_closed_over(function), *_named(function.__globals__, _names(function.__code__))))
 
     def _visit_method(self, function: Callable[..., Any], owner: Any) -> None:
         if isinstance(function, FunctionType):
-            self._visit(function)
+            self._to_visit.append(function)
             self._read(_named(getattr(owner, "__dict__", {}), _names(function.__code__)))
 
     def _read(self, reads: Iterable[Read]) -> None:
         for read in reads:
             self.reads.append(read)
-            self._visit(read.value)
+            self._to_visit.append(read.value)
 
 
 def _closed_over(function: FunctionType) -> Iterator[Read]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fasttrain.data.ragged import Ragged
 from fasttrain.errors import EngineError
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.python_state import functions_of
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, trace_step
 from tests.step.agreement import run_graph
@@ -284,6 +285,18 @@ def give_other_rate(teacher: Any) -> None:
 
 def add_hook(teacher: Any) -> None:
     teacher[0].register_forward_hook(lambda _m, _i, output: 2 * output)
+
+
+def test_functions_may_call_each_other_as_deep_as_they_like() -> None:
+    def chained(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: inner(x)
+
+    function: Callable[[Tensor], Tensor] = torch.neg
+    for _ in range(5_000):
+        function = chained(function)
+    spec, _ = started(MLP, SGD)
+    spec = with_forward(spec, lambda model, batch: function(MLP.loss(model(batch[0]), batch[1])))
+    assert len(functions_of(spec)) > 5_000
 
 
 def taught_by(teacher: nn.Module) -> tuple[StepSpec, Any]:
