@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.data.resident import ResidentBatches, Span
+from fasttrain.data.resident import Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.build import ChildEndedError
@@ -28,6 +28,7 @@ from fasttrain.step.eager import EagerEngine
 from fasttrain.step.launch import Launches
 from fasttrain.step.replay import Programs
 from fasttrain.step.rung import Rung
+from fasttrain.step.span import may_have_spans
 from fasttrain.step.spec import StepSpec, run_passes
 from fasttrain.step.trace import Mismatch, TracedStep
 from fasttrain.step.trial import Trial
@@ -170,7 +171,7 @@ class AutoEngine:
         """See `Engine.settle`; some hundred steps are enough."""
         self.expect(FOREVER)
         self._is_settling = True
-        has_spans = isinstance(batches, ResidentBatches)
+        has_spans = may_have_spans(batches)
         try:
             for _ in run_passes(self, batches, SETTLING_STEPS):
                 if self._run == self._wait_for_program and self._pending is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.data.resident import ResidentBatches, Span
+from fasttrain.data.resident import Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.clock import Waits
@@ -18,6 +18,7 @@ from fasttrain.step.eager import EagerEngine
 from fasttrain.step.launch import FROM_STEPS, Launches
 from fasttrain.step.replay import MAX_PROGRAMS, Programs
 from fasttrain.step.rung import Rung
+from fasttrain.step.span import may_have_spans
 from fasttrain.step.spec import StepSpec, run_passes
 from fasttrain.step.trace import TracedStep
 
@@ -105,7 +106,7 @@ class CompiledEngine:
     def settle(self, batches: Iterable[Batch]) -> None:
         """See `Engine.settle`: the program is made with the step after the optimizer's first, launches after that."""
         self._expected = FROM_STEPS
-        launches, has_spans = self._launches, isinstance(batches, ResidentBatches)
+        launches, has_spans = self._launches, may_have_spans(batches)
         for _ in run_passes(self, batches, SETTLING_STEPS):
             if launches.is_settled or (launches.is_considered and not has_spans):
                 return

@@ -16,7 +16,7 @@ from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 from fasttrain.step.unroll import Unrolling, takes_rows
 
-__all__ = ["LEAST_STEPS", "TracedSpan", "fewest_launches", "most_steps"]
+__all__ = ["LEAST_STEPS", "TracedSpan", "fewest_launches", "may_have_spans", "most_steps"]
 
 MOST_STEPS, LEAST_STEPS = 16, 4
 """Steps of a span. From 8 to 16 a review step gains another 6%, and compiling takes twice as long."""
@@ -46,6 +46,11 @@ def most_steps(step: TracedStep, batch: Sequence[Tensor]) -> int:
         return 1
     steps = min(MOST_STEPS, MOST_NODES // len(calls))
     return steps if steps >= LEAST_STEPS else 1
+
+
+def may_have_spans(batches: Iterable[Any]) -> bool:
+    """Whether some of these batches may be given to an engine as a span."""
+    return isinstance(batches, ResidentBatches) and batches.num_whole >= LEAST_STEPS
 
 
 def fewest_launches(sizes: Iterable[int], num_batches: int) -> int | None:

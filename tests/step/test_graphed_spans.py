@@ -197,6 +197,13 @@ def test_settling_trains_until_the_number_is_known(lane: Recording) -> None:
     assert step.compile_s is not None
 
 
+def test_settling_ends_where_no_launch_can_be_tried(lane: Recording) -> None:
+    step = graphed_step(lane)
+    step.settle(data(3))
+    assert lane.launches < 10
+    assert step.span == 4
+
+
 class Failing(graphed.CapturedSpan):
     """Launches of four steps cannot be captured."""
 
