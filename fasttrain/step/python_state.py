@@ -188,7 +188,8 @@ def _closed_over(function: FunctionType) -> Iterator[Read]:
 
 
 def _named(holder: dict[str, Any], names: Iterable[str]) -> Iterator[Read]:
-    yield from (Read(name, holder, holder[name]) for name in names if name in holder)
+    # Sorted, since the order of a set is another one in each process, and a job is known by what it reads.
+    yield from (Read(name, holder, holder[name]) for name in sorted(names) if name in holder)
 
 
 def _names(code: CodeType) -> set[str]:

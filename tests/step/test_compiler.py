@@ -206,8 +206,9 @@ IN_ANOTHER_PROCESS = """
 import torch
 from fasttrain.step.identity import job_signature
 from fasttrain.step.train_step import TrainStep
+A, B, C, D, E = range(5)
 def forward(model, batch):
-    assert batch.dim() in {1, 2, 3}
+    assert batch.dim() in {1, 2, 3} and A < B < C < D < E
     assert str(batch.dtype) in {"torch.float32", "torch.float64", "torch.bfloat16"}
     return model(batch).sum()
 net = torch.nn.Linear(2, 2)
