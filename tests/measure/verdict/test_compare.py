@@ -13,12 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import benchmarks.peers
 from fasttrain.comparison import Comparison
 from fasttrain.errors import ConfigError, DataError
 from fasttrain.measure.bench.record import with_threads
 from fasttrain.measure.profiling.record import HostRead, Recompilation
-from fasttrain.measure.verdict.compare import PEERS, compare_arms
+from fasttrain.measure.verdict.compare import compare_arms
 from fasttrain.measure.verdict.sides import BenchArm
 from fasttrain.measure.verdict.stats import MOST_PAIRS
 from tests.measure.verdict.comparisons import (
@@ -196,46 +195,6 @@ def test_the_verdict_of_a_users_own_arm(tmp_path: Path) -> None:
 def test_the_name_of_a_file_may_have_a_colon(tmp_path: Path) -> None:
     file = stored(tmp_path / "12:30.json", {"my_code:make_arm": arm(500), "auto": arm(400, SHUFFLED)})
     assert compared(f"{file}:my_code:make_arm", file).outcome == "FASTER"
-
-
-@pytest.mark.parametrize("others", [("eager B",), ("torch-compile", "compiled", "tuned"), ("my_code:make_arm",)])
-def test_no_arm_that_may_have_changed_itself_is_a_yardstick(tmp_path: Path, others: tuple[str, ...]) -> None:
-    a, b = (
-        stored(tmp_path / f"{us}.json", {label: arm(us) for label in ("eager A", *others)}) for us in (500, 1000)
-    )  # everything takes twice as long
-    sides = f"{a}:eager A", f"{b}:eager A"
-    found = compared(*sides)
-    assert (found.outcome, found.exit_code) == ("TIME NOT JUDGED", 3)
-    assert compared(*sides, through=others[0]).outcome == "SAME", "whoever names a yardstick vouches for it"
-
-
-@pytest.mark.parametrize(
-    ("shared", "yardstick"),
-    [
-        (("jax-scan", "textbook, 4 threads", "textbook"), "textbook"),
-        (("tuned", "jax-scan", "textbook, 4 threads"), "textbook, 4 threads"),
-        (("my_code:make_arm", "tuned", "native"), "native"),
-    ],
-)
-def test_the_textbook_and_the_peers_are_yardsticks(tmp_path: Path, shared: tuple[str, ...], yardstick: str) -> None:
-    a, b = (stored(tmp_path / f"{us}.json", {**dict.fromkeys(shared, arm(9000)), "auto": arm(us)}) for us in (500, 400))
-    found = compared(a, b)
-    assert found.outcome == "FASTER"
-    assert found.timing is not None
-    assert found.timing.through == yardstick
-
-
-def test_an_arm_is_not_judged_by_itself(tmp_path: Path) -> None:
-    textbooks = "textbook", "textbook, 4 threads"
-    a, b = (stored(tmp_path / f"{us}.json", dict.fromkeys(textbooks, arm(us))) for us in (9000, 18000))
-    sides = f"{a}:textbook", f"{b}:textbook"
-    assert compared(*sides).outcome == "TIME NOT JUDGED"
-    with pytest.raises(ConfigError, match="--through 'textbook': it is what is compared"):
-        compared(*sides, through="textbook")
-
-
-def test_the_peers_are_known_by_their_names() -> None:
-    assert PEERS == benchmarks.peers.NAMES
 
 
 def test_two_results_share_an_arm_or_time_is_not_judged(tmp_path: Path) -> None:
