@@ -54,7 +54,7 @@ def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "total_bytes", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     machine = describe_machine(CPU)
-    assert machine["compiler"].startswith("none: engine 'compiled' cannot run")
+    assert machine["compiler"].startswith("none: compiled engines cannot run")
     assert machine["bf16"].startswith("not in hardware")
     assert machine["memory"] == "unknown"
     assert machine["cuda"].startswith(("none", "built for"))
