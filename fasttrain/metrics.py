@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,18 +91,31 @@ class RunningMetrics:
         self._weight += weight
 
     def accumulate(
-        self, cells: list[Tensor], loss: Tensor, predictions: Tensor | None, targets: Tensor | None, weight: float
+        self,
+        cells: list[Tensor],
+        loss: Tensor,
+        predictions: Tensor | None,
+        targets: Tensor | None,
+        weight: float,
+        values: Sequence[Tensor] | None = None,
     ) -> None:
         """The device's half of `update`: adds a batch to `cells`, the scalars of `totals`, in place.
 
         Reads no state but `rule` and `user_metrics`, so that a compiled step can hold it.
+
+        Args:
+            cells: where to add.
+            loss: see `update`, as are `predictions`, `targets` and `weight`.
+            values: of the user's metrics; None: they are called.
         """
         cells[0].add_(loss, alpha=weight)
         if self.rule is not None and predictions is not None and targets is not None:
             correct = count_correct(self.rule, predictions, targets)
             cells[1].add_(correct, alpha=100.0 * weight / max(1, targets.numel()))
-        for cell, metric in zip(cells[2:], self.user_metrics.values(), strict=True):
-            cell.add_(metric(loss, predictions, targets), alpha=weight)
+        if values is None:
+            values = [metric(loss, predictions, targets) for metric in self.user_metrics.values()]
+        for cell, value in zip(cells[2:], values, strict=True):
+            cell.add_(value, alpha=weight)
 
     def read_late(self) -> Readout | None:
         """The sums as of an earlier call, without waiting; None until one has arrived. Starts the next copy."""

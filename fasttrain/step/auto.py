@@ -237,7 +237,7 @@ class AutoEngine:
         assert self._pending is not None
         traced = self._pending.traced
         inputs = traced.inputs(batch)
-        if isinstance(inputs, Mismatch) and self._mismatches % POLL_STEPS == 0 and traced.rebind():
+        if isinstance(inputs, Mismatch) and self._mismatches % POLL_STEPS == 0 and traced.rebind(batch):
             inputs = traced.inputs(batch)
         if isinstance(inputs, Mismatch):
             return self._missed(batch, inputs.reason)

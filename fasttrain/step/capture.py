@@ -1,315 +1,361 @@
-"""Compiled steps in CUDA graphs: captured once, replayed as one launch."""
+"""The user's forward, loss and metrics, captured once as a graph of torch's operators, with what the graph holds for.
+
+Dynamo follows the user's code without running it and guards every Python value that it reads. Three things are left to
+this module: tensors are inputs of the graph and are read anew before each step; classes and functions whose code was
+followed must still be the same; and what a graph cannot repeat (side effects, numpy, Python's random numbers) is refused
+with the user's line.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+import functools
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
 
-from fasttrain.data.resident import Span
-from fasttrain.errors import EngineError, first_line
-from fasttrain.step.clock import Waits
-from fasttrain.step.program import Runner, StepProgram
-from fasttrain.step.recorded import TracedGraph, TracedPart
-from fasttrain.step.snapshot import Snapshot, fits_in_memory
-from fasttrain.step.span import TracedSpan
-from fasttrain.step.spec import StepSpec
-from fasttrain.step.trace import Mismatch, TracedStep
+from fasttrain.data.batch import tensors
+from fasttrain.data.ragged import Ragged
+from fasttrain.device import autocast_dtype
+from fasttrain.errors import EngineError
+from fasttrain.step.spec import StepOutput, StepSpec
+from fasttrain.step.state import StepState
+from fasttrain.step.torch_private import DynamoCapture, GraphInput, capture_function, global_module_hooks, scope_of
 
-__all__ = ["CapturedSpan", "CapturedStep", "CudaLane", "Lane"]
+__all__ = ["Capture", "Captured"]
 
-WARM_RUNS = 3
-"""Runs before a capture, in which kernels are loaded and tuned and libraries get their memory; they are undone."""
+Batch = Any
+
+MAX_EXAMPLE_BYTES = 1 << 26
+"""An example batch of up to this size is kept, so that the guards can be checked where there is no batch."""
 
 
-class Lane(Protocol):
-    """What the device does. In tests something else stands in for it.
+class Captured(NamedTuple):
+    """What a captured forward pass gives.
 
     Attributes:
-        failures: captures that failed; graphs that were captured before one are not to be replayed.
+        output: loss, predictions and targets.
+        metrics: the values of the user's metrics, scalars, in their order.
+        buffers: for each buffer that forward replaces, the new one.
     """
 
-    failures: int
-
-    def aside(self) -> AbstractContextManager[None]:
-        """A stream beside the current one, which waits for it before and is waited for after."""
-        ...
-
-    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Records what `run` launches, without running it.
-
-        Returns:
-            A function that launches it; its result is the same tensor each time, with other values.
-
-        Raises:
-            RuntimeError: `run` does what cannot be recorded.
-        """
-        ...
+    output: StepOutput
+    metrics: list[Tensor]
+    buffers: list[Tensor]
 
 
-class CudaLane:
-    """Captures in a stream of its own, into a pool of memory that all graphs of an engine share.
+class Fact(NamedTuple):
+    """Something that must stay true: `expression`, with `{}` for each of the objects."""
 
-    They can share it because they run one after the other, and what one returns is copied before the next begins.
+    reason: str
+    expression: str
+    objects: tuple[Any, ...]
+
+
+class Capture:
+    """Forward, loss and metrics of a step as one graph of torch's operators, and what it holds for.
+
+    Nothing of the user's is run or changed. The graph's inputs are tensors of the state, tensors of the batch
+    ("leaves": those that forward reads, in the order in which a walk through the batch meets them), sizes of these, and
+    other tensors that forward reads, such as a global or an attribute.
 
     Args:
-        device: whose.
+        spec: the step.
+        batch: an example, on the device.
+
+    Attributes:
+        open_dims: for each leaf, the dimensions whose size is left open.
+        leaf_places: for each leaf, its number among all tensors of a batch; None where a walk does not meet it.
+        others: the other tensors.
+        facts: what must stay true besides Dynamo's guards.
 
     Raises:
-        EngineError: it is not a CUDA device.
+        EngineError: there is something that no graph can hold; the message names the user's line.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise EngineError(
-                f"CUDA graphs need a CUDA device, and the job is on {device}: use another engine there, such as "
-                "'compiled'"
-            )
-        self.failures = 0
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    @contextmanager
-    def aside(self) -> Generator[None]:
-        """See `Lane.aside`."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            current.wait_stream(self._stream)  # what was launched there before an error may still run
-
-    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """See `Lane.capture`."""
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls count: another one may be bringing the next batch meanwhile.
-        capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        try:
-            with torch.cuda.device(self._device), capturing:
-                result = run()
-        except RuntimeError:
-            self._recover()
-            raise
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
-
-    def _recover(self) -> None:
-        """After a capture that the device refused, torch leaves its generator and the pool as if it went on.
-
-        Every random number would fail then, eager's too; the graphs before it hold the generator's old state.
-        """
-        with torch.cuda.device(self._device):
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())
-        self._pool = torch.cuda.graph_pool_handle()
-        self.failures += 1
-
-
-class CapturedStep:
-    """A compiled step that runs by CUDA graphs, one for each of its parts, captured where the part is first due.
-
-    Args:
-        program: the step, compiled.
-        traced: what it was compiled from; no size of it is open.
-        lane: of its device.
-        waits: is told the seconds that each capture took.
-    """
-
-    def __init__(self, program: StepProgram, traced: TracedStep, lane: Lane, waits: Waits) -> None:
-        self._traced = traced
-        self._parts = [
-            _CapturedPart(part, runner, traced, lane, waits)
-            for part, runner in zip(traced.parts, program.runners, strict=True)
+    def __init__(self, spec: StepSpec, batch: Batch) -> None:
+        self._model = spec.model
+        self._function = _function_of(spec)
+        walked = list(_walk(batch))
+        arguments = {"model": spec.model, "batch": batch}
+        open_dims = [(tensor, 0) for tensor, is_open in walked if is_open]
+        self._dynamo = capture_function(self._function, arguments, open_dims)
+        self._scope = scope_of(self._function, {})
+        _refuse_unfit(self._dynamo)
+        inputs = self._dynamo.inputs
+        places = {id(tensor): place for place, (tensor, _) in reversed(list(enumerate(walked)))}
+        found = self._dynamo.read(spec.model, batch)
+        leaves = [at for at, each in enumerate(inputs) if each.argument == "batch" and each.size_of is None]
+        self._leaves = sorted(leaves, key=lambda at: places.get(id(found[at]), len(walked)))
+        self.leaf_places = [places.get(id(found[at])) for at in self._leaves]
+        self.open_dims = [
+            frozenset({0}) if place is not None and walked[place][1] else frozenset[int]() for place in self.leaf_places
         ]
+        self._sizes = {at: _leaf_of(each, inputs, self._leaves) for at, each in enumerate(inputs) if each.size_of}
+        self._fixed = [at for at in range(len(inputs)) if at not in self._sizes and at not in leaves]
+        self._result = _Result(self._dynamo, spec.model, batch, found)
+        is_small = sum(tensor.nbytes for tensor, _ in walked if tensor.layout is torch.strided) <= MAX_EXAMPLE_BYTES
+        self._example = batch if is_small else None
+        self.others: list[Tensor] = []
+        self._expected: list[Tensor] = []
+        self._places: dict[int, tuple[bool, int]] = {}  # of the state (True) or among the others, and which
+        self._replaced: list[int] = []
+        self.facts = list(self._facts())
 
-    @property
-    def due(self) -> TracedPart:
-        """The part that the next run is of."""
-        return self._traced.parts[self._traced.due]
-
-    def run(self, inputs: list[Tensor]) -> Tensor:
-        """The part of the step that is due. Makes no host read unless it captures.
+    def bind(self, state: StepState, batch: Batch | None = None) -> bool:
+        """Takes up the tensors that forward reads now, besides those of the batch.
 
         Args:
-            inputs: what `TracedStep.inputs` gives. What is not where it was when the part was captured (state that was
-                loaded or replaced) makes it capture again.
+            state: where the step's own tensors are.
+            batch: a batch for which the guards hold; None: the example.
 
         Returns:
-            The batch's loss, detached: a tensor of its own.
+            False where another tensor of the state stands in some place now, or the guards do not hold: capture anew.
 
         Raises:
-            EngineError: the step cannot be captured.
+            EngineError: what forward reads besides the state shares memory with it.
         """
-        return self._parts[self._traced.due].run(inputs)
+        batch = self._example if batch is None else batch
+        if batch is None or not self._dynamo.holds({**self._scope, "model": self._model, "batch": batch}):
+            return False
+        found = self._dynamo.read(self._model, batch)
+        others: dict[int, Tensor] = {}
+        places: dict[int, tuple[bool, int]] = {}
+        for at in self._fixed:
+            place = state.place_of(found[at])
+            if place is None:
+                others.setdefault(id(found[at]), found[at])
+                places[at] = False, list(others).index(id(found[at]))
+            else:
+                places[at] = True, place
+        if self._places and places != self._places:
+            return False
+        replaced = [state.place_of(module.get_buffer(name)) for module, name in self._result.replaced]
+        self._replaced = [place for place in replaced if place is not None]
+        state.refuse_closed_over(list(others.values()))
+        self._expected, self._places, self.others = [found[at] for at in self._fixed], places, list(others.values())
+        return True
 
+    def leaves(self, batch: Batch | None = None) -> list[Tensor] | str:
+        """The tensors of a batch that forward reads, or what has changed of all else that it reads.
 
-class _CapturedPart:
-    """A part of a step: state, options and closed-over tensors where they are, gradients and batch copied in."""
-
-    def __init__(self, part: TracedPart, runner: Runner, traced: TracedStep, lane: Lane, waits: Waits) -> None:
-        end = len(part.kinds) - len(part.closed_over)
-        num_gradients = 0 if part.part == "whole" else len(part.reached)
-        self._moving = slice(end - len(traced.open_dims) - num_gradients, end)
-        self._num_returned = num_gradients if part.part == "gather" else 0
-        self._statics = [
-            torch.empty_strided(size, stride, dtype=dtype, device=device)
-            for size, stride, dtype, device in part.kinds[self._moving]
-        ]
-        self._runner = runner
-        self._graph = _Graph(self._step, self._statics, traced.spec, lane, waits)
-
-    @torch.no_grad()
-    def run(self, inputs: list[Tensor]) -> Tensor:
-        moving = inputs[self._moving]
-        for static, given in zip(self._statics, moving, strict=True):
-            static.copy_(given, non_blocking=True)
-        loss = self._graph.run([*inputs[: self._moving.start], *inputs[self._moving.stop :]]).clone()
-        for given, static in zip(moving[: self._num_returned], self._statics, strict=False):
-            given.copy_(static, non_blocking=True)
-        return loss
-
-    def _step(self, standing: list[Tensor]) -> Tensor:
-        begin = self._moving.start
-        return self._runner([*standing[:begin], *self._statics, *standing[begin:]])[0]
-
-
-class CapturedSpan:
-    """Several steps over the rows of one resident source as one CUDA graph.
-
-    Args:
-        program: of fewer steps, which gathers their batches by itself; it is captured as often as it takes.
-        traced: what it was compiled from; its guards are the span's.
-        steps: how many.
-        lane: of its device.
-        waits: is told the seconds that each capture took.
-
-    Attributes:
-        calls: of the program, in the graph.
-    """
-
-    def __init__(self, program: StepProgram, traced: TracedSpan, steps: int, lane: Lane, waits: Waits) -> None:
-        self.calls = steps // traced.steps
-        self._traced = traced
-        self._runner = program.runners[0]
-        num_rows = traced.steps * traced.source.batch_size
-        self._rows = torch.zeros(self.calls * num_rows, dtype=torch.int64, device=traced.source.device)
-        self._pieces = self._rows.split(num_rows)
-        self._graph = _Graph(self._steps, [self._rows], traced.spec, lane, waits)
-
-    def run(self, span: Span) -> Tensor | Mismatch:
-        """The steps of a span; returns the losses, [steps], a tensor of their own, or why the graph does not hold.
-
-        Raises:
-            EngineError: the steps cannot be captured.
-        """
-        inputs = self.inputs_of(span)
-        if isinstance(inputs, Mismatch):
-            return inputs
-        with torch.no_grad():  # not before: whether there are gradients is guarded
-            self._rows.copy_(span.rows, non_blocking=True)
-            own = self._own_inputs
-            return self._graph.run([*inputs[: own.start], *inputs[own.stop :]], self._traced.tables).clone()
-
-    @property
-    def due(self) -> TracedGraph:
-        """What each call of the program runs."""
-        return self._traced.parts[0]
-
-    def inputs_of(self, span: Span) -> list[Tensor] | Mismatch:
-        """What the first call of the program is given, or why the graph does not hold."""
-        return self._traced.inputs_of(span.source, self._pieces[0])
-
-    @property
-    def _own_inputs(self) -> slice:
-        """The places of tables and rows among a program's inputs."""
-        traced = self._traced
-        end = len(traced.parts[0].kinds) - len(traced.step.parts[0].closed_over)
-        return slice(end - len(traced.tables) - 1, end)
-
-    def _steps(self, standing: list[Tensor]) -> Tensor:
-        begin = self._own_inputs.start
-        given = [[*standing[:begin], *self._traced.tables, rows, *standing[begin:]] for rows in self._pieces]
-        return torch.cat([self._runner(inputs)[0] for inputs in given])
-
-
-class _Graph:
-    """A function of tensors at fixed addresses as a CUDA graph, which is captured anew where they have others.
-
-    Args:
-        function: of tensors that it may change; beyond them and `own` it changes nothing. It runs to be captured alone.
-        own: tensors of its own, which stay where they are.
-        spec: of the step.
-        lane: of its device.
-        waits: is told the seconds that each capture took.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[list[Tensor]], Tensor],
-        own: Sequence[Tensor],
-        spec: StepSpec,
-        lane: Lane,
-        waits: Waits,
-    ) -> None:
-        self._function = function
-        self._own = own
-        self._device = spec.device
-        self._lane = lane
-        self._waits = waits
-        self._addresses: list[int] = []
-        self._failures = lane.failures
-        self._replay: Callable[[], Tensor] | None = None
-
-    def run(self, tensors: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Tensor:
-        """Replays the function; the next run overwrites its result.
+        Makes no host read.
 
         Args:
-            tensors: what the function is given.
-            read: what it reads besides.
-
-        Raises:
-            EngineError: it cannot be captured.
+            batch: None: the example, where only the rest is to be looked at.
         """
-        # By address and not by identity: `parameter.data = other` moves the values and leaves the parameter.
-        addresses = [tensor.data_ptr() for tensor in (*tensors, *read)]
-        if self._replay is None or addresses != self._addresses or self._failures != self._lane.failures:
-            self._replay, self._failures = None, self._lane.failures
-            begin = time.perf_counter()
-            replay = self._captured([tensor.detach() for tensor in tensors])
-            self._waits.add(time.perf_counter() - begin)
-            self._replay, self._addresses = replay, addresses
-        return self._replay()
+        batch = self._example if batch is None else batch
+        if batch is None:
+            return "a batch too large to be kept as an example"
+        scope = {**self._scope, "model": self._model, "batch": batch}
+        if not self._dynamo.holds(scope):
+            return self._dynamo.first_broken(scope)
+        found = self._dynamo.read(self._model, batch)
+        for at, expected in zip(self._fixed, self._expected, strict=True):
+            if found[at] is not expected:
+                return f"the tensor {self._dynamo.inputs[at].name}"
+        return [found[at] for at in self._leaves]
 
-    def _captured(self, tensors: list[Tensor]) -> Callable[[], Tensor]:
-        changed = [*tensors, *self._own]
-        if not fits_in_memory(changed, self._device):
-            raise EngineError(
-                "there is no memory for two copies of the step's state, which it takes to warm a CUDA graph up: "
-                "use engine 'eager'"
-            )
-        before = Snapshot.of(changed, self._device)
-        try:
-            with self._lane.aside():
-                for _ in range(WARM_RUNS):
-                    self._function(tensors)
-        except RuntimeError as error:  # the compiler's are such, too
-            raise EngineError(f"the step cannot be compiled for a CUDA graph: {first_line(error)}") from error
-        finally:
-            before.restore(changed, self._device)
-        try:
-            return self._lane.capture(lambda: self._function(tensors))
-        except RuntimeError as error:
-            raise EngineError(
-                "the step cannot be captured in a CUDA graph: it waits for the device, or copies from or to the host "
-                f"({first_line(error)}); use engine 'eager' or 'torch-compile'"
-            ) from error
+    def call(self, state: Sequence[Tensor], leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Captured:
+        """Runs the graph on stand-ins for its tensors; buffers that forward replaces are changed in place.
+
+        Args:
+            state: for the tensors of the state, by place.
+            leaves: for the tensors of the batch.
+            others: for the other tensors.
+        """
+        given: list[Any] = []
+        for at in range(len(self._dynamo.inputs)):
+            if at in self._sizes:
+                leaf, dim = self._sizes[at]
+                given.append(leaves[leaf].shape[dim])
+            elif at in self._places:
+                is_of_state, place = self._places[at]
+                given.append((state if is_of_state else others)[place])
+            else:
+                given.append(leaves[self._leaves.index(at)])
+        captured = self._result.filled(self._dynamo.graph(*given), given)
+        for place, value in zip(self._replaced, captured.buffers, strict=True):
+            state[place].copy_(value.detach())
+        return captured
+
+    def _facts(self) -> Iterator[Fact]:
+        """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
+        codes = {code for code in self._dynamo.codes if not _is_torchs(code)}
+        yield from _facts_of_functions(codes)
+        for kind in _classes(self._dynamo.objects):
+            yield from _facts_of_class(kind, set(self._dynamo.codes))
+        for table in global_module_hooks():
+            yield Fact("a hook of all modules", "{} == {}", (table, dict(table)))
+
+
+def _function_of(spec: StepSpec) -> FunctionType:
+    """What is captured: forward at the step's precision, then the metrics."""
+    forward, metrics = spec.forward, tuple(spec.metrics.user_metrics.values())
+    device, dtype = spec.device.type, autocast_dtype(spec.precision)
+
+    def step_forward(model: nn.Module, batch: Batch) -> Any:
+        if dtype is None:
+            output = forward(model, batch)
+        else:
+            with torch.autocast(device, dtype=dtype, cache_enabled=False):
+                output = forward(model, batch)
+        with torch.no_grad():
+            values = [metric(output.loss.detach(), output.predictions, output.targets) for metric in metrics]
+        return tuple(output), values
+
+    # Dynamo keeps names of its own among a function's globals.
+    own = {"__builtins__": __builtins__, "__name__": __name__, "torch": torch}
+    return FunctionType(step_forward.__code__, own, step_forward.__name__, None, step_forward.__closure__)
+
+
+def _walk(batch: Batch) -> Iterator[tuple[Tensor, bool]]:
+    """The tensors of a batch, in order, and whether the size of the first dimension is left open."""
+    for each in tensors(batch):
+        if isinstance(each, Ragged):
+            yield each.values, True
+            yield each.offsets, False
+        else:
+            yield each, False
+
+
+def _leaf_of(size: GraphInput, inputs: Sequence[GraphInput], leaves: Sequence[int]) -> tuple[int, int]:
+    """The leaf that a size is of, and the dimension."""
+    assert size.size_of is not None
+    name, dim = size.size_of
+    found = next((number for number, at in enumerate(leaves) if inputs[at].name == name), None)
+    if found is None:
+        raise EngineError(f"forward depends on the size of {name}, which it does not read otherwise")
+    return found, dim
+
+
+class _Result:
+    """How the function's result is made of what the graph returns and of its inputs.
+
+    Attributes:
+        replaced: the buffers that forward replaces: module and name.
+    """
+
+    def __init__(self, dynamo: DynamoCapture, model: nn.Module, batch: Batch, inputs: Sequence[Any]) -> None:
+        output = next(iter(reversed(dynamo.graph.graph.nodes)))
+        marks = [_Mark(number) for number in range(len(cast("Sequence[Any]", output.args[0])))]
+        twins: dict[nn.Module, nn.Module] = {}
+        result = dynamo.result(marks, _twin(model, twins), batch)
+        self.replaced = [
+            (module, name)
+            for module, twin in twins.items()
+            for name, buffer in twin.named_buffers(recurse=False, remove_duplicate=False)
+            if buffer is not module.get_buffer(name)
+        ]
+        buffers = [twins[module].get_buffer(name) for module, name in self.replaced]
+        self._leaves, self._spec = pytree.tree_flatten((*result, buffers))
+        places = {id(value): at for at, value in enumerate(inputs) if isinstance(value, Tensor)}
+        for number, leaf in enumerate(self._leaves):
+            if isinstance(leaf, Tensor):
+                if id(leaf) not in places:
+                    raise EngineError("forward returns a tensor that it has not computed and that is no input")
+                self._leaves[number] = _Input(places[id(leaf)])
+            elif not isinstance(leaf, _Mark | _Input | int | float | bool | str | type(None)):
+                raise EngineError(
+                    f"forward returns a {type(leaf).__name__}: a compiled step takes predictions and targets that are "
+                    "tensors, or tuples, lists and dicts of them"
+                )
+
+    def filled(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> Captured:
+        """The result for these outputs and inputs of the graph."""
+
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, _Mark):
+                return outputs[leaf.number]
+            return inputs[leaf.number] if isinstance(leaf, _Input) else leaf
+
+        output, metrics, buffers = pytree.tree_unflatten([fill(leaf) for leaf in self._leaves], self._spec)
+        return Captured(StepOutput(*output), metrics, buffers)
+
+
+def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module with the same attributes and tables of its own, in which a buffer can be replaced."""
+    if module not in twins:
+        twin = twins[module] = object.__new__(type(module))
+        vars(twin).update(vars(module))
+        vars(twin)["_buffers"] = dict(cast("Any", module)._buffers)
+        children: dict[str, Any] = cast("Any", module)._modules
+        vars(twin)["_modules"] = {
+            name: child if child is None else _twin(child, twins) for name, child in children.items()
+        }
+    return twins[module]
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Stands for an output of the graph."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Stands for an input of the graph that is returned as it is."""
+
+    number: int
+
+
+def _refuse_unfit(dynamo: DynamoCapture) -> None:
+    """Raises EngineError for what Dynamo follows with other results than Python's."""
+    for value, name in zip(dynamo.objects, dynamo.names, strict=True):
+        if isinstance(value, functools._lru_cache_wrapper):  # pyright: ignore[reportPrivateUsage]
+            raise EngineError(f"forward calls {name}, whose results functools caches: a graph would compute them anew")
+
+
+def _facts_of_functions(codes: set[CodeType]) -> Iterator[Fact]:
+    """The functions whose code was followed still have that code and these defaults."""
+    for function in gc.get_referrers(*codes) if codes else ():
+        if isinstance(function, FunctionType) and function.__code__ in codes:
+            reason = f"the code of {function.__qualname__}"
+            yield Fact(reason, "{}.__code__ is {}", (function, function.__code__))
+            yield Fact(reason, "{}.__defaults__ is {}", (function, function.__defaults__))
+
+
+def _classes(objects: Sequence[Any]) -> list[type]:
+    """The classes, and those of the objects, that may hold code which was followed."""
+    found = {value if isinstance(value, type) else type(value): None for value in objects}
+    return [kind for kind in found if issubclass(kind, nn.Module) or not _is_library(kind)]
+
+
+def _is_library(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types", "numpy")
+
+
+def _facts_of_class(kind: type, codes: set[CodeType]) -> Iterator[Fact]:
+    """The methods and properties that were followed are still what their names mean for objects of a class."""
+    own = ("forward", "__call__") if issubclass(kind, nn.Module) else ()
+    for name in dict.fromkeys(name for base in kind.__mro__ for name in vars(base)):
+        if not name.isidentifier():
+            continue
+        value = next(vars(base)[name] for base in kind.__mro__ if name in vars(base))
+        if name not in own and codes.isdisjoint(_codes_of(value)):
+            continue
+        reason = f"{kind.__qualname__}.{name}"
+        if isinstance(value, classmethod):
+            yield Fact(reason, f"{{}}.{name}.__func__ is {{}}", (kind, cast("Any", value).__func__))
+        else:
+            yield Fact(reason, f"{{}}.{name} is {{}}", (kind, getattr(kind, name)))
+
+
+def _codes_of(value: Any) -> Iterator[CodeType]:
+    """The code behind what a class holds under a name: a function, or a property's or method's."""
+    inner = ("fget", "fset", "fdel", "__func__", "func", "__wrapped__")
+    for each in (value, *[getattr(value, name, None) for name in inner]):
+        code = getattr(each, "__code__", None)
+        if isinstance(code, CodeType):
+            yield code
+
+
+def _is_torchs(code: CodeType) -> bool:
+    return code.co_filename.startswith(os.path.dirname(torch.__file__))

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fasttrain.step.batch_layout import BatchLayout
-from fasttrain.step.eager import run_forward
+from fasttrain.errors import EngineError
+from fasttrain.step.capture import Capture, Captured
 from fasttrain.step.optimizer import OptimizerStep
 from fasttrain.step.options import GroupOptions
 from fasttrain.step.scaling import LossScaling
-from fasttrain.step.spec import StepOutput, StepSpec
+from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import StepState
 from fasttrain.step.torch_private import recorded_as
 
 __all__ = ["Part", "StepFunction"]
-
-Batch = Any
 
 Part = Literal["whole", "gather", "last"]
 """whole: forward, backward, optimizer; gather: forward, backward, gradients added to those that are there; last: gather
@@ -30,14 +28,14 @@ class StepFunction:
     """A part of the step as a function of its tensors.
 
     Its inputs are, in this order: state, options (unless it gathers), gradients (unless it is whole; one for each
-    trained parameter), batch. It changes state and gathered gradients in place and returns the loss.
+    trained parameter), leaves of the batch. It changes state and gathered gradients in place and returns the loss.
 
     Args:
         spec: the step.
         part: what it computes.
         state: where everything is.
         options: of the optimizer's groups; is told what the optimizer's code asks for.
-        layout: of the batch.
+        capture: of forward, loss and metrics.
 
     Attributes:
         trained: the places (in the state) of the parameters that are trained.
@@ -45,13 +43,13 @@ class StepFunction:
     """
 
     def __init__(
-        self, spec: StepSpec, part: Part, state: StepState, options: GroupOptions, layout: BatchLayout
+        self, spec: StepSpec, part: Part, state: StepState, options: GroupOptions, capture: Capture
     ) -> None:
         self._spec = spec
         self._part = part
         self._state = state
         self._options = options
-        self._layout = layout
+        self._capture = capture
         places = [place for group in state.groups for place in group]
         self.trained = [place for place in places if state.tensors[place].requires_grad]
         self.reached: list[int] = []
@@ -63,9 +61,9 @@ class StepFunction:
         state = [next(rest) for _ in self._state.tensors]
         options = [] if part == "gather" else [next(rest) for _ in self._options.examples]
         gathered = [] if part == "whole" else [next(rest) for _ in self.trained]
-        batch = self._layout.rebuild(list(rest))
+        leaves = list(rest)
         scaling = None if spec.scaler is None else LossScaling(spec.scaler, *[state[at] for at in self._state.scaler])
-        output, gradients = self._backward(state, batch, scaling)
+        captured, gradients = self._backward(state, leaves, scaling)
         self.reached = list(gradients)
         with torch.no_grad():
             with recorded_as("backward"):
@@ -76,23 +74,33 @@ class StepFunction:
                 with recorded_as("optimizer"):
                     self._apply(state, gradients, options, scaling)
             with recorded_as("metrics"):
-                spec.metrics.accumulate(list(state[self._state.totals].unbind()), *output, 1.0)
-                return output.loss.detach()
+                cells = list(state[self._state.totals].unbind())
+                spec.metrics.accumulate(cells, *captured.output, 1.0, captured.metrics)
+                return captured.output.loss.detach()
 
     def _backward(
-        self, state: list[Tensor], batch: Batch, scaling: LossScaling | None
-    ) -> tuple[StepOutput, dict[int, Tensor]]:
+        self, state: list[Tensor], leaves: list[Tensor], scaling: LossScaling | None
+    ) -> tuple[Captured, dict[int, Tensor]]:
         """Forward and backward: the output and, by place of its parameter, each gradient that there is."""
         with torch.enable_grad(), recorded_as("forward"):
             variables = {place: state[place].detach().requires_grad_() for place in self.trained}
-            output = self._forward({**dict(enumerate(state)), **variables}, batch)
-            loss = output.loss if self._spec.accumulate == 1 else output.loss / self._spec.accumulate
+            others = [each.detach().requires_grad_(each.requires_grad) for each in self._capture.others]
+            frozen = [each for each in others if each.requires_grad]
+            tensors = [variables.get(place, tensor) for place, tensor in enumerate(state)]
+            captured = self._capture.call(tensors, leaves, others)
+            loss = captured.output.loss
+            loss = loss if self._spec.accumulate == 1 else loss / self._spec.accumulate
             loss = loss if scaling is None else scaling.scaled(loss)
         with recorded_as("backward"):
-            found = torch.autograd.grad(loss, list(variables.values()), allow_unused=True)
-            gradients = zip(self.trained, cast("Sequence[Tensor | None]", found), strict=True)
+            found = torch.autograd.grad(loss, [*variables.values(), *frozen], allow_unused=True)
+            if any(gradient is not None for gradient in found[len(variables) :]):
+                raise EngineError(
+                    "forward computes with a tensor that requires a gradient and is a parameter neither of the model "
+                    "nor of the optimizer: register it as one, or read it under torch.no_grad()"
+                )
+            gradients = zip(self.trained, cast("Sequence[Tensor | None]", found), strict=False)
             # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
-            return output, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
+            return captured, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
 
     def _apply(
         self, state: list[Tensor], gradients: dict[int, Tensor], options: list[Tensor], scaling: LossScaling | None
@@ -116,26 +124,3 @@ class StepFunction:
             torch.nn.utils.clip_grad_value_(parameters, spec.clip_value, foreach=False)
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm, foreach=False)
-
-    def _forward(self, tensors: dict[int, Tensor], batch: Batch) -> StepOutput:
-        places = {**self._state.parameters, **self._state.buffers}
-        members = {f"model.{name}": tensors[place] for name, place in places.items()}
-        given = dict(members)
-        output = torch.func.functional_call(_ForwardModule(self._spec), members, (batch,))
-        for name, place in self._state.buffers.items():
-            # A buffer that forward replaces instead of changing it: the user's own tensor takes the new value.
-            if members[f"model.{name}"] is not given[f"model.{name}"]:
-                tensors[place].copy_(members[f"model.{name}"].detach())
-        return output
-
-
-class _ForwardModule(nn.Module):
-    """Brings the user's function into a module, so that `functional_call` can swap the model's tensors for it."""
-
-    def __init__(self, spec: StepSpec) -> None:
-        super().__init__()
-        self.model = spec.model
-        self._spec = spec
-
-    def forward(self, batch: Batch) -> StepOutput:
-        return run_forward(self._spec, self._spec.forward, batch)

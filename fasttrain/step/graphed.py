@@ -16,7 +16,7 @@ from torch import Tensor
 from fasttrain.data.resident import Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError, first_line
-from fasttrain.step.capture import CapturedSpan, CapturedStep, CudaLane, Lane
+from fasttrain.step.cudagraph import CapturedSpan, CapturedStep, CudaLane, Lane
 from fasttrain.step.clock import Clock, Waits, clock_of
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.launch import Launcher

@@ -1,32 +1,31 @@
-"""What a traced step takes for granted, and the check before every step that it still holds.
+"""What a traced step depends on besides its inputs, and the check before every step that it has not changed.
 
-A traced graph remembers nothing of Python: a changed option, mode or tensor would keep its old meaning in silence.
-Plain values that forward reads are guarded where they can be found (see `python_state`); what no guard can see is what
-lies deeper in objects of the user's own, such as a number in a list.
+This module guards the optimizer, its parameter groups and state, the gradients and the metrics. Dynamo guards the Python
+values that forward reads (see `capture`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from operator import is_
-from types import CellType
 from typing import Any
 
 from torch import Tensor, get_default_dtype, is_grad_enabled
 
+from fasttrain.step.capture import Capture
 from fasttrain.step.options import GroupOptions
-from fasttrain.step.python_state import PLAIN, Read, modules_of, objects_of, plain_values_of
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import (
     NO_GRADIENT_HOOKS,
-    global_module_hooks,
     has_own_step,
-    module_tables,
     optimizer_hooks,
     scaler_tensors,
 )
 
 __all__ = ["Guards"]
+
+PLAIN = (bool, int, float, str, bytes, type(None))
+"""Values that compare by what they are."""
 
 
 class Guards:
@@ -38,10 +37,13 @@ class Guards:
     Args:
         spec: the step.
         options: of the optimizer's groups, None where the optimizer's step is not part of the trace.
+        capture: of forward, loss and metrics.
         is_gathering: whether the trace takes gradients that are there up; else there must be none.
     """
 
-    def __init__(self, spec: StepSpec, options: GroupOptions | None, *, is_gathering: bool = False) -> None:
+    def __init__(
+        self, spec: StepSpec, options: GroupOptions | None, capture: Capture, *, is_gathering: bool = False
+    ) -> None:
         self._facts = _Facts()
         _groups_facts(spec, self._facts)
         if options is not None:
@@ -51,7 +53,8 @@ class Guards:
             self._facts.add("a gradient that was there before the step", "{}.grad is None", parameter)
         for parameter in {id(each): each for each in (*spec.model.parameters(), *spec.trained())}.values():
             self._facts.add("a hook of a gradient", NO_GRADIENT_HOOKS, parameter)
-        _model_facts(spec, self._facts)
+        for fact in capture.facts:
+            self._facts.add(fact.reason, fact.expression, *fact.objects)
         _other_facts(spec, self._facts)
         self._hold = self._facts.all_hold()
 
@@ -59,7 +62,7 @@ class Guards:
         """What has changed since the trace, None where nothing has. Makes no host read."""
         try:
             return None if self._hold() else self._facts.first_broken()
-        except (KeyError, ValueError):  # an entry, or what a cell held, is gone
+        except (AttributeError, KeyError, ValueError):  # an entry, or what a cell held, is gone
             return self._facts.first_broken()
 
     def agree(self, other: Guards) -> bool:
@@ -114,7 +117,7 @@ class _Facts:
             try:
                 if not self._compiled(expression)():
                     return reason
-            except (KeyError, ValueError):
+            except (AttributeError, KeyError, ValueError):
                 return reason
         raise AssertionError("all facts hold")
 
@@ -175,32 +178,6 @@ def _options_facts(number: int, group: dict[str, Any], options: GroupOptions, fa
             facts.add(reason, "{}[{}] is {}", group, name, group[name])
         else:
             facts.add_value(reason, "{}[{}] == {}", group, name, group[name])
-
-
-def _model_facts(spec: StepSpec, facts: _Facts) -> None:
-    facts.add_tables("a hook of all modules", global_module_hooks())
-    own = set(spec.model.modules())
-    for _, module in modules_of(spec):
-        is_own = module in own
-        whose = "the model" if is_own else "what forward, the loss or a metric holds"
-        reason = f"a module, parameter, buffer or hook of {whose}"
-        facts.add_tables(reason, module_tables(module), are_inputs=is_own)
-    for _, module in modules_of(spec):
-        facts.add_value("train or eval mode of a module", "{}.training is {}", module, module.training)
-    for read in plain_values_of(spec):
-        facts.add(f"the value of {read.name!r}", f"{_held(read)} == {{}}", *_place(read), read.value)
-        facts.values.append(read.value)
-    for read in objects_of(spec):
-        facts.add(f"what {read.name!r} is", f"{_held(read)} is {{}}", *_place(read), read.value)
-        facts.values.append((read.name, id(read.value)))
-
-
-def _held(read: Read) -> str:
-    return "{}.cell_contents" if isinstance(read.holder, CellType) else "{}[{}]"
-
-
-def _place(read: Read) -> tuple[Any, ...]:
-    return (read.holder,) if isinstance(read.holder, CellType) else (read.holder, read.name)
 
 
 def _other_facts(spec: StepSpec, facts: _Facts) -> None:

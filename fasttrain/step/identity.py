@@ -17,7 +17,7 @@ from fasttrain.data.batch import tensors
 from fasttrain.data.ragged import Ragged
 from fasttrain.device import cpu_features, device_name, versions
 from fasttrain.step.build import GraphJob
-from fasttrain.step.python_state import PLAIN, callables_of, functions_of, objects_of, plain_values_of
+from fasttrain.step.guards import PLAIN
 from fasttrain.step.spec import StepSpec
 
 __all__ = ["job_signature", "program_key"]
@@ -60,14 +60,27 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
         options,
         [(leaf.shape, leaf.dtype) for leaf in leaves],
         (spec.precision, spec.accumulate, spec.clip_norm, spec.clip_value),
-        [(name, _name_of(value)) for name, value in callables_of(spec).items()],
-        [(_code_of(function.__code__), _plain(function.__defaults__ or ())) for function in functions_of(spec)],
-        [(read.name, read.value) for read in plain_values_of(spec)],
-        [(read.name, _name_of(read.value)) for read in objects_of(spec)],
+        [(name, _name_of(value), _code_behind(value)) for name, value in _callables_of(spec)],
+        [_code_behind(kind) for kind in dict.fromkeys(type(module) for module in spec.model.modules())],
         versions()["fasttrain"],
         torch.get_num_threads(),
         *_machine(spec.device),
     )
+
+
+def _callables_of(spec: StepSpec) -> Iterable[tuple[str, Any]]:
+    """What the user gave to be called: forward or the loss, and the metrics."""
+    return [*vars(spec.forward).items(), *spec.metrics.user_metrics.items()]
+
+
+def _code_behind(value: Any) -> object:
+    """The code and the plain defaults of a function, of a method, or of a module class's forward."""
+    function = getattr(value, "forward", value) if isinstance(value, type | nn.Module) else value
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return None
+    return _code_of(code), _plain(function.__defaults__ or ())
 
 
 @cache

@@ -44,7 +44,7 @@ class OptimizerStep:
         inputs: stand-ins for those of the options.
 
     Raises:
-        OptimizerNotTracedError: it has hooks, or a `step` that was replaced.
+        OptimizerNotTracedError: it is not one of torch's own, it has hooks, or a `step` that was replaced.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class OptimizerStep:
         options: GroupOptions,
         inputs: Sequence[Tensor],
     ) -> None:
+        if not type(optimizer).__module__.startswith("torch."):
+            raise OptimizerNotTracedError("it is not one of torch's own, and what its code reads is not known")
         if any(optimizer_hooks(optimizer)):
             raise OptimizerNotTracedError("it has hooks, which a compiled step would not call")
         if has_own_step(optimizer):

@@ -84,7 +84,7 @@ class TracedPart(TracedGraph):
         graph: takes state, options, gradients, batch and closed-over tensors, in this order (see `StepFunction`).
         inputs: what it was traced with, without the closed-over tensors.
         open_dims: for each of these, the dimensions whose size is left open.
-        closed_over: tensors that forward reads without being given them.
+        closed_over: tensors that forward reads besides the state and the batch, and constants of the graph.
         num_leaves: tensors of a batch.
 
     Attributes:

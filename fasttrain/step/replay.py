@@ -157,7 +157,7 @@ class Programs:
         """One step, by the first program that holds for the batch and the user's objects as they are, else eagerly."""
         for index, entry in enumerate(self._entries):
             inputs = entry.traced.inputs(batch)
-            if isinstance(inputs, Mismatch) and self._may_rebind and entry.traced.rebind():
+            if isinstance(inputs, Mismatch) and self._may_rebind and entry.traced.rebind(batch):
                 inputs = entry.traced.inputs(batch)
             if isinstance(inputs, Mismatch):
                 self.why_missed = inputs.reason
@@ -215,7 +215,7 @@ class Programs:
 
         def state_after_eager() -> list[Tensor]:
             if isinstance(traced.inputs(batch), Mismatch):
-                traced.rebind()  # a buffer that forward assigns anew
+                traced.rebind(batch)  # a buffer that forward assigns anew
             return traced.tensors
 
         # An optimizer that steps eagerly may keep Python state, which could not be brought back: it steps once.

@@ -99,7 +99,7 @@ class TracedSpan:
         self.step = step
         self.source = source
         self.steps = steps
-        columns = source.columns
+        columns = _read_columns(source.columns, step.leaf_places)
         self.tables = [each for column in columns for each in (column if isinstance(column, Ragged) else (column,))]
         leaves, standing = step.leaves(batch), step.standing_inputs()
         if leaves is None or isinstance(standing, Mismatch):
@@ -143,6 +143,24 @@ def _padded_to(source: ResidentBatches) -> int | None:
             f"the longest row has {source.longest:,} entries, and {source.batch_size} rows padded to it are too many"
         )
     return source.longest
+
+
+def _read_columns(columns: Sequence[Tensor | Ragged], places: Sequence[int | None]) -> list[Tensor | Ragged]:
+    """The columns that forward reads: those whose tensors have these numbers among all tensors of a batch.
+
+    Raises:
+        EngineError: it reads one of the two tensors of rows of unequal length without the other.
+    """
+    found: list[Tensor | Ragged] = []
+    first = 0
+    for column in columns:
+        of_column = range(first, first + (2 if isinstance(column, Ragged) else 1))
+        first = of_column.stop
+        if all(place in places for place in of_column):
+            found.append(column)
+        elif any(place in places for place in of_column):
+            raise EngineError("rows of unequal length are used otherwise than by sums")
+    return found
 
 
 def _refuse_other_leaves(leaves: Sequence[Tensor], columns: Sequence[Tensor | Ragged], rows: int) -> None:

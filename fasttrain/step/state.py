@@ -58,6 +58,10 @@ class StepState:
         metadata = [(t.shape, t.dtype, t.stride(), t.device, t.requires_grad) for t in self.tensors]
         return self.names, metadata, self.parameters, self.groups, self.buffers, self.slots, self.totals, self.scaler
 
+    def place_of(self, tensor: Tensor) -> int | None:
+        """Where a tensor is in `tensors`; None where it is no part of the state."""
+        return self._places.get(id(tensor))
+
     def refuse_overlaps(self) -> None:
         """Checks that each tensor is plain memory and that no two share any, which a graph could not know.
 

@@ -9,8 +9,8 @@ Where the optimizer's step cannot be recorded there is the first of these alone,
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain.errors import EngineError, first_line
-from fasttrain.step.attributes import Attributes
-from fasttrain.step.batch_layout import BatchLayout
+from fasttrain.step.capture import Capture
 from fasttrain.step.function import Part, StepFunction
 from fasttrain.step.gradients import Gradients
 from fasttrain.step.guards import Guards
 from fasttrain.step.kernels import use_kernels
 from fasttrain.step.optimizer import OptimizerNotTracedError
 from fasttrain.step.options import MOVED, GroupOptions
-from fasttrain.step.python_state import RandomNumbers, containers_of, modules_of, plain_values_of
 from fasttrain.step.recorded import TracedPart
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import StepState
@@ -57,7 +55,7 @@ class TracedStep:
         spec: the step.
         parts: its graphs: one for the whole step; or one that gathers gradients and one that ends a group of batches;
             or the first of these alone.
-        batch: the example that was traced.
+        capture: of forward, loss and metrics.
         state: the tensors that they change.
         options: of the optimizer's groups.
         why_eager: why the optimizer steps eagerly after the graph; None where its step is recorded.
@@ -72,7 +70,7 @@ class TracedStep:
         self,
         spec: StepSpec,
         parts: Sequence[TracedPart],
-        batch: Batch,
+        capture: Capture,
         state: StepState,
         options: GroupOptions,
         why_eager: str | None = None,
@@ -80,8 +78,10 @@ class TracedStep:
         self.spec = spec
         self.parts = parts
         self.why_eager = why_eager
-        self._layout = BatchLayout(batch)
+        self._capture = capture
         self._options = options
+        of_others = {id(tensor): number for number, tensor in enumerate(capture.others)}
+        self._others = [[of_others.get(id(tensor)) for tensor in part.closed_over] for part in parts]
         self._bind(state, self._new_guards())
 
     @property
@@ -91,8 +91,13 @@ class TracedStep:
 
     @property
     def open_dims(self) -> Sequence[frozenset[int]]:
-        """For each tensor of a batch, the dimensions whose size is left open."""
-        return self._layout.open_dims
+        """For each tensor of a batch that forward reads, the dimensions whose size is left open."""
+        return self._capture.open_dims
+
+    @property
+    def leaf_places(self) -> Sequence[int | None]:
+        """For each tensor of a batch that forward reads, its number among all; None where a walk does not meet it."""
+        return self._capture.leaf_places
 
     @property
     def remark(self) -> str:
@@ -117,12 +122,12 @@ class TracedStep:
 
         Makes no host read.
         """
-        standing = self.standing_inputs()
+        standing = self._standing()
         if isinstance(standing, Mismatch):
             return standing
-        leaves = self._layout.flatten(batch)
-        if leaves is None:
-            return Mismatch("the structure of the batch")
+        leaves = self._capture.leaves(batch)
+        if isinstance(leaves, str):
+            return Mismatch(leaves)
         due = self.due
         part = self.parts[due]
         gradients = [] if part.part == "whole" else self._gradients[due].current()
@@ -134,6 +139,12 @@ class TracedStep:
 
     def standing_inputs(self) -> list[Tensor] | Mismatch:
         """The first inputs of the due graph, which are the same for every batch: state and options."""
+        standing = self._standing()
+        if not isinstance(standing, Mismatch) and isinstance(reason := self._capture.leaves(), str):
+            return Mismatch(reason)
+        return standing
+
+    def _standing(self) -> list[Tensor] | Mismatch:
         reason = self._guards.mismatch()
         if reason is not None:
             return Mismatch(reason)
@@ -143,8 +154,9 @@ class TracedStep:
         return Mismatch("an option of a parameter group") if options is None else [*self.tensors, *options]
 
     def leaves(self, batch: Batch) -> list[Tensor] | None:
-        """The tensors of a batch in the graphs' order, None where it is not laid out like the one that was traced."""
-        return self._layout.flatten(batch)
+        """The tensors of a batch in the graphs' order, None where the graphs do not hold for it."""
+        found = self._capture.leaves(batch)
+        return None if isinstance(found, str) else found
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Tensor:
@@ -163,23 +175,33 @@ class TracedStep:
         elif self.parts[due].part == "last":
             self._gradients[due].drop()
 
-    def rebind(self) -> bool:
+    def rebind(self, batch: Batch | None = None) -> bool:
         """Takes up tensors that were replaced by others of the same kind, as `load_state_dict` does.
+
+        Args:
+            batch: one for which the step is to hold; None: the example that was traced.
 
         Returns:
             False where nothing was replaced, or more has changed than that: trace anew.
         """
-        if self._guards.mismatch() is None:
+        if self._guards.mismatch() is None and not isinstance(self._capture.leaves(batch), str):
             return False
         state, guards = StepState(self.spec), self._new_guards()
-        if state.signature != self._signature or not guards.agree(self._guards):
+        if guards.mismatch() is not None or state.signature != self._signature or not guards.agree(self._guards):
             return False
-        self._bind(state, guards)
-        return True
+        with suppress(EngineError):
+            if self._capture.bind(state, batch):
+                for part, others in zip(self.parts, self._others, strict=True):
+                    for place, number in enumerate(others):
+                        if number is not None:
+                            part.closed_over[place] = self._capture.others[number]
+                self._bind(state, guards)
+                return True
+        return False
 
     def _new_guards(self) -> Guards:
         options = None if self.why_eager is not None else self._options
-        return Guards(self.spec, options, is_gathering=self.parts[0].part != "whole")
+        return Guards(self.spec, options, self._capture, is_gathering=self.parts[0].part != "whole")
 
     def _bind(self, state: StepState, guards: Guards) -> None:
         self.tensors = state.tensors
@@ -214,94 +236,62 @@ def trace_step(spec: StepSpec, batch: Batch) -> TracedStep:
 def _trace(spec: StepSpec, batch: Batch) -> TracedStep:
     """The step as far as it can be recorded."""
     parts: list[Part] = ["whole"] if spec.accumulate == 1 else ["gather", "last"]
+    capture = Capture(spec, batch)
     try:
-        return _trace_parts(spec, batch, parts, MOVED)
+        return _trace_parts(spec, batch, capture, parts, MOVED)
     except OptimizerNotTracedError as error:
         if any(name in group for group in spec.optimizer.param_groups for name in MOVED[1:]):
             # Its code may ask more of an option than its sign.
             with suppress(OptimizerNotTracedError):
-                return _trace_parts(spec, batch, parts, MOVED[:1])
-        return _trace_parts(spec, batch, ["gather"], (), str(error))
+                return _trace_parts(spec, batch, capture, parts, MOVED[:1])
+        return _trace_parts(spec, batch, capture, ["gather"], (), str(error))
 
 
 def _trace_parts(
-    spec: StepSpec, batch: Batch, parts: Sequence[Part], moved: Sequence[str], why_eager: str | None = None
+    spec: StepSpec,
+    batch: Batch,
+    capture: Capture,
+    parts: Sequence[Part],
+    moved: Sequence[str],
+    why_eager: str | None = None,
 ) -> TracedStep:
-    layout, state = BatchLayout(batch), StepState(spec)
-    options = GroupOptions(spec.optimizer, spec.device, moved)
-    traced = [_trace_part(spec, part, batch, layout, state, options) for part in parts]
-    return TracedStep(spec, traced, batch, state, options, why_eager)
+    state, options = StepState(spec), GroupOptions(spec.optimizer, spec.device, moved)
+    capture.bind(state, batch)
+    traced = [_trace_part(spec, part, batch, capture, state, options) for part in parts]
+    return TracedStep(spec, traced, capture, state, options, why_eager)
 
 
 def _trace_part(
-    spec: StepSpec, part: Part, batch: Batch, layout: BatchLayout, state: StepState, options: GroupOptions
+    spec: StepSpec, part: Part, batch: Batch, capture: Capture, state: StepState, options: GroupOptions
 ) -> TracedPart:
-    leaves = layout.flatten(batch)
-    assert leaves is not None
-    function = StepFunction(spec, part, state, options, layout)
+    leaves = capture.leaves(batch)
+    if isinstance(leaves, str):
+        raise EngineError(f"forward reads what changes while it is captured: {leaves}")
+    function = StepFunction(spec, part, state, options, capture)
     before = list(state.tensors) if part == "gather" else [*state.tensors, *options.examples]
     gradients = [] if part == "whole" else [torch.zeros_like(state.tensors[place]) for place in function.trained]
     fixed: list[frozenset[int]] = [frozenset()] * (len(before) + len(gradients))
-    graph = _record(spec, function, [*before, *gradients, *leaves], [*fixed, *layout.open_dims])
+    graph = _record(function, [*before, *gradients, *leaves], [*fixed, *capture.open_dims])
     closed_over = _lift_closed_over(graph)
-    state.refuse_closed_over(closed_over)
     if part != "whole":
         gradients = _drop_unreached(graph, function, len(before), gradients)
     use_kernels(graph)
     prepare_for_inductor(graph)
     inputs = [*before, *gradients, *leaves]
     fixed = [frozenset()] * (len(inputs) - len(leaves))
-    return TracedPart(function, part, graph, inputs, [*fixed, *layout.open_dims], closed_over, len(leaves))
+    return TracedPart(function, part, graph, inputs, [*fixed, *capture.open_dims], closed_over, len(leaves))
 
 
 def _record(
-    spec: StepSpec, function: StepFunction, inputs: Sequence[Tensor], open_dims: Sequence[frozenset[int]]
+    function: StepFunction, inputs: Sequence[Tensor], open_dims: Sequence[frozenset[int]]
 ) -> torch.fx.GraphModule:
-    with _unchanged(spec):
-        graph = trace_graph(function, inputs, open_dims)
+    graph = trace_graph(function, inputs, open_dims)
     if not has_onednn_lstm(graph):
         return graph
     # Its backward cannot be compiled; without oneDNN, torch records the cell's own operators. Only where it must be:
     # without oneDNN torch also takes the results of convolutions for contiguous that are channels_last when they run.
-    with without_onednn(), _unchanged(spec):
+    with without_onednn():
         return trace_graph(function, inputs, open_dims)
-
-
-@contextmanager
-def _unchanged(spec: StepSpec) -> Generator[None]:
-    """Puts back after a trace what it has changed, such as attributes that it leaves tensors in which hold no values.
-
-    Raises:
-        EngineError: forward has changed something: a graph would not, and later steps may read it.
-    """
-    modules = [(name, module, Attributes(vars(module))) for name, module in modules_of(spec)]
-    containers, values, numbers = Attributes(containers_of(spec)), plain_values_of(spec), RandomNumbers(spec)
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        for name, module, attributes in modules:
-            remade = _REMADE if isinstance(module, nn.RNNBase) else ()
-            changed += [f"{name}.{each}".lstrip(".") for each in attributes.changed() if each not in remade]
-            attributes.put_back()
-        changed += containers.changed()
-        containers.put_back()
-        changed += [read.name for read in values if read.put_back()]
-        are_drawn = numbers.put_back()
-    if are_drawn:
-        raise EngineError(
-            "forward draws random numbers from Python's or numpy's generator, and a compiled step would keep those "
-            "that it was traced with: draw them from torch's"
-        )
-    if changed:
-        raise EngineError(
-            f"forward changes {changed[0]!r}, which a compiled step would not do: if it is to be kept from step to "
-            "step, make it a buffer of the model (register_buffer), else do not keep it"
-        )
-
-
-_REMADE = ("_flat_weights", "_flat_weight_refs")
-"""torch's own lists of a recurrent module's weights, which its forward makes anew where other weights are put in."""
 
 
 def _drop_unreached(
@@ -344,11 +334,6 @@ def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
         if node.op != "get_attr" or all(user.target is _LIFT_FRESH for user in node.users):
             continue  # the second kind is a constant made in forward: torch.tensor(2.0)
         tensor = getattr(graph, node.target)
-        if tensor.requires_grad:
-            raise EngineError(
-                f"forward uses a tensor of shape {list(tensor.shape)} that requires a gradient and is no parameter of "
-                "the model: register it as one"
-            )
         if id(tensor) not in lifted:
             with graph.graph.inserting_after(last):
                 last = graph.graph.placeholder(f"closed_over_{len(lifted)}")

@@ -4,6 +4,7 @@ Each has a canary in tests/step: test_torch_private.py, test_torch_objects.py, t
 test_scratch.py or test_marked.py.
 """
 
+from fasttrain.step.torch_private.dynamo import DynamoCapture, GraphInput, capture_function, scope_of
 from fasttrain.step.torch_private.graphs import (
     global_module_hooks,
     has_onednn_lstm,
@@ -41,6 +42,9 @@ from fasttrain.step.torch_private.programs import (
 __all__ = [
     "NO_GRADIENT_HOOKS",
     "Compilation",
+    "DynamoCapture",
+    "GraphInput",
+    "capture_function",
     "compilations",
     "compile_package",
     "dynamo_error",
@@ -60,6 +64,7 @@ __all__ = [
     "recorded_as",
     "reported_as_compiling",
     "run_backward",
+    "scope_of",
     "scaler_tensors",
     "step_optimizer",
     "tensor_check",

@@ -1,0 +1,301 @@
+"""Dynamo's capture of a function as one graph, with guards that can be checked outside of its frame cache."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from types import CodeType, FunctionType, SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import EngineError
+
+__all__ = ["DynamoCapture", "GraphInput", "capture_function", "scope_of"]
+
+_OPTIONS: dict[str, Any] = {
+    # Guards that Dynamo leaves out by default, for speed.
+    "skip_nnmodule_hook_guards": False,
+    "skip_no_tensor_aliasing_guards_on_parameters": False,
+    "skip_tensor_guards_with_matching_dict_tags": False,
+    "assume_dunder_attributes_remain_unchanged": False,
+    # Dynamo would draw numpy's random numbers from torch's generator, and a bare graph drops side effects.
+    "trace_numpy": False,
+    "side_effect_replay_policy": "error",
+    "replay_side_effects": False,
+    # A host value in the graph would be one read of the device a step.
+    "capture_scalar_outputs": False,
+    "capture_dynamic_output_shape_ops": False,
+    "allow_rnn": True,
+    "trace_autograd_ops": False,
+    "suppress_errors": False,
+    "verbose": False,
+}
+
+_BUFFERS_OF_MODEL = re.compile(r"L\['model'\](\._modules\['[^']+'\])*\._buffers")
+"""The one thing that forward may replace: a buffer, by another tensor."""
+
+
+class GraphInput(NamedTuple):
+    """One input of a captured graph.
+
+    Attributes:
+        name: the expression that reads it, such as `model._modules['fc'].weight`.
+        argument: the function's argument that it is reached through; None: a closure or a global.
+        size_of: for the size of a tensor: that tensor's own name and the dimension; None for a tensor.
+    """
+
+    name: str
+    argument: str | None
+    size_of: tuple[str, int] | None
+
+
+class _InputsRead(BaseException):
+    """Ends a run of Dynamo's bytecode once it has read the graph's inputs."""
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        self.inputs = inputs
+
+
+class DynamoCapture:
+    """A function as Dynamo captured it: a graph, where its inputs come from, and the guards under which it holds.
+
+    Attributes:
+        graph: takes what `read` gives and returns a tuple of tensors.
+        inputs: what these inputs are.
+        objects: every Python object that a guard looks at. While they are alive, none of their ids is used again.
+        codes: the code that Dynamo followed, in order.
+    """
+
+    def __init__(self, function: FunctionType, output: Any, guards: Any, scope: dict[str, Any]) -> None:
+        captured = output.graph_capture_output
+        self.graph: torch.fx.GraphModule = output.backend_input.graph_module
+        self.codes: list[CodeType] = list(dict.fromkeys(captured.traced_code))
+        self._guards = guards
+        self._manager: Any = guards.guard_manager
+        sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source
+        self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
+        self.objects, self.names = _reached(captured.output_graph.guards, scope, function.__globals__)
+        self._backend_id: str = output.backend_input.backend_id
+        names: dict[str, Any] = {
+            **function.__globals__,
+            **{alias: _imported(name) for alias, name in captured.import_sources.items()},
+            self._backend_id: self._stop,
+        }
+        self._names = names
+        self._bytecode = FunctionType(captured.bytecode, names, closure=captured.closure, argdefs=captured.argdefs)
+
+    @staticmethod
+    def _stop(*inputs: Any) -> None:
+        raise _InputsRead(inputs)
+
+    def holds(self, scope: dict[str, Any]) -> bool:
+        """Whether every guard holds, given the function's arguments and closure by name."""
+        return self._manager.check(scope)
+
+    def first_broken(self, scope: dict[str, Any]) -> str:
+        """What the first guard that does not hold is about, with the user's expression and line."""
+        found = self._manager.check_verbose(scope)
+        parts = [str(part) for part in found.verbose_code_parts]
+        return _described(parts[0]) if parts else "what forward reads"
+
+    def read(self, *arguments: Any) -> tuple[Any, ...]:
+        """The graph's inputs, read anew from the user's objects."""
+        try:
+            self._bytecode(*arguments)
+        except _InputsRead as found:
+            return found.inputs
+        raise AssertionError("the bytecode calls the graph")
+
+    def result(self, outputs: Sequence[Any], *arguments: Any) -> Any:
+        """What the function returns where the graph returns `outputs`."""
+        names = {**self._names, self._backend_id: lambda *_: tuple(outputs)}
+        own = self._bytecode
+        return FunctionType(own.__code__, names, closure=own.__closure__, argdefs=own.__defaults__)(*arguments)
+
+
+def capture_function(
+    function: FunctionType, arguments: dict[str, Any], open_dims: Sequence[tuple[Tensor, int]]
+) -> DynamoCapture:
+    """Captures a function of these arguments as one graph. Runs none of its code and changes none of its objects.
+
+    Args:
+        function: what to capture. Its globals must be a dict of its own, in which Dynamo keeps names.
+        arguments: by name, in order.
+        open_dims: tensors and those of their dimensions whose size the graph leaves open.
+
+    Raises:
+        EngineError: there is something that no graph can hold; the message names the line.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.convert_frame import fullgraph_capture
+    from torch._dynamo.eval_frame import set_enable_dynamic
+    from torch._dynamo.utils import dynamo_timed, get_metrics_context
+    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
+
+    with ExitStack() as stack:
+        stack.enter_context(config.patch({name: value for name, value in _OPTIONS.items() if hasattr(config, name)}))
+        stack.enter_context(get_metrics_context())
+        stack.enter_context(dynamo_timed("fullgraph_capture"))
+        stack.enter_context(set_enable_dynamic(False))
+        stack.enter_context(torch_function_mode_stack_state_mgr)
+        for tensor, dim in open_dims:
+            _leave_open(tensor, dim, stack)
+        try:
+            try:
+                output = fullgraph_capture(function, tuple(arguments.values()))
+            except RuntimeError as error:
+                changed = _side_effects(error)
+                if not changed or not all(map(_BUFFERS_OF_MODEL.fullmatch, changed)):
+                    raise
+                stack.enter_context(config.patch(side_effect_replay_policy="silent", replay_side_effects=True))
+                output = fullgraph_capture(function, tuple(arguments.values()))
+            if output.backend_input is None:
+                raise EngineError("forward computes nothing from tensors")
+            guards = output.graph_capture_output.build_guards(function.__code__)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(_why_refused(error)) from error
+        return DynamoCapture(function, output, guards, scope_of(function, arguments))
+
+
+def scope_of(function: FunctionType, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The locals that guards of a function look at: its arguments and what it closes over."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {**{name: cell.cell_contents for name, cell in cells}, **arguments}
+
+
+def _leave_open(tensor: Tensor, dim: int, stack: ExitStack) -> None:
+    before = set(vars(tensor))
+    torch._dynamo.mark_dynamic(tensor, dim)
+
+    def forget() -> None:
+        for name in set(vars(tensor)) - before:
+            delattr(tensor, name)
+
+    stack.callback(forget)
+
+
+def _imported(name: str) -> Any:
+    module = import_module(name)
+    if name != "torch._dynamo.utils":
+        return module
+    # Its bytecode notes each run for a profiler, which takes longer than the rest of it.
+    nothing: dict[str, Any] = {
+        "record_pregraph_bytecode_enter": lambda: None,
+        "record_pregraph_bytecode_exit": lambda _: None,
+    }
+    return SimpleNamespace(**{**vars(module), **nothing})
+
+
+def _graph_input(source: Any) -> GraphInput:
+    from torch._dynamo.source import LocalSource, TensorPropertySource
+
+    size_of = None
+    if isinstance(source, TensorPropertySource):
+        size_of = _spelled(source.base.name), cast("int", source.idx or 0)
+    base = source
+    while getattr(base, "base", None) is not None:
+        base = base.base
+    is_argument = isinstance(base, LocalSource) and base.is_input
+    return GraphInput(_spelled(source.name), base.local_name if is_argument else None, size_of)
+
+
+def _spelled(name: str) -> str:
+    """A source's expression as a user would write it."""
+    name = re.sub(r"\b[LG]\['(?:__import_)?(\w+)'\]", lambda match: match[1].replace("_dot_", "."), name)
+    name = re.sub(r"\._modules\['([A-Za-z_]\w*)'\]", r".\1", name)
+    name = re.sub(r"\._modules\['(\w+)'\]", r"[\1]", name)
+    return re.sub(r"\._(?:parameters|buffers)\['(\w+)'\]", r".\1", name)
+
+
+def _reached(guards: Any, scope: dict[str, Any], global_scope: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """The objects that guards look at, each once, and the expressions that read them."""
+    from torch._dynamo.guards import _get_closure_vars
+
+    names: dict[str, Any] = {**_get_closure_vars(), "L": scope, "G": global_scope}
+    found: dict[int, tuple[Any, str]] = {}
+    for guard in guards:
+        if not guard.name:
+            continue
+        try:
+            value = eval(guard.name, names)  # Dynamo's own expression, as its guards evaluate it
+        except Exception:  # of what is not there, such as an attribute that `hasattr` was asked about
+            continue
+        found.setdefault(id(value), (value, guard.name))
+    return [value for value, _ in found.values()], [name for _, name in found.values()]
+
+
+def _described(part: str) -> str:
+    """A guard's own words: `expression  # line of code  # file:line in function`."""
+    expression, *comments = part.split("  # ")
+    where = "".join(f" ({comment.strip()})" for comment in comments[-1:])
+    return f"{_spelled(expression)}{where}"
+
+
+def _side_effects(error: BaseException) -> list[str]:
+    """The sources that forward changes, if that is what the error is about."""
+    _, is_found, listed = str(error).partition("potential sources you can double check: ")
+    return ast.literal_eval(listed[: listed.rindex("]") + 1]) if is_found else []
+
+
+def _why_refused(error: Exception) -> str:
+    changed = _side_effects(error)
+    if changed:
+        return (
+            f"forward changes {_spelled(changed[0])!r}, which a compiled step would not do: if it is to be kept from "
+            "step to step, make it a buffer of the model (register_buffer), else do not keep it"
+        )
+    return f"{_advice(str(error))}{_place(error)}"
+
+
+def _advice(text: str) -> str:
+    """What cannot be compiled, and what to write instead, for what users write most often."""
+    first = text.strip().splitlines()[0] if text.strip() else "it cannot be traced"
+    for words, advice in _ADVICE:
+        if any(word in text for word in words):
+            return advice
+    return f"forward cannot be captured as one graph: {first}"
+
+
+_ADVICE = (
+    (
+        ("data-dependent", "Data-dependent", "Tensor.item()", "capture_scalar_outputs", "_local_scalar_dense"),
+        "forward reads a tensor's value on the host (as .item(), bool(), tolist() or a branch on a tensor do); use "
+        "operators on tensors such as torch.where instead",
+    ),
+    (
+        ("dynamic shape operator", "capture_dynamic_output_shape_ops"),
+        "forward makes a tensor whose size depends on values (as nonzero or a boolean index do); use torch.where or a "
+        "mask of fixed size instead",
+    ),
+    (
+        ("trace_numpy", ".numpy()", "numpy"),
+        "forward calls numpy, which reads tensors on the host and draws random numbers of its own; use torch instead",
+    ),
+    (
+        ("Random.", "random.Random", "random.random"),
+        "forward draws random numbers from Python's generator, and a compiled step would keep the first ones; draw "
+        "them from torch's instead",
+    ),
+)
+
+
+def _place(error: BaseException) -> str:
+    """The user's line: the innermost one that is not torch's own."""
+    frames: list[Any] = list(getattr(error, "real_stack", None) or ())
+    inside = os.path.dirname(torch.__file__)
+    own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for frame in reversed(frames):
+        if not frame.filename.startswith((inside, own)):
+            line = (frame.line or "").strip()
+            return f": {line!r} in {os.path.basename(frame.filename)}:{frame.lineno}"
+    return ""
