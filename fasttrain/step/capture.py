@@ -91,6 +91,7 @@ class Capture:
         inputs = self._dynamo.inputs
         places = {id(tensor): place for place, (tensor, _) in reversed(list(enumerate(walked)))}
         found = self._dynamo.read(spec.model, batch)
+        _refuse_made_anew(inputs, found, self._dynamo.read(spec.model, batch))
         leaves = [at for at, each in enumerate(inputs) if each.argument == "batch" and each.size_of is None]
         self._leaves = sorted(leaves, key=lambda at: places.get(id(found[at]), len(walked)))
         self.leaf_places = [places.get(id(found[at])) for at in self._leaves]
@@ -189,7 +190,7 @@ class Capture:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
         codes = {code for code in self._dynamo.codes if not _is_torchs(code)}
         yield from _facts_of_functions(codes)
-        for kind in _classes(self._dynamo.objects):
+        for kind in _classes([value for value, _ in self._dynamo.objects]):
             yield from _facts_of_class(kind, set(self._dynamo.codes))
         for table in global_module_hooks():
             yield Fact("a hook of all modules", "{} == {}", (table, dict(table)))
@@ -308,9 +309,16 @@ class _Input:
 
 def _refuse_unfit(dynamo: DynamoCapture) -> None:
     """Raises EngineError for what Dynamo follows with other results than Python's."""
-    for value, name in zip(dynamo.objects, dynamo.names, strict=True):
-        if isinstance(value, functools._lru_cache_wrapper):  # pyright: ignore[reportPrivateUsage]
-            raise EngineError(f"forward calls {name}, whose results functools caches: a graph would compute them anew")
+    for value, name in dynamo.objects:
+        if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
+            raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
+
+
+def _refuse_made_anew(inputs: Sequence[GraphInput], found: Sequence[Any], again: Sequence[Any]) -> None:
+    """Raises EngineError for an input that is no tensor of the user's, such as a numpy value that Dynamo converts."""
+    for each, value, other in zip(inputs, found, again, strict=True):
+        if each.size_of is None and (value is not other or not isinstance(value, Tensor)):
+            raise EngineError(f"forward reads the numpy value {each.name}: make it a Python number or a tensor")
 
 
 def _facts_of_functions(codes: set[CodeType]) -> Iterator[Fact]:

@@ -70,7 +70,8 @@ class DynamoCapture:
     Attributes:
         graph: takes what `read` gives and returns a tuple of tensors.
         inputs: what these inputs are.
-        objects: every Python object that a guard looks at. While they are alive, none of their ids is used again.
+        objects: every Python object that a guard looks at, and what the user calls it, with the line. While they are
+            alive, none of their ids is used again.
         codes: the code that Dynamo followed, in order.
     """
 
@@ -82,7 +83,7 @@ class DynamoCapture:
         self._manager: Any = guards.guard_manager
         sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
-        self.objects, self.names = _reached(captured.output_graph.guards, scope, function.__globals__)
+        self.objects = _reached(captured.output_graph.guards, scope, function.__globals__)
         self._backend_id: str = output.backend_input.backend_id
         names: dict[str, Any] = {
             **function.__globals__,
@@ -217,8 +218,8 @@ def _spelled(name: str) -> str:
     return re.sub(r"\._(?:parameters|buffers)\['(\w+)'\]", r".\1", name)
 
 
-def _reached(guards: Any, scope: dict[str, Any], global_scope: dict[str, Any]) -> tuple[list[Any], list[str]]:
-    """The objects that guards look at, each once, and the expressions that read them."""
+def _reached(guards: Any, scope: dict[str, Any], global_scope: dict[str, Any]) -> list[tuple[Any, str]]:
+    """The objects that guards look at, each once, and what the user calls them, with the line that reads them."""
     from torch._dynamo.guards import _get_closure_vars
 
     names: dict[str, Any] = {**_get_closure_vars(), "L": scope, "G": global_scope}
@@ -230,8 +231,9 @@ def _reached(guards: Any, scope: dict[str, Any], global_scope: dict[str, Any]) -
             value = eval(guard.name, names)  # Dynamo's own expression, as its guards evaluate it
         except Exception:  # of what is not there, such as an attribute that `hasattr` was asked about
             continue
-        found.setdefault(id(value), (value, guard.name))
-    return [value for value, _ in found.values()], [name for _, name in found.values()]
+        if id(value) not in found:
+            found[id(value)] = value, f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
+    return list(found.values())
 
 
 def _described(part: str) -> str:
@@ -247,12 +249,24 @@ def _side_effects(error: BaseException) -> list[str]:
     return ast.literal_eval(listed[: listed.rindex("]") + 1]) if is_found else []
 
 
+def _place_of_change(error: BaseException) -> str:
+    """The line of the first side effect: the error does not carry it, but Dynamo's state in its traceback does."""
+    trace = error.__traceback__
+    while trace is not None:
+        effects = getattr(trace.tb_frame.f_locals.get("self"), "side_effects", None)
+        for stacks in getattr(effects, "mutation_user_stacks", {}).values():
+            for stack in stacks:
+                if place := _place_of(stack):
+                    return place
+        trace = trace.tb_next
+    return ""
+
+
 def _why_refused(error: Exception) -> str:
-    changed = _side_effects(error)
-    if changed:
+    if _side_effects(error):
         return (
-            f"forward changes {_spelled(changed[0])!r}, which a compiled step would not do: if it is to be kept from "
-            "step to step, make it a buffer of the model (register_buffer), else do not keep it"
+            f"forward changes Python objects, which a compiled step would not do{_place_of_change(error)}. What is to be "
+            "kept from step to step belongs in a buffer of the model (register_buffer)"
         )
     return f"{_advice(str(error))}{_place(error)}"
 
@@ -269,8 +283,8 @@ def _advice(text: str) -> str:
 _ADVICE = (
     (
         ("data-dependent", "Data-dependent", "Tensor.item()", "capture_scalar_outputs", "_local_scalar_dense"),
-        "forward reads a tensor's value on the host (as .item(), bool(), tolist() or a branch on a tensor do); use "
-        "operators on tensors such as torch.where instead",
+        "forward reads the value of a tensor or numpy scalar on the host (as .item(), bool(), tolist() or a branch on one "
+        "do); use operators on tensors such as torch.where instead",
     ),
     (
         ("dynamic shape operator", "capture_dynamic_output_shape_ops"),
@@ -290,12 +304,13 @@ _ADVICE = (
 
 
 def _place(error: BaseException) -> str:
-    """The user's line: the innermost one that is not torch's own."""
-    frames: list[Any] = list(getattr(error, "real_stack", None) or ())
-    inside = os.path.dirname(torch.__file__)
-    own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for frame in reversed(frames):
-        if not frame.filename.startswith((inside, own)):
-            line = (frame.line or "").strip()
-            return f": {line!r} in {os.path.basename(frame.filename)}:{frame.lineno}"
+    return _place_of(getattr(error, "real_stack", None) or ())
+
+
+def _place_of(frames: Sequence[Any]) -> str:
+    """The user's line: the innermost one that is neither torch's nor ours."""
+    inside = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    for frame in reversed(list(frames)):
+        if not frame.filename.startswith(inside):
+            return f": {(frame.line or '').strip()!r} in {os.path.basename(frame.filename)}:{frame.lineno}"
     return ""
