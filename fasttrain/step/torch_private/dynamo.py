@@ -273,33 +273,40 @@ def _why_refused(error: Exception) -> str:
 
 def _advice(text: str) -> str:
     """What cannot be compiled, and what to write instead, for what users write most often."""
-    first = text.strip().splitlines()[0] if text.strip() else "it cannot be traced"
-    for words, advice in _ADVICE:
-        if any(word in text for word in words):
-            return advice
-    return f"forward cannot be captured as one graph: {first}"
+    told = text.partition("Hint:")[0].partition("from user code:")[0]
+    for pattern, advice in _ADVICE:
+        if found := re.search(pattern, told):
+            return advice.format(*found.groups())
+    first = told.strip().partition("\n")[0]
+    return f"forward cannot be captured as one graph: {first or 'for an unknown reason'}"
 
 
 _ADVICE = (
     (
-        ("data-dependent", "Data-dependent", "Tensor.item()", "capture_scalar_outputs", "_local_scalar_dense"),
+        r"pack_padded_sequence|pad_packed_sequence",
+        "forward packs sequences, which reads their lengths on the host; mask the padded steps instead",
+    ),
+    (
+        r"[Dd]ata-dependent|Tensor\.item\(\)|scalar_outputs|_local_scalar_dense|got SymInt|Tensor\.tolist",
         "forward reads the value of a tensor or numpy scalar on the host (as .item(), bool(), tolist() or a branch on one "
         "do); use operators on tensors such as torch.where instead",
     ),
     (
-        ("dynamic shape operator", "capture_dynamic_output_shape_ops"),
+        r"dynamic shape operator|dynamic_output_shape",
         "forward makes a tensor whose size depends on values (as nonzero or a boolean index do); use torch.where or a "
         "mask of fixed size instead",
     ),
     (
-        ("trace_numpy", ".numpy()", "numpy"),
+        r"trace_numpy|numpy",
         "forward calls numpy, which reads tensors on the host and draws random numbers of its own; use torch instead",
     ),
     (
-        ("Random.", "random.Random", "random.random"),
+        r"Random\.|random\.",
         "forward draws random numbers from Python's generator, and a compiled step would keep the first ones; draw "
         "them from torch's instead",
     ),
+    (r"Observed exception[\s\S]*raised exception (.*)", "forward raises {0}"),
+    (r"function `([^`]+)`[\s\S]*should not be traced", "forward calls {0}, which torch's compiler does not follow"),
 )
 
 
