@@ -210,12 +210,19 @@ class ResidentEpoch:
         self._next += 1
         return self._block[at]
 
-    def take(self, steps: int) -> Span | None:
-        """The next batches as one span, None where there are not so many whole ones left."""
+    def take(self, steps: int, times: int = 1) -> Span | None:
+        """The next batches as one span, None where there are not so many whole ones left.
+
+        Args:
+            steps: batches of a span.
+            times: how many times as many a span may have, where there are so many left.
+        """
         begin = self._next * self._source.batch_size
-        rows = slice(begin, begin + steps * self._source.batch_size)
-        if rows.stop > len(self._host_order):
+        left = (len(self._host_order) - begin) // self._source.batch_size
+        steps *= min(times, left // steps)
+        if not steps:
             return None
+        rows = slice(begin, begin + steps * self._source.batch_size)
         self._next += steps
         return Span(source=self._source, rows=self._order[rows], host_rows=self._host_order[rows], steps=steps)
 

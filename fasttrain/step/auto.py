@@ -129,6 +129,11 @@ class AutoEngine:
         needed_s = LAUNCHES_FROM_S if launches.is_uncached else CACHED_LAUNCHES_FROM_S
         return launches.size if launches.is_made or self._left_s > needed_s else 1
 
+    @property
+    def calls(self) -> int:
+        """See `Engine.calls`."""
+        return self._launches.calls
+
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
         launches = self._launches

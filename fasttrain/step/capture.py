@@ -188,12 +188,13 @@ class Capture:
 
     def _facts(self) -> Iterator[Fact]:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
-        codes = {code for code in self._dynamo.codes if not _is_torchs(code)}
+        codes = {code for code in self._dynamo.codes if not _is_library_code(code)}
         yield from _facts_of_functions(codes)
         for kind in _classes([value for value, _ in self._dynamo.objects]):
             yield from _facts_of_class(kind, set(self._dynamo.codes))
         for table in global_module_hooks():
-            yield Fact("a hook of all modules", "{} == {}", (table, dict(table)))
+            hooks = tuple(table.values())
+            yield Fact("a hook of all modules", "tuple({}.values()) == {}" if hooks else "not {}", (table, hooks)[: 1 + bool(hooks)])
 
 
 def _function_of(spec: StepSpec) -> FunctionType:
@@ -337,7 +338,9 @@ def _classes(objects: Sequence[Any]) -> list[type]:
 
 
 def _is_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types", "numpy")
+    return kind.__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types", "numpy") or (
+        kind.__module__.startswith("fasttrain.step")
+    )
 
 
 def _facts_of_class(kind: type, codes: set[CodeType]) -> Iterator[Fact]:
@@ -365,5 +368,5 @@ def _codes_of(value: Any) -> Iterator[CodeType]:
             yield code
 
 
-def _is_torchs(code: CodeType) -> bool:
-    return code.co_filename.startswith(os.path.dirname(torch.__file__))
+def _is_library_code(code: CodeType) -> bool:
+    return code.co_filename.startswith((os.path.dirname(torch.__file__), os.path.dirname(__file__)))

@@ -122,7 +122,14 @@ class GraphLauncher:
         """See `Launcher.compiled_steps`."""
         return 1
 
-    def launch(self, program: StepProgram, traced: TracedSpan, span: Span) -> Tensor | Mismatch:
+    def launch(
+        self,
+        program: StepProgram,
+        traced: TracedSpan,
+        span: Span,
+        *,
+        is_checked: bool = False,  # noqa: ARG002
+    ) -> Tensor | Mismatch:
         """See `Launcher.launch`."""
         if program is not self._program:
             self._program, self._graphs = program, {}

@@ -137,7 +137,7 @@ class FakeTrace:
     def leaves(self, batch: Batch) -> list[Tensor]:
         return list(batch)
 
-    def rebind(self) -> bool:
+    def rebind(self, _batch: Any = None) -> bool:
         took_up = self.is_stale and self.can_rebind
         self.is_stale = self.is_stale and not took_up
         return took_up
@@ -171,7 +171,7 @@ class FakeSpan:
         self.steps = steps
         self._lab = lab
 
-    def inputs(self, span: Span) -> list[Span] | Mismatch:
+    def inputs(self, span: Span, *, is_checked: bool = False) -> list[Span] | Mismatch:
         if span.source is not self.source or self.step.is_stale:
             return Mismatch("the resident data")
         return [span]

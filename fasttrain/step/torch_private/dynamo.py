@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
-from types import CodeType, FunctionType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,7 +23,6 @@ __all__ = ["DynamoCapture", "GraphInput", "capture_function", "scope_of"]
 _OPTIONS: dict[str, Any] = {
     # Guards that Dynamo leaves out by default, for speed.
     "skip_nnmodule_hook_guards": False,
-    "skip_no_tensor_aliasing_guards_on_parameters": False,
     "skip_tensor_guards_with_matching_dict_tags": False,
     "assume_dunder_attributes_remain_unchanged": False,
     # Dynamo would draw numpy's random numbers from torch's generator, and a bare graph drops side effects.
@@ -138,6 +137,7 @@ def capture_function(
     from torch._dynamo import config
     from torch._dynamo.convert_frame import fullgraph_capture
     from torch._dynamo.eval_frame import set_enable_dynamic
+    from torch._dynamo.hooks import Hooks
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
     from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
@@ -160,12 +160,31 @@ def capture_function(
                 output = fullgraph_capture(function, tuple(arguments.values()))
             if output.backend_input is None:
                 raise EngineError("forward computes nothing from tensors")
-            guards = output.graph_capture_output.build_guards(function.__code__)
+            guards = output.graph_capture_output.build_guards(function.__code__, Hooks(guard_filter_fn=_is_needed))
         except EngineError:
             raise
         except Exception as error:
             raise EngineError(_why_refused(error)) from error
         return DynamoCapture(function, output, guards, scope_of(function, arguments))
+
+
+def _is_needed(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are checked: not those of tensors besides the batch's, which whoever reads the inputs compares.
+
+    Nor those of Python's own functions and of this package's code, which do not change.
+    """
+
+    def is_needed(guard: Any) -> bool:
+        if guard.guard_type == "TENSOR_MATCH":
+            return guard.name.startswith("L['batch']")
+        if guard.name.startswith("G['__builtins_dict__"):
+            return not isinstance(guard.value, type | BuiltinFunctionType)
+        return not guard.name.startswith(_OWN_NAMES)
+
+    return [is_needed(guard) for guard in guards]
+
+
+_OWN_NAMES = ("G['torch']", "G['__import_fasttrain_dot_step_", "L['device']", "L['dtype']")
 
 
 def scope_of(function: FunctionType, arguments: dict[str, Any]) -> dict[str, Any]:
