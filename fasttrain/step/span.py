@@ -112,7 +112,7 @@ class TracedSpan:
         rows = torch.zeros(steps * source.batch_size, dtype=torch.int64, device=source.device)
         inputs = [*standing, *self.tables, rows, *step.parts[0].closed_over]
         self._of_rows = len(standing) + len(self.tables)
-        self._last = inputs
+        self._last = tuple(inputs)
         self.parts = [TracedGraph(graph, inputs, [frozenset()] * len(inputs), unrolling, anywhere=[self._of_rows])]
 
     def inputs(self, span: Span, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
@@ -139,7 +139,7 @@ class TracedSpan:
         reason = self.parts[0].differ(found)
         if reason is not None:
             return Mismatch(reason)
-        self._last = found
+        self._last = tuple(found)  # a program takes its list of inputs for its own
         return found
 
 
