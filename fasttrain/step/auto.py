@@ -308,7 +308,7 @@ class AutoEngine:
             again = "`python -m fasttrain cache clear` has it tried again"
             self._give_up(f"an earlier run of this job refused its program: {known.refused}; {again}")
             return
-        missing = shortfall(self._last_step - self._steps, self._eager_s, known)
+        missing = shortfall(self._last_step - self._steps, self._eager_s, known, len(list(self._spec.model.modules())))
         if missing is not None:
             self._give_up(missing)
             if not len(self._programs):

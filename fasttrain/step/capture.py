@@ -194,7 +194,11 @@ class Capture:
             yield from _facts_of_class(kind, set(self._dynamo.codes))
         for table in global_module_hooks():
             hooks = tuple(table.values())
-            yield Fact("a hook of all modules", "tuple({}.values()) == {}" if hooks else "not {}", (table, hooks)[: 1 + bool(hooks)])
+            yield Fact(
+                "a hook of all modules",
+                "tuple({}.values()) == {}" if hooks else "not {}",
+                (table, hooks)[: 1 + bool(hooks)],
+            )
 
 
 def _function_of(spec: StepSpec) -> FunctionType:

@@ -42,9 +42,7 @@ class StepFunction:
         reached: those of them that have gradients; known once the function has run.
     """
 
-    def __init__(
-        self, spec: StepSpec, part: Part, state: StepState, options: GroupOptions, capture: Capture
-    ) -> None:
+    def __init__(self, spec: StepSpec, part: Part, state: StepState, options: GroupOptions, capture: Capture) -> None:
         self._spec = spec
         self._part = part
         self._state = state

@@ -124,9 +124,7 @@ class TracedSpan:
         """
         return self.inputs_of(span.source, span.rows, is_checked=is_checked)
 
-    def inputs_of(
-        self, source: ResidentBatches, rows: Tensor, *, is_checked: bool = False
-    ) -> list[Tensor] | Mismatch:
+    def inputs_of(self, source: ResidentBatches, rows: Tensor, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
         """The same for the rows of all batches, [steps * batch size], of a source."""
         if is_checked:
             return [rows if at == self._of_rows else tensor for at, tensor in enumerate(self._last)]

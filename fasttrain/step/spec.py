@@ -18,6 +18,7 @@ __all__ = ["Engine", "Forward", "Gathered", "StepOutput", "StepSpec", "normalise
 
 Batch = Any
 
+
 class StepOutput(NamedTuple):
     """What a forward pass gives: the scalar loss and, where accuracy has a meaning, predictions and targets."""
 
