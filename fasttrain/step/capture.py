@@ -1,8 +1,8 @@
 """The user's forward, loss and metrics, captured once as a graph of torch's operators, with what the graph holds for.
 
-Dynamo follows the user's code without running it and guards every Python value that it reads. Three things are left to
-this module: tensors are inputs of the graph and are read anew before each step; classes and functions whose code was
-followed must still be the same; and what a graph cannot repeat (side effects, numpy, Python's random numbers) is refused
+Dynamo follows the user's code without running it and guards every Python value that it reads. Three things are left
+to this module: tensors are inputs of the graph and are read anew before each step; classes and functions whose code was
+followed must still be the same; what a graph cannot repeat (side effects, numpy, Python's random numbers) is refused
 with the user's line.
 """
 
@@ -193,12 +193,10 @@ class Capture:
         for kind in _classes([value for value, _ in self._dynamo.objects]):
             yield from _facts_of_class(kind, set(self._dynamo.codes))
         for table in global_module_hooks():
-            hooks = tuple(table.values())
-            yield Fact(
-                "a hook of all modules",
-                "tuple({}.values()) == {}" if hooks else "not {}",
-                (table, hooks)[: 1 + bool(hooks)],
-            )
+            if table:
+                yield Fact("a hook of all modules", "tuple({}.values()) == {}", (table, tuple(table.values())))
+            else:
+                yield Fact("a hook of all modules", "not {}", (table,))
 
 
 def _function_of(spec: StepSpec) -> FunctionType:

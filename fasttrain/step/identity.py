@@ -96,7 +96,7 @@ def _digest(path: str) -> str:
 
 def _code_behind(value: Any) -> object:
     """The code and the plain defaults of a function, of a method, or of a module class's forward."""
-    function = getattr(value, "forward", value) if isinstance(value, type | nn.Module) else value
+    function: Any = getattr(value, "forward", value) if isinstance(value, type | nn.Module) else value
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):

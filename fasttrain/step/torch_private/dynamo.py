@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,7 +116,11 @@ class DynamoCapture:
 
     def result(self, outputs: Sequence[Any], *arguments: Any) -> Any:
         """What the function returns where the graph returns `outputs`."""
-        names = {**self._names, self._backend_id: lambda *_: tuple(outputs)}
+
+        def returned(*_: Any) -> tuple[Any, ...]:
+            return tuple(outputs)
+
+        names = {**self._names, self._backend_id: returned}
         own = self._bytecode
         return FunctionType(own.__code__, names, closure=own.__closure__, argdefs=own.__defaults__)(*arguments)
 
@@ -209,11 +213,12 @@ def _imported(name: str) -> Any:
     if name != "torch._dynamo.utils":
         return module
     # Its bytecode notes each run for a profiler, which takes longer than the rest of it.
-    nothing: dict[str, Any] = {
-        "record_pregraph_bytecode_enter": lambda: None,
-        "record_pregraph_bytecode_exit": lambda _: None,
-    }
+    nothing = dict.fromkeys(("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit"), _nothing)
     return SimpleNamespace(**{**vars(module), **nothing})
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _graph_input(source: Any) -> GraphInput:
@@ -221,8 +226,8 @@ def _graph_input(source: Any) -> GraphInput:
 
     size_of = None
     if isinstance(source, TensorPropertySource):
-        size_of = _spelled(source.base.name), cast("int", source.idx or 0)
-    base = source
+        size_of = _spelled(source.base.name), source.idx or 0
+    base: Any = source
     while getattr(base, "base", None) is not None:
         base = base.base
     is_argument = isinstance(base, LocalSource) and base.is_input
@@ -284,8 +289,8 @@ def _place_of_change(error: BaseException) -> str:
 def _why_refused(error: Exception) -> str:
     if _side_effects(error):
         return (
-            f"forward changes Python objects, which a compiled step would not do{_place_of_change(error)}. What is to be "
-            "kept from step to step belongs in a buffer of the model (register_buffer)"
+            f"forward changes Python objects, which a compiled step would not do{_place_of_change(error)}. What is to "
+            "be kept from step to step belongs in a buffer of the model (register_buffer)"
         )
     return f"{_advice(str(error))}{_place(error)}"
 
@@ -307,8 +312,8 @@ _ADVICE = (
     ),
     (
         r"[Dd]ata-dependent|Tensor\.item\(\)|scalar_outputs|_local_scalar_dense|got SymInt|Tensor\.tolist",
-        "forward reads the value of a tensor or numpy scalar on the host (as .item(), bool(), tolist() or a branch on one "
-        "do); use operators on tensors such as torch.where instead",
+        "forward reads the value of a tensor or numpy scalar on the host (as .item(), bool(), tolist() or a branch on "
+        "one do); use operators on tensors such as torch.where instead",
     ),
     (
         r"dynamic shape operator|dynamic_output_shape",
