@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -19,11 +16,8 @@ from torch.nn.modules.module import (
     register_module_full_backward_pre_hook,
 )
 
-from fasttrain.data.ragged import Ragged
 from fasttrain.device import Choice
-from fasttrain.errors import EngineError
 from fasttrain.metrics import RunningMetrics
-from fasttrain.step.batch_layout import BatchLayout
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.guards import Guards
 from fasttrain.step.options import GroupOptions
@@ -286,52 +280,3 @@ def test_tied_weights_are_one_tensor_of_the_state() -> None:
     model = nn.ModuleList([spec.model, spec.model[3]])  # pyright: ignore
     state = StepState(StepSpec(**{**vars(spec), "model": model}))
     assert len(set(map(id, state.tensors))) == len(state.tensors)
-
-
-@dataclass
-class Pair:
-    first: Any
-    second: Any
-
-
-leaves = st.sampled_from([torch.ones(2), torch.zeros(3, dtype=torch.int64), 1, 2.5, "text", None, True])
-trees = st.recursive(
-    leaves,
-    lambda child: st.one_of(
-        st.lists(child, max_size=3),
-        st.lists(child, max_size=3).map(tuple),
-        st.dictionaries(st.sampled_from("abc"), child, max_size=3),
-        st.builds(Pair, child, child),
-        st.builds(Ragged, st.just(torch.ones(2)), st.just(torch.ones(1))),
-    ),
-    max_leaves=8,
-)
-
-
-def same(a: Any, b: Any) -> bool:
-    return BatchLayout(a).flatten(b) is not None
-
-
-@given(tree=trees, other=trees)
-@settings(deadline=None)
-def test_flattened_and_rebuilt_a_batch_is_the_same(tree: Any, other: Any) -> None:
-    layout = BatchLayout(tree)
-    found = layout.flatten(tree)
-    assert found is not None
-    assert len(found) == len(layout.open_dims)
-    rebuilt = layout.rebuild(found)
-    again = layout.flatten(rebuilt)
-    assert type(rebuilt) is type(tree)
-    assert again is not None
-    assert all(a is b for a, b in zip(found, again, strict=True))
-    assert same(tree, other) == same(other, tree)
-
-
-def test_only_the_number_of_values_of_ragged_rows_is_open() -> None:
-    rows = Ragged.of_lengths(torch.ones(5, dtype=torch.int32), torch.tensor([2, 3]))
-    assert BatchLayout({"x": rows, "y": torch.ones(2)}).open_dims == [frozenset({0}), frozenset(), frozenset()]
-
-
-def test_an_unknown_object_in_a_batch_is_refused() -> None:
-    with pytest.raises(EngineError, match="holds a object"):
-        BatchLayout((torch.ones(1), object()))

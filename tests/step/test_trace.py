@@ -268,7 +268,7 @@ def test_where_the_optimizer_has_no_state_yet_its_step_is_not_recorded() -> None
     assert "run one step eagerly" in why
 
 
-@pytest.mark.parametrize("where", ["StepState", "use_kernels", "prepare_for_inductor", "BatchLayout"])
+@pytest.mark.parametrize("where", ["StepState", "use_kernels", "prepare_for_inductor", "Capture"])
 def test_an_error_anywhere_in_a_trace_is_an_engine_error(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that `auto` trains on."""
 

@@ -1,0 +1,404 @@
+"""What the captured graph reads of Python: a change is noticed, or the step is refused with the user's line.
+
+Each change is run three times: by a plain loop, by the eager engine, and by the compiled engine with the captured graph
+in place of a compiled program (see `graph_backend`). All are in double precision and must give the same numbers.
+"""
+
+from __future__ import annotations
+
+import enum
+import fractions
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttrain import TrainStep
+from fasttrain.step import replay
+from tests.step.graph_backend import use_graphs
+
+pytestmark = pytest.mark.usefixtures("in_double")
+
+Batch = Any
+Forward = Callable[[nn.Module, Batch], Any]
+
+BEFORE, AFTER = 3, 5
+"""Steps before and after a change. The graph is captured at the second step and, where it no longer holds, anew at the
+second one after the change."""
+
+
+@pytest.fixture(autouse=True)
+def captured_graphs(monkeypatch: pytest.MonkeyPatch, own_programs: object) -> None:
+    """`compiled` runs captured graphs, and makes another one as soon as one step was missed."""
+    use_graphs(monkeypatch)
+    monkeypatch.setattr(replay, "ENOUGH_STEPS", 1)
+
+
+@dataclass
+class Job:
+    """A training job and a change of it.
+
+    Attributes:
+        model: the model.
+        forward: the user's forward.
+        change: what happens between two steps.
+        batches: the batches before the change, and those after it.
+        is_compiled: whether the steps after the change run compiled.
+    """
+
+    model: nn.Module
+    forward: Forward
+    change: Callable[[], Any]
+    batches: tuple[list[Batch], list[Batch]] = field(default_factory=lambda: (pairs(BEFORE), pairs(AFTER, seed=1)))
+    is_compiled: bool = True
+
+
+def pairs(count: int, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = 8, 4
+    return [(torch.randn(shape, generator=generator), torch.randn(8, 1, generator=generator)) for _ in range(count)]
+
+
+def plain_steps(job: Job) -> list[float]:
+    optimizer = sgd(job.model)
+    losses: list[float] = []
+    for number, batches in enumerate(job.batches):
+        if number:
+            job.change()
+        for batch in batches:
+            optimizer.zero_grad()
+            output = job.forward(job.model, batch)
+            loss = output[0] if isinstance(output, tuple) else output
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def engine_steps(job: Job, engine: str) -> list[float]:
+    step = TrainStep(job.model, sgd(job.model), job.forward, engine=engine)
+    losses: list[float] = []
+    for number, batches in enumerate(job.batches):
+        if number:
+            job.change()
+        losses += [step(batch).item() for batch in batches]
+    is_eager = engine == "eager"
+    runs_compiled = not is_eager and step._engine._programs.missed_in_a_row == 0  # pyright: ignore
+    assert runs_compiled == (job.is_compiled and not is_eager), step.engine
+    return losses
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def assert_same_on_all_sides(make: Callable[[], Job]) -> None:
+    found: list[tuple[list[float], list[Tensor]]] = []
+    for run in (plain_steps, lambda job: engine_steps(job, "eager"), lambda job: engine_steps(job, "compiled")):
+        torch.manual_seed(0)
+        job = make()
+        found.append((run(job), [parameter.detach() for parameter in job.model.parameters()]))
+    wanted, *others = found
+    for other in others:
+        torch.testing.assert_close(other, wanted, rtol=1e-12, atol=1e-12)
+
+
+def mean_square(model: nn.Module, batch: Batch) -> Any:
+    predictions = model(batch[0])
+    return F.mse_loss(predictions, batch[1]), predictions, batch[1]
+
+
+class Phase(enum.Enum):
+    WARM_UP = 1
+    MAIN = 2
+
+
+class Holding(nn.Module):
+    """Computes with a value that it holds as an attribute."""
+
+    def __init__(self, value: Any, use: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 1)
+        self.value = value
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.fc(x), self.value)
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+class Shift:
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+
+VALUES: dict[str, tuple[Any, Any, Callable[[Tensor, Any], Tensor]]] = {
+    "float": (1.0, 0.5, lambda x, value: x * value),
+    "bool": (False, True, lambda x, value: x * 3 if value else x),
+    "1 that becomes True": (1, True, lambda x, value: x * 3 if value is True else x),
+    "1 that becomes 1.0": (1, 1.0, lambda x, value: x * 3 if isinstance(value, float) else x),
+    "0.0 that becomes -0.0": (0.0, -0.0, lambda x, value: x * 3 if str(value) == "-0.0" else x),
+    "str": ("sum", "mean", lambda x, value: x * 2 if value == "sum" else x),
+    "None": (None, 2.0, lambda x, value: x if value is None else x * value),
+    "NaN": (float("nan"), 1.0, lambda x, value: x * 3 if value != value else x),
+    "complex": (1 + 0j, 2 + 1j, lambda x, value: x * value.real + value.imag),
+    "Fraction": (fractions.Fraction(1, 1), fractions.Fraction(1, 2), lambda x, value: x * float(value)),
+    "enum": (Phase.WARM_UP, Phase.MAIN, lambda x, value: x * 3 if value is Phase.MAIN else x),
+    "tuple": ((1.0, (2.0,)), (1.0, (0.5,)), lambda x, value: x * value[1][0]),
+    "list": ([1.0], [0.5], lambda x, value: x * value[0]),
+    "length of a list": ([1.0], [1.0, 0.5], lambda x, value: x * sum(value)),
+    "dict": ({"a": {"b": 1.0}}, {"a": {"b": 0.5}}, lambda x, value: x * value["a"]["b"]),
+    "set": ({"scale"}, {"shift"}, lambda x, value: x * 3 if "scale" in value else x),
+    "size": (torch.Size([4, 1]), torch.Size([2, 1]), lambda x, value: x * value[0]),
+    "object": (Shift(1.0), Shift(0.5), lambda x, value: x + value.by),
+    "SimpleNamespace": (types.SimpleNamespace(k=1.0), types.SimpleNamespace(k=2.0), lambda x, value: x * value.k),
+    "builtin": (torch.tanh, torch.relu, lambda x, value: x + value(x)),
+    "function": (double, torch.relu, lambda x, value: value(x)),
+    "partial": (
+        functools.partial(F.leaky_relu, negative_slope=0.1),
+        functools.partial(F.leaky_relu, negative_slope=0.9),
+        lambda x, value: value(x),
+    ),
+    "class": (nn.Tanh, nn.ReLU, lambda x, value: x + value()(x)),
+    "slice": (slice(0, 4), slice(0, 2), lambda x, value: x + x[value].mean()),
+    "range": (range(2), range(3), lambda x, value: x * sum(value)),
+    "dtype": (torch.float64, torch.float16, lambda x, value: x.to(value).to(x.dtype)),
+    "number that becomes a tensor": (1.0, torch.linspace(0, 1, 8).reshape(8, 1), lambda x, value: x * value),
+    "tensor of another shape": (torch.ones(8, 1), torch.tensor([2.0]), lambda x, value: x * value),
+    "tensor": (torch.tensor(1.0), torch.tensor(0.5), lambda x, value: x * value),
+    "tensors in a list": ([torch.tensor(1.0)], [torch.tensor(0.5)], lambda x, value: x * value[0]),
+    "tensors in a dict": ({"a": torch.tensor(1.0)}, {"a": torch.tensor(0.5)}, lambda x, value: x * value["a"]),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_another_value_of_an_attribute_is_noticed(name: str) -> None:
+    before, after, use = VALUES[name]
+
+    def make() -> Job:
+        model = Holding(before, use)
+        return Job(model, mean_square, lambda: setattr(model, "value", after))
+
+    assert_same_on_all_sides(make)
+
+
+# Where a number lives. Each maker returns forward and a function that sets the number, which is 1 at first.
+
+Home = tuple[Forward, Callable[[float], Any]]
+
+
+def weighted(loss: Tensor, weight: float) -> Tensor:
+    return loss * weight
+
+
+WEIGHT = 1.0
+
+
+def global_weight(loss: Tensor) -> Tensor:
+    return loss * WEIGHT
+
+
+def in_a_global() -> Home:
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        return global_weight(mean_square(model, batch)[0])
+
+    globals()["WEIGHT"] = 1.0
+    return forward, lambda value: globals().update(WEIGHT=value)
+
+
+def in_a_closure() -> Home:
+    weight = 1.0
+
+    def inner(loss: Tensor) -> Tensor:
+        return loss * weight
+
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        return inner(mean_square(model, batch)[0])
+
+    def change(value: float) -> None:
+        nonlocal weight
+        weight = value
+
+    return forward, change
+
+
+def in_a_default() -> Home:
+    def forward(model: nn.Module, batch: Batch, weight: float = 1.0) -> Any:
+        return mean_square(model, batch)[0] * weight
+
+    return forward, lambda value: setattr(forward, "__defaults__", (value,))
+
+
+def in_a_default_of_a_helper() -> Home:
+    def helper(loss: Tensor, weight: float = 1.0) -> Tensor:
+        return loss * weight
+
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        return helper(mean_square(model, batch)[0])
+
+    return forward, lambda value: setattr(helper, "__defaults__", (value,))
+
+
+def in_a_keyword_default() -> Home:
+    def forward(model: nn.Module, batch: Batch, *, weight: float = 1.0) -> Any:
+        return mean_square(model, batch)[0] * weight
+
+    return forward, lambda value: forward.__kwdefaults__.update(weight=value)
+
+
+def in_replaced_keyword_defaults() -> Home:
+    def forward(model: nn.Module, batch: Batch, *, weight: float = 1.0) -> Any:
+        return mean_square(model, batch)[0] * weight
+
+    return forward, lambda value: setattr(forward, "__kwdefaults__", {"weight": value})
+
+
+def on_the_function() -> Home:
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        return mean_square(model, batch)[0] * forward.weight  # pyright: ignore
+
+    forward.weight = 1.0  # pyright: ignore
+    return forward, lambda value: setattr(forward, "weight", value)
+
+
+def in_a_partial() -> Home:
+    def whole(model: nn.Module, batch: Batch, *, weight: float) -> Any:
+        return mean_square(model, batch)[0] * weight
+
+    forward = functools.partial(whole, weight=1.0)
+    return forward, lambda value: forward.keywords.update(weight=value)
+
+
+def in_containers() -> Home:
+    held: dict[str, Any] = {"weights": [(types.SimpleNamespace(value=1.0),)]}
+
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        return mean_square(model, batch)[0] * held["weights"][0][0].value
+
+    return forward, lambda value: setattr(held["weights"][0][0], "value", value)
+
+
+class Base:
+    base_weight = 1.0
+
+    def from_base(self) -> float:
+        return self.base_weight
+
+
+class Task(Base):
+    """A trainer object of the user's, whose forward is a method of it."""
+
+    class_weight = 1.0
+
+    def __init__(self) -> None:
+        self.weight = self.half = 1.0
+        self.tensor = torch.tensor(1.0)
+
+    def criterion(self, loss: Tensor) -> Tensor:
+        return loss * self.weight * self.tensor * self.class_weight
+
+    def from_base(self) -> float:
+        return super().from_base()
+
+    @property
+    def doubled(self) -> float:
+        return self.half * 2
+
+    @classmethod
+    def of_class(cls) -> float:
+        return cls.class_weight
+
+    @staticmethod
+    def unchanged(loss: Tensor) -> Tensor:
+        return loss
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        loss = self.unchanged(self.criterion(mean_square(model, batch)[0]))
+        return loss * self.doubled * self.from_base() * self.of_class()
+
+
+def of_a_task(name: str, *, is_called: bool = False) -> Home:
+    task = Task()
+    Task.class_weight = Base.base_weight = 1.0
+    forward: Forward = (lambda model, batch: task.forward(model, batch)) if is_called else task.forward  # noqa: PLW0108
+    return forward, lambda value: setattr(task, name, value)
+
+
+def on_a_class(kind: type, name: str) -> Home:
+    task = Task()
+    Task.class_weight = Base.base_weight = 1.0
+    return task.forward, lambda value: setattr(kind, name, value)
+
+
+def in_an_autograd_function() -> Home:
+    held = types.SimpleNamespace(weight=1.0)
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+            return gradient * held.weight
+
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        return F.mse_loss(Scaled.apply(model(batch[0])), batch[1])
+
+    return forward, lambda value: setattr(held, "weight", value)
+
+
+def in_a_loss_module() -> Home:
+    loss = nn.SmoothL1Loss(beta=1.0)
+    return lambda model, batch: loss(model(batch[0]), batch[1]), lambda value: setattr(loss, "beta", value)
+
+
+def in_torch_settings() -> Home:
+    pool = nn.LPPool1d(1.0, 2)
+    return (
+        lambda model, batch: mean_square(model, batch)[0] + pool(model(batch[0]).square().T).sum(),
+        lambda value: setattr(pool, "norm_type", 1 + value),
+    )
+
+
+HOMES: dict[str, Callable[[], Home]] = {
+    "global": in_a_global,
+    "closure": in_a_closure,
+    "default": in_a_default,
+    "default of a helper": in_a_default_of_a_helper,
+    "keyword default": in_a_keyword_default,
+    "keyword defaults replaced": in_replaced_keyword_defaults,
+    "attribute of a function": on_the_function,
+    "partial": in_a_partial,
+    "containers": in_containers,
+    "helper method": lambda: of_a_task("weight"),
+    "helper method, called": lambda: of_a_task("weight", is_called=True),
+    "property": lambda: of_a_task("half"),
+    "class attribute, set on the instance": lambda: of_a_task("class_weight"),
+    "base class's attribute, set on the instance": lambda: of_a_task("base_weight"),
+    "class": lambda: on_a_class(Task, "class_weight"),
+    "base class": lambda: on_a_class(Base, "base_weight"),
+    "base class's attribute, set on the class": lambda: on_a_class(Task, "base_weight"),
+    "autograd.Function": in_an_autograd_function,
+    "loss module": in_a_loss_module,
+    "setting of torch's module": in_torch_settings,
+}
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_another_number_is_noticed_wherever_it_lives(name: str) -> None:
+    def make() -> Job:
+        forward, change = HOMES[name]()
+        return Job(nn.Linear(4, 1), forward, lambda: change(0.25))
+
+    assert_same_on_all_sides(make)
