@@ -192,6 +192,8 @@ class Capture:
         yield from _facts_of_functions(codes)
         for kind in _classes([value for value, _ in self._dynamo.objects]):
             yield from _facts_of_class(kind, set(self._dynamo.codes))
+        for kind, name in self._dynamo.not_overridden:
+            yield Fact(f"{kind.__qualname__}.{name}", f"{name!r} not in {{}}.__dict__", (kind,))
         for table in global_module_hooks():
             yield Fact("a hook of all modules", "{} == {}", (table, dict(table)))
 
