@@ -408,3 +408,159 @@ def test_another_number_is_noticed_wherever_it_lives(name: str) -> None:
         return Job(nn.Linear(4, 1), forward, lambda: change(0.25))
 
     assert_same_on_all_sides(make)
+
+
+# Code that is replaced.
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.conv = nn.Conv1d(1, 1, 3, padding=(1,))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return self.conv(x.unsqueeze(1)).squeeze(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixed(self.fc(x))
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.out = nn.Linear(4, 1)
+
+    @classmethod
+    def scale(cls) -> float:
+        return 1.0
+
+    @property
+    def shift(self) -> float:
+        return 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.block(x)) * self.scale() + self.shift
+
+
+def doubling(x: Tensor) -> Tensor:
+    return double(x)
+
+
+def using_helpers(model: nn.Module, batch: Batch) -> Any:
+    return doubling(mean_square(model, batch)[0])
+
+
+def set_padding(net: Any) -> None:
+    net.block.conv.padding, net.block.conv.dilation = (2,), (2,)
+
+
+CODE: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
+    "forward of a class": lambda net, patch: patch.setattr(Block, "forward", lambda self, x: torch.tanh(self.fc(x))),
+    "forward of the model's class": lambda net, patch: patch.setattr(Net, "forward", lambda self, x: self.out(x)),
+    "forward of torch's class": lambda net, patch: patch.setattr(
+        nn.Linear, "forward", lambda self, input: F.linear(input, self.weight * 2, self.bias)
+    ),
+    "forward of an object": lambda net, patch: setattr(
+        net.block, "forward", types.MethodType(lambda self, x: self.fc(x) * 3, net.block)
+    ),
+    "forward of the model": lambda net, patch: setattr(
+        net, "forward", types.MethodType(lambda self, x: self.out(torch.relu(self.block(x))), net)
+    ),
+    "class of an object": lambda net, patch: setattr(net.out, "__class__", Scaled),
+    "method of a class": lambda net, patch: patch.setattr(Block, "mixed", lambda self, x: x * 3),
+    "classmethod": lambda net, patch: patch.setattr(Net, "scale", classmethod(lambda cls: 2.0)),
+    "property": lambda net, patch: patch.setattr(Net, "shift", property(lambda self: 1.0)),
+    "call of a class": lambda net, patch: patch.setattr(
+        Block, "__call__", lambda self, x: 2 * self.forward(x), raising=False
+    ),
+    "function": lambda net, patch: patch.setitem(globals(), "double", torch.neg),
+    "function that calls it": lambda net, patch: patch.setitem(globals(), "doubling", lambda x: x),
+    "code of a function": lambda net, patch: patch.setattr(double, "__code__", (lambda x: 3 * x).__code__),
+    "padding": lambda net, patch: set_padding(net),
+    "a module": lambda net, patch: setattr(net, "block", nn.Sequential(nn.Identity())),
+    "freezing": lambda net, patch: net.block.requires_grad_(False),
+    "hook of a module": lambda net, patch: net.block.fc.register_forward_hook(lambda _m, _i, output: output * 2),
+    "pre-hook of a module": lambda net, patch: net.out.register_forward_pre_hook(lambda _m, inputs: (inputs[0] * 2,)),
+    "weights tied": lambda net, patch: setattr(net.block.fc, "weight", net.block.unused.weight),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_other_code_is_noticed(name: str) -> None:
+    patches: list[pytest.MonkeyPatch] = []
+
+    def make() -> Job:
+        for patch in patches:
+            patch.undo()
+        patches[:] = [pytest.MonkeyPatch()]
+        net = Net()
+        return Job(net, using_helpers, lambda: CODE[name](net, patches[0]))
+
+    try:
+        assert_same_on_all_sides(make)
+    finally:
+        for patch in patches:
+            patch.undo()
+
+
+# What travels with a batch.
+
+
+class Rows(dict[str, Tensor]):
+    weight = 1.0
+
+
+class Targets(list[Tensor]):
+    weight = 1.0
+
+
+@dataclass
+class Sample:
+    rows: Rows
+    targets: Targets
+    x: Tensor
+    ids: list[str]
+    meta: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.weight = 1.0
+
+
+def sample(x: Tensor, y: Tensor) -> Sample:
+    return Sample(Rows(x=x), Targets([y]), x.clone(), ["a", "b"], {"weight": 1.0, "unread": object()})
+
+
+def forward_of_sample(model: nn.Module, batch: Sample) -> Any:
+    predictions = model(batch.rows["x"])
+    weight = batch.rows.weight * batch.targets.weight * batch.weight * getattr(batch.x, "weight", 1.0)
+    return F.mse_loss(predictions, batch.targets[0]) * weight * batch.meta["weight"], predictions, batch.targets[0]
+
+
+CARRIED: dict[str, Callable[[Sample], Any]] = {
+    "attribute of a dict": lambda batch: setattr(batch.rows, "weight", 0.25),
+    "attribute of a list": lambda batch: setattr(batch.targets, "weight", 0.25),
+    "attribute of a dataclass": lambda batch: setattr(batch, "weight", 0.25),
+    "attribute of a tensor": lambda batch: setattr(batch.x, "weight", 0.25),
+    "entry of a dict": lambda batch: batch.meta.update(weight=0.25),
+    "a number that becomes a tensor": lambda batch: batch.meta.update(weight=torch.tensor(0.25)),
+    "strings and objects that forward does not read": lambda batch: (batch.ids.append("c"), batch.meta.update(other=1)),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_a_batch_carries_is_noticed(name: str) -> None:
+    def make() -> Job:
+        before, after = ([sample(*pair) for pair in pairs(count, seed=count)] for count in (BEFORE, AFTER))
+        for batch in after:
+            CARRIED[name](batch)
+        return Job(nn.Linear(4, 1), forward_of_sample, lambda: None, (before, after))
+
+    assert_same_on_all_sides(make)

@@ -267,7 +267,7 @@ def _described(part: str) -> str:
     """A guard's own words: `expression  # line of code  # file:line in function`."""
     expression, *comments = part.split("  # ")
     where = "".join(f" ({comment.strip()})" for comment in comments[-1:])
-    return f"{_spelled(expression)}{where}"
+    return f"{_spelled(expression).rstrip()}{where}"
 
 
 def _side_effects(error: BaseException) -> list[str]:
