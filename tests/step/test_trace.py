@@ -279,7 +279,10 @@ REFUSED: dict[str, tuple[Callable[[], tuple[StepSpec, Any]], str]] = {
         r"forward raises LookupError\('no such thing'\): 'raise LookupError.*' in test_trace.py:",
     ),
     "several processes": (lambda: with_started(in_parallel), "DistributedDataParallel"),
-    "an object in the batch": (lambda: (started(MLP, SGD)[0], (object(), torch.zeros(1))), "neither a tensor nor a plain"),
+    "an object in the batch": (
+        lambda: (started(MLP, SGD)[0], (object(), torch.zeros(1))),
+        "neither a tensor nor a plain",
+    ),
 }
 
 

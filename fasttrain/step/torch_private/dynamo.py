@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
@@ -39,8 +40,17 @@ _OPTIONS: dict[str, Any] = {
     "verbose": False,
 }
 
-_BUFFERS_OF_MODEL = re.compile(r"L\['model'\](\._modules\['[^']+'\])*\._buffers")
-"""The one thing that forward may replace: a buffer, by another tensor."""
+_WARNINGS = (
+    "The .grad attribute of a Tensor that is not a leaf",
+    "Dynamo detected a call to a `functools.lru_cache`-wrapped function",
+    ".* should not be instantiated. Methods on autograd functions are all static",
+)
+"""Of what Dynamo does itself while it captures. Other warnings, and those of other threads, are shown as ever."""
+
+_BUFFERS_OF_MODEL = re.compile(
+    r"L\['model'\](?:(?:\._modules|\.__dict__\['_modules'\])\['[^']+'\])*(?:\._buffers|\.__dict__\['_buffers'\])"
+)
+"""The one thing that forward may replace: a buffer, by another tensor. Dynamo spells one that is not read differently."""
 
 
 class GraphInput(NamedTuple):
@@ -151,6 +161,9 @@ def capture_function(
         stack.enter_context(dynamo_timed("fullgraph_capture"))
         stack.enter_context(set_enable_dynamic(False))
         stack.enter_context(torch_function_mode_stack_state_mgr)
+        stack.enter_context(warnings.catch_warnings())
+        for message in _WARNINGS:
+            warnings.filterwarnings("ignore", message)
         for tensor, dim in open_dims:
             _leave_open(tensor, dim, stack)
         try:
@@ -332,6 +345,11 @@ _ADVICE = (
         r"Random\.|random\.",
         "forward draws random numbers from Python's generator, and a compiled step would keep the first ones; draw "
         "them from torch's instead",
+    ),
+    (
+        r"Constraints violated",
+        "what forward computes is decided by the number of values of a batch, which is another for each: use operators on "
+        "tensors in place of Python's numbers and branches",
     ),
     (r"Observed exception[\s\S]*raised exception (.*)", "forward raises {0}"),
     (
