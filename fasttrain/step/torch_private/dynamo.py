@@ -155,8 +155,14 @@ def capture_function(
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
     from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
+    # `config.patch` would take any name. Without one of these, the graph or its guards might leave something out.
+    if missing := [name for name in _OPTIONS if not hasattr(config, name)]:
+        raise EngineError(
+            f"this torch ({torch.__version__}) is not known to capture a step correctly: torch._dynamo.config has no "
+            f"{', '.join(missing)}. Use torch 2.13, or engine='eager'"
+        )
     with ExitStack() as stack:
-        stack.enter_context(config.patch({name: value for name, value in _OPTIONS.items() if hasattr(config, name)}))
+        stack.enter_context(config.patch(_OPTIONS))
         stack.enter_context(get_metrics_context())
         stack.enter_context(dynamo_timed("fullgraph_capture"))
         stack.enter_context(set_enable_dynamic(False))
