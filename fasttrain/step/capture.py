@@ -164,7 +164,7 @@ class Capture:
         return [found[at] for at in self._leaves]
 
     def call(self, state: Sequence[Tensor], leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Captured:
-        """Runs the graph on stand-ins for its tensors; buffers that forward replaces are changed in place.
+        """Runs the graph on stand-ins for its tensors; buffers that forward replaces are left to `replace_buffers`.
 
         Args:
             state: for the tensors of the state, by place.
@@ -181,10 +181,32 @@ class Capture:
                 given.append((state if is_of_state else others)[place])
             else:
                 given.append(leaves[self._leaves.index(at)])
-        captured = self._result.filled(self._dynamo.graph(*given), given)
-        for place, value in zip(self._replaced, captured.buffers, strict=True):
-            state[place].copy_(value.detach())
-        return captured
+        return self._result.filled(self._dynamo.graph(*given), given)
+
+    def replace_buffers(self, state: Sequence[Tensor], captured: Captured) -> None:
+        """Copies the values of buffers that forward has replaced to where the buffers are.
+
+        Call it last: backward and metrics may need the old values.
+
+        Args:
+            state: as for `call`.
+            captured: what that returned.
+
+        Raises:
+            EngineError: a new buffer is not like the old one.
+        """
+        values = [value.detach() for value in captured.buffers]
+        for (_, name), place, value in zip(self._result.replaced, self._replaced, values, strict=True):
+            old = state[place]
+            if (value.shape, value.dtype) != (old.shape, old.dtype):
+                raise EngineError(
+                    f"forward replaces the buffer {name!r}, a tensor of shape {list(old.shape)} and type {old.dtype}, by "
+                    f"one of shape {list(value.shape)} and type {value.dtype}: a compiled step needs the same of both"
+                )
+        if len(values) > 1:  # one may be the old value of another
+            values = [value.clone() for value in values]
+        for place, value in zip(self._replaced, values, strict=True):
+            state[place].copy_(value)
 
     def _facts(self) -> Iterator[Fact]:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
@@ -192,6 +214,8 @@ class Capture:
         yield from _facts_of_functions(codes)
         for kind in _classes([value for value, _ in self._dynamo.objects]):
             yield from _facts_of_class(kind, set(self._dynamo.codes))
+        for kind, name in self._dynamo.not_overridden:
+            yield Fact(f"{kind.__qualname__}.{name}", f"{name!r} not in {{}}.__dict__", (kind,))
         for table in global_module_hooks():
             if table:
                 yield Fact("a hook of all modules", "tuple({}.values()) == {}", (table, tuple(table.values())))

@@ -1,16 +1,14 @@
-"""Everything that a trace takes for granted is noticed when it changes, and nothing else is."""
+"""What a traced step takes for granted is noticed when it changes, and nothing else is."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -19,11 +17,9 @@ from torch.nn.modules.module import (
     register_module_full_backward_pre_hook,
 )
 
-from fasttrain.data.ragged import Ragged
 from fasttrain.device import Choice
-from fasttrain.errors import EngineError
 from fasttrain.metrics import RunningMetrics
-from fasttrain.step.batch_layout import BatchLayout
+from fasttrain.step.capture import Capture
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.guards import Guards
 from fasttrain.step.options import GroupOptions
@@ -147,17 +143,16 @@ CHANGES: list[tuple[Callable[[StepSpec], Any], str]] = [
     (add_group, "parameter groups"),
     (swap_parameters_of_group, "parameters of a group"),
     (freeze, "requires_grad"),
-    (replace_parameter, "parameter"),
-    (replace_module, "module"),
-    (replace_buffer, "buffer"),
+    (replace_parameter, "the tensor model[0].weight"),
+    (replace_module, "the tensor model[3].weight"),
+    (replace_buffer, "the tensor model[1].running_mean"),
     (widen_data, "dtype"),
     (transpose_data, "stride"),
     (leave_gradient, "gradient"),
-    (lambda spec: spec.model.eval(), "eval"),
-    (lambda spec: spec.model[2].eval(), "eval"),  # pyright: ignore
+    (lambda spec: spec.model.eval(), "model[1].training == True ("),
+    (lambda spec: spec.model[2].eval(), "model[2].training == True ("),  # pyright: ignore
     (lambda spec: spec.model.register_forward_hook(lambda *_: None), "hook"),
     (lambda spec: spec.model[0].register_forward_pre_hook(lambda *_: None), "hook"),  # pyright: ignore
-    (lambda spec: spec.model.register_buffer("more", torch.ones(1)), "buffer"),
     (lambda spec: spec.optimizer.register_step_pre_hook(lambda *_: None), "hook of the optimizer"),
     (lambda spec: spec.metrics.user_metrics.update(more=lambda *_: torch.ones(())), "metrics"),
     (lambda spec: setattr(spec.metrics, "rule", None), "rule"),
@@ -239,15 +234,13 @@ def test_what_a_step_may_change_is_not_noticed(traced: TracedStep) -> None:
 
 
 def guards_of(spec: StepSpec) -> Guards:
-    """With all options guarded that are no inputs."""
+    """With all options guarded that are no inputs, and without what forward reads."""
     options = GroupOptions(spec.optimizer, CPU)
     options.note_read(None)
-    return Guards(spec, options)
+    return Guards(spec, options, cast("Capture", SimpleNamespace(facts=[])))
 
 
-@pytest.mark.parametrize(
-    "change", [load_optimizer, replace_state, replace_parameter, replace_buffer, swap_parameters_of_group]
-)
+@pytest.mark.parametrize("change", [load_optimizer, replace_state, swap_parameters_of_group])
 def test_guards_agree_where_only_tensors_and_groups_differ(change: Callable[[StepSpec], Any]) -> None:
     spec = step()
     EagerEngine(spec, ASKED).step(batch())
@@ -262,12 +255,8 @@ def test_guards_agree_where_only_tensors_and_groups_differ(change: Callable[[Ste
     [
         change_eps,
         new_option,
-        replace_module,
-        lambda spec: spec.model.register_module("2", nn.Tanh()),
-        lambda spec: spec.model[0].register_forward_hook(lambda *_: None),  # pyright: ignore
         lambda spec: spec.optimizer.register_step_post_hook(lambda *_: None),
         lambda spec: spec.metrics.user_metrics.update(more=lambda *_: torch.ones(())),
-        lambda spec: spec.model[2].eval(),  # pyright: ignore
         replace_step,
         lambda spec: setattr(spec.optimizer, "horizon", 10),
     ],
@@ -280,58 +269,47 @@ def test_guards_disagree_where_another_step_is_computed(change: Callable[[StepSp
     assert not guards_of(spec).agree(before)
 
 
+def change_training(spec: StepSpec) -> None:
+    spec.model[2].eval()  # pyright: ignore
+
+
+def add_forward_hook(spec: StepSpec) -> None:
+    spec.model[0].register_forward_hook(lambda *_: None)  # pyright: ignore
+
+
+def other_module(spec: StepSpec) -> None:
+    spec.model.register_module("2", nn.Tanh())
+
+
+@pytest.mark.parametrize(
+    ("change", "is_taken_up"),
+    [
+        (load_optimizer, True),
+        (replace_state, True),
+        (replace_buffer, True),
+        (replace_parameter, False),  # the optimizer goes on with the old one
+        (replace_module, False),
+        (other_module, False),
+        (change_training, False),
+        (add_forward_hook, False),
+        (change_eps, False),
+    ],
+)
+def test_a_step_takes_up_other_tensors_of_the_same_kind_and_nothing_else(
+    change: Callable[[StepSpec], Any], is_taken_up: bool
+) -> None:
+    spec = step()
+    EagerEngine(spec, ASKED).step(batch())
+    found = trace_step(spec, batch())
+    change(spec)
+    assert isinstance(found.inputs(batch()), Mismatch)
+    assert found.rebind(batch()) is is_taken_up
+    assert isinstance(found.inputs(batch()), Mismatch) is not is_taken_up
+
+
 def test_tied_weights_are_one_tensor_of_the_state() -> None:
     spec = step()
     spec.model[3].weight = nn.Parameter(torch.ones(3, 4))  # pyright: ignore
     model = nn.ModuleList([spec.model, spec.model[3]])  # pyright: ignore
     state = StepState(StepSpec(**{**vars(spec), "model": model}))
     assert len(set(map(id, state.tensors))) == len(state.tensors)
-
-
-@dataclass
-class Pair:
-    first: Any
-    second: Any
-
-
-leaves = st.sampled_from([torch.ones(2), torch.zeros(3, dtype=torch.int64), 1, 2.5, "text", None, True])
-trees = st.recursive(
-    leaves,
-    lambda child: st.one_of(
-        st.lists(child, max_size=3),
-        st.lists(child, max_size=3).map(tuple),
-        st.dictionaries(st.sampled_from("abc"), child, max_size=3),
-        st.builds(Pair, child, child),
-        st.builds(Ragged, st.just(torch.ones(2)), st.just(torch.ones(1))),
-    ),
-    max_leaves=8,
-)
-
-
-def same(a: Any, b: Any) -> bool:
-    return BatchLayout(a).flatten(b) is not None
-
-
-@given(tree=trees, other=trees)
-@settings(deadline=None)
-def test_flattened_and_rebuilt_a_batch_is_the_same(tree: Any, other: Any) -> None:
-    layout = BatchLayout(tree)
-    found = layout.flatten(tree)
-    assert found is not None
-    assert len(found) == len(layout.open_dims)
-    rebuilt = layout.rebuild(found)
-    again = layout.flatten(rebuilt)
-    assert type(rebuilt) is type(tree)
-    assert again is not None
-    assert all(a is b for a, b in zip(found, again, strict=True))
-    assert same(tree, other) == same(other, tree)
-
-
-def test_only_the_number_of_values_of_ragged_rows_is_open() -> None:
-    rows = Ragged.of_lengths(torch.ones(5, dtype=torch.int32), torch.tensor([2, 3]))
-    assert BatchLayout({"x": rows, "y": torch.ones(2)}).open_dims == [frozenset({0}), frozenset(), frozenset()]
-
-
-def test_an_unknown_object_in_a_batch_is_refused() -> None:
-    with pytest.raises(EngineError, match="holds a object"):
-        BatchLayout((torch.ones(1), object()))

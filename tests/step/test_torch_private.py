@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import re
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 
 from fasttrain.errors import EngineError
 from fasttrain.step import torch_private as private
+from fasttrain.step.torch_private.dynamo import _OPTIONS
 
 
 def test_trace_graph_records_mutation_backward_and_open_sizes() -> None:
@@ -229,3 +234,129 @@ def test_compilations_tell_of_breaks_and_of_what_is_compiled_again() -> None:
     assert {each.line for each in found if each.is_after_break} == {line + 2}
     assert any(each.recompile_reason is not None and "size mismatch" in each.recompile_reason for each in found)
     assert private.compilations(time.time()) == []
+
+
+# Dynamo's capture: see also tests/step/test_capture.py, which shows what the guards notice.
+
+SCALE = 2.0
+SHIFT = torch.ones(3)
+
+
+class Scaling(nn.Module):
+    offset = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+
+class ScalingMore(Scaling):
+    pass
+
+
+def captured(function: Any, **arguments: Any) -> tuple[private.DynamoCapture, dict[str, Any]]:
+    found = private.capture_function(function, arguments, [])
+    return found, private.scope_of(function, arguments)
+
+
+def test_capture_reads_inputs_by_name_and_returns_what_the_function_does() -> None:
+    weight = torch.full((3,), 5.0)
+
+    def step(model: Any, batch: Any) -> Any:
+        return {"y": (model.fc(batch["x"][0]) + model.mean + SHIFT) * weight, "scale": SCALE}, batch["x"][0]
+
+    model, batch = Scaling(), {"x": [torch.randn(2, 4)], "unread": object()}
+    found, scope = captured(step, model=model, batch=batch)
+    assert {(each.name, each.argument, each.size_of) for each in found.inputs} == {
+        ("batch['x'][0]", "batch", None),
+        ("model.fc.weight", "model", None),
+        ("model.fc.bias", "model", None),
+        ("model.mean", "model", None),
+        ("SHIFT", None, None),
+        ("weight", None, None),
+    }
+    assert found.holds(scope)
+    inputs = found.read(model, batch)
+    assert {id(each) for each in inputs} == {
+        id(each) for each in (batch["x"][0], model.fc.weight, model.fc.bias, model.mean, SHIFT, weight)
+    }
+    outputs = found.graph(*inputs)
+    result, x = found.result(outputs, model, batch)
+    wanted, _ = step(model, batch)
+    assert x is batch["x"][0]
+    assert result["scale"] == SCALE
+    torch.testing.assert_close(result["y"], wanted["y"])
+    assert step.__code__ in found.codes
+
+
+def test_capture_tells_the_first_guard_that_does_not_hold_with_the_users_line() -> None:
+    def step(model: Any, batch: Any) -> Any:
+        return (model.fc(batch) * model.offset,)
+
+    model = Scaling()
+    found, scope = captured(step, model=model, batch=torch.ones(2, 4))
+    assert found.holds(scope)
+    model.offset = 2.0
+    assert not found.holds(scope)
+    told = found.first_broken(scope)
+    assert "offset" in told
+    assert "test_torch_private.py:" in told
+
+
+def test_capture_tells_where_a_base_classs_attribute_may_be_overridden() -> None:
+    def step(model: Any, batch: Any) -> Any:
+        return (model.fc(batch) * model.offset,)
+
+    found, _ = captured(step, model=ScalingMore(), batch=torch.ones(2, 4))
+    assert (ScalingMore, "offset") in found.not_overridden
+    found, _ = captured(step, model=Scaling(), batch=torch.ones(2, 4))
+    assert "offset" not in [name for _, name in found.not_overridden]
+
+
+def test_capture_leaves_sizes_open_and_takes_the_mark_back() -> None:
+    def step(batch: Any) -> Any:
+        return (batch[0].sum() / batch[0].shape[0] * batch[1],)
+
+    batch = [torch.ones(5), torch.ones(2)]
+    found = private.capture_function(step, {"batch": batch}, [(batch[0], 0)])
+    assert [vars(tensor) for tensor in batch] == [{}, {}]
+    assert [each.size_of for each in found.inputs if each.size_of] == [("batch[0]", 0)]
+    for length, holds in ((5, True), (9, True), (2, True)):
+        other = [torch.ones(length), torch.ones(2)]
+        assert found.holds(private.scope_of(step, {"batch": other})) is holds
+        torch.testing.assert_close(found.graph(*found.read(other))[0], torch.ones(2))
+    assert not found.holds(private.scope_of(step, {"batch": [torch.ones(5), torch.ones(3)]}))
+
+
+def test_capture_replaces_buffers_and_nothing_else() -> None:
+    def replaced(model: Any, batch: Any) -> Any:
+        model.mean = model.mean + batch
+        return (model.mean,)
+
+    def kept(model: Any, batch: Any) -> Any:
+        model.last = batch + 1
+        return (model.last,)
+
+    model, batch = Scaling(), torch.ones(3)
+    before = model.mean
+    found, _ = captured(replaced, model=model, batch=batch)
+    assert model.mean is before
+    assert len(found.graph(*found.read(model, batch))) == 1
+    with pytest.raises(EngineError, match=r"changes Python objects.*'model.last = batch . 1' in test_torch_private.py:"):
+        captured(kept, model=model, batch=batch)
+    assert not hasattr(model, "last")
+
+
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_a_torch_without_one_of_dynamos_options_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    have = {each: object() for each in _OPTIONS if each != name}
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace(**have))
+    with pytest.raises(EngineError, match=rf"this torch \({re.escape(torch.__version__)}\) is not known to .*{name}"):
+        captured(lambda batch: (batch + 1,), batch=torch.ones(3))
+
+
+def test_dynamo_has_every_option() -> None:
+    config = importlib.import_module("torch._dynamo.config")
+    assert [name for name in _OPTIONS if not hasattr(config, name)] == []
+    assert config.side_effect_replay_policy in ("silent", "warn", "info", "debug", "error")

@@ -45,9 +45,14 @@ PAIRS = [
 ]
 
 
+# A bias of the keys shifts all scores of a query alike, so its gradient is zero but for rounding (1e-18), and Adam divides
+# that by its own root: the order in which a graph adds up shows in the bias (2e-11 after 20 steps).
+RTOL = {("adamw", "transformer"): 1e-8}
+
+
 @pytest.mark.parametrize(("optimizer", "model"), PAIRS)
 def test_the_graph_gives_eagers_numbers(optimizer: str, model: str) -> None:
-    steps_agree(CASES[model], OPTIMIZERS[optimizer])
+    steps_agree(CASES[model], OPTIMIZERS[optimizer], rtol=RTOL.get((optimizer, model), 1e-10))
 
 
 MLP, ADAM, SGD = CASES["mlp"], OPTIMIZERS["adam"], OPTIMIZERS["sgd-momentum"]
@@ -211,6 +216,19 @@ def holding_a_buffer(spec: StepSpec) -> StepSpec:
     return StepSpec(**{**vars(spec), "model": model, "metrics": metrics})
 
 
+def test_a_metric_may_read_a_buffer_of_the_model_directly() -> None:
+    found, batch = with_started(holding_a_buffer)
+    wanted, _ = with_started(holding_a_buffer)
+    eager = EagerEngine(wanted, ASKED)
+    for engine in (eager, EagerEngine(found, ASKED)):
+        engine.step(batch)
+    traced = trace_step(found, batch)
+    for other in batches(MLP, 3):
+        torch.testing.assert_close(run_graph(traced, other), eager.step(other))
+    assert found.metrics.totals[2] > 0
+    assert_same(found, wanted)
+
+
 def sparse_buffer(spec: StepSpec) -> StepSpec:
     spec.model.register_buffer("adjacency", torch.eye(3).to_sparse())
     return spec
@@ -243,17 +261,28 @@ def in_parallel(spec: StepSpec) -> StepSpec:
 
 
 REFUSED: dict[str, tuple[Callable[[], tuple[StepSpec, Any]], str]] = {
-    "a branch on a value": (lambda: with_started(lambda spec: with_forward(spec, branching)), "cannot be traced"),
+    "a branch on a value": (
+        lambda: with_started(lambda spec: with_forward(spec, branching)),
+        r"reads the value of a tensor .* on the host .*'return predictions.sum\(\) if .*' in test_trace.py:",
+    ),
     "a product with a factor": (lambda: with_started(lambda spec: with_forward(spec, scaled_product)), "167313"),
     "a parameter from outside": (lambda: with_started(lambda spec: with_forward(spec, outside)), "requires a gradient"),
     "a gradient hook": (lambda: with_started(hooked_parameter), "gradient hooks"),
     "shared memory": (lambda: with_started(shared_memory), "share memory"),
-    "a buffer that a metric holds": (lambda: with_started(holding_a_buffer), "holds '1.running_mean' directly"),
     "a sparse buffer": (lambda: with_started(sparse_buffer), "'adjacency' has the layout torch.sparse_coo"),
-    "a sparse matrix": (lambda: with_started(lambda spec: with_forward(spec, by_a_sparse_matrix)), "torch.sparse_coo"),
-    "an error of forward": (lambda: with_started(lambda spec: with_forward(spec, raising)), "LookupError: no such"),
+    "a sparse matrix": (
+        lambda: with_started(lambda spec: with_forward(spec, by_a_sparse_matrix)),
+        "reads a sparse tensor.*'return torch.sparse.mm.*' in test_trace.py:",
+    ),
+    "an error of forward": (
+        lambda: with_started(lambda spec: with_forward(spec, raising)),
+        r"forward raises LookupError\('no such thing'\): 'raise LookupError.*' in test_trace.py:",
+    ),
     "several processes": (lambda: with_started(in_parallel), "DistributedDataParallel"),
-    "an object in the batch": (lambda: (started(MLP, SGD)[0], (object(), torch.zeros(1))), "object"),
+    "an object in the batch": (
+        lambda: (started(MLP, SGD)[0], (object(), torch.zeros(1))),
+        "neither a tensor nor a plain",
+    ),
 }
 
 
@@ -268,7 +297,7 @@ def test_where_the_optimizer_has_no_state_yet_its_step_is_not_recorded() -> None
     assert "run one step eagerly" in why
 
 
-@pytest.mark.parametrize("where", ["StepState", "use_kernels", "prepare_for_inductor", "BatchLayout"])
+@pytest.mark.parametrize("where", ["StepState", "use_kernels", "prepare_for_inductor", "Capture"])
 def test_an_error_anywhere_in_a_trace_is_an_engine_error(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that `auto` trains on."""
 

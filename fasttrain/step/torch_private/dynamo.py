@@ -7,7 +7,8 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
@@ -38,8 +39,17 @@ _OPTIONS: dict[str, Any] = {
     "verbose": False,
 }
 
-_BUFFERS_OF_MODEL = re.compile(r"L\['model'\](\._modules\['[^']+'\])*\._buffers")
-"""The one thing that forward may replace: a buffer, by another tensor."""
+_WARNINGS = (
+    "The .grad attribute of a Tensor that is not a leaf",
+    "Dynamo detected a call to a `functools.lru_cache`-wrapped function",
+    ".* should not be instantiated. Methods on autograd functions are all static",
+)
+"""Of what Dynamo does itself while it captures. Other warnings, and those of other threads, are shown as ever."""
+
+_BUFFERS_OF_MODEL = re.compile(
+    r"L\['model'\](?:(?:\._modules|\.__dict__\['_modules'\])\['[^']+'\])*(?:\._buffers|\.__dict__\['_buffers'\])"
+)
+"""The one thing that forward may replace: a buffer, by another tensor. Dynamo spells one that is not read differently."""
 
 
 class GraphInput(NamedTuple):
@@ -71,6 +81,8 @@ class DynamoCapture:
         inputs: what these inputs are.
         objects: every Python object that a guard looks at, and what the user calls it, with the line. While they are
             alive, none of their ids is used again.
+        not_overridden: class attributes that were found on a base class: each class that comes before it and has no
+            attribute of that name, and the name. Dynamo guards the base class's value alone.
         codes: the code that Dynamo followed, in order.
     """
 
@@ -82,7 +94,9 @@ class DynamoCapture:
         self._manager: Any = guards.guard_manager
         sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
-        self.objects = _reached(captured.output_graph.guards, scope, function.__globals__)
+        scopes = _names_of_guards(scope, function.__globals__)
+        self.objects = _reached(captured.output_graph.guards, scopes)
+        self.not_overridden = list(dict.fromkeys(_not_overridden(captured.output_graph.guards, scopes)))
         self._backend_id: str = output.backend_input.backend_id
         names: dict[str, Any] = {
             **function.__globals__,
@@ -145,12 +159,21 @@ def capture_function(
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
     from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
+    # `config.patch` would take any name. Without one of these, the graph or its guards might leave something out.
+    if missing := [name for name in _OPTIONS if not hasattr(config, name)]:
+        raise EngineError(
+            f"this torch ({torch.__version__}) is not known to capture a step correctly: torch._dynamo.config has no "
+            f"{', '.join(missing)}. Use torch 2.13, or engine='eager'"
+        )
     with ExitStack() as stack:
-        stack.enter_context(config.patch({name: value for name, value in _OPTIONS.items() if hasattr(config, name)}))
+        stack.enter_context(config.patch(_OPTIONS))
         stack.enter_context(get_metrics_context())
         stack.enter_context(dynamo_timed("fullgraph_capture"))
         stack.enter_context(set_enable_dynamic(False))
         stack.enter_context(torch_function_mode_stack_state_mgr)
+        stack.enter_context(warnings.catch_warnings())
+        for message in _WARNINGS:
+            warnings.filterwarnings("ignore", message)
         for tensor, dim in open_dims:
             _leave_open(tensor, dim, stack)
         try:
@@ -242,11 +265,15 @@ def _spelled(name: str) -> str:
     return re.sub(r"\._(?:parameters|buffers)\['(\w+)'\]", r".\1", name)
 
 
-def _reached(guards: Any, scope: dict[str, Any], global_scope: dict[str, Any]) -> list[tuple[Any, str]]:
-    """The objects that guards look at, each once, and what the user calls them, with the line that reads them."""
+def _names_of_guards(scope: dict[str, Any], global_scope: dict[str, Any]) -> dict[str, Any]:
+    """The names that the expressions of guards use."""
     from torch._dynamo.guards import _get_closure_vars
 
-    names: dict[str, Any] = {**_get_closure_vars(), "L": scope, "G": global_scope}
+    return {**_get_closure_vars(), "L": scope, "G": global_scope}
+
+
+def _reached(guards: Any, names: dict[str, Any]) -> list[tuple[Any, str]]:
+    """The objects that guards look at, each once, and what the user calls them, with the line that reads them."""
     found: dict[int, tuple[Any, str]] = {}
     for guard in guards:
         if not guard.name:
@@ -260,11 +287,30 @@ def _reached(guards: Any, scope: dict[str, Any], global_scope: dict[str, Any]) -
     return list(found.values())
 
 
+def _not_overridden(guards: Any, names: dict[str, Any]) -> Iterator[tuple[type, str]]:
+    """See `DynamoCapture.not_overridden`."""
+    from torch._dynamo.source import TypeDictSource, TypeMROSource
+
+    for guard in guards:
+        chain = [guard.originating_source]
+        while (base := getattr(chain[-1], "base", None)) is not None:
+            chain.append(base)
+        # type(x).__mro__[1].name, or dict(type(x).__mro__[1].__dict__)['name'], and what is below it.
+        for at, each in enumerate(chain):
+            at_name = at - 3 if at > 2 and isinstance(chain[at - 2], TypeDictSource) else at - 2
+            if not isinstance(each, TypeMROSource) or at_name < 0:
+                continue
+            name = getattr(chain[at_name], "index", getattr(chain[at_name], "member", None))
+            for kind in eval(each.name, names)[: chain[at - 1].index]:
+                if name not in vars(kind):
+                    yield kind, name
+
+
 def _described(part: str) -> str:
     """A guard's own words: `expression  # line of code  # file:line in function`."""
     expression, *comments = part.split("  # ")
     where = "".join(f" ({comment.strip()})" for comment in comments[-1:])
-    return f"{_spelled(expression)}{where}"
+    return f"{_spelled(expression).rstrip()}{where}"
 
 
 def _side_effects(error: BaseException) -> list[str]:
@@ -297,11 +343,12 @@ def _why_refused(error: Exception) -> str:
 
 def _advice(text: str) -> str:
     """What cannot be compiled, and what to write instead, for what users write most often."""
-    told = text.partition("Hint:")[0].partition("from user code:")[0]
+    explained, _, rest = text.partition("from user code:")[0].partition("Hint:")
+    told = explained + rest.partition("Developer debug context:")[2]
     for pattern, advice in _ADVICE:
         if found := re.search(pattern, told):
             return advice.format(*found.groups())
-    first = told.strip().partition("\n")[0]
+    first = explained.strip().partition("\n")[0]
     return f"forward cannot be captured as one graph: {first or 'for an unknown reason'}"
 
 
@@ -329,7 +376,20 @@ _ADVICE = (
         "forward draws random numbers from Python's generator, and a compiled step would keep the first ones; draw "
         "them from torch's instead",
     ),
+    (
+        r"Constraints violated",
+        "what forward computes is decided by the number of values of a batch, which is another for each: use operators on "
+        "tensors in place of Python's numbers and branches",
+    ),
     (r"Observed exception[\s\S]*raised exception (.*)", "forward raises {0}"),
+    (
+        r"wrap sparse Tensor",
+        "forward reads a sparse tensor, which cannot be compiled; use a dense one",
+    ),
+    (
+        r"convert args/kwargs to proxy",
+        "forward gives an operator of torch an argument that is neither a tensor nor a plain Python value",
+    ),
     (r"function `([^`]+)`[\s\S]*should not be traced", "forward calls {0}, which torch's compiler does not follow"),
 )
 
