@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_nothing_behind(table, folder, monkeypatch, error):
 def test_the_oldest_entries_go_first(table, folder, monkeypatch):
     for cutoff in range(3):
         load_reviews(table, cutoff=cutoff, cache_dir=folder)
-        os.utime(next(folder.glob(f"*-{cutoff}-v*")), (cutoff, cutoff))
+        os.utime(next(folder.glob(f"*-{cutoff}-none-v*")), (cutoff, cutoff))
     load_reviews(table, cutoff=0, cache_dir=folder)  # used again: now the newest
     size = max(path.stat().st_size for path in folder.iterdir())
     monkeypatch.setattr(cache, "MAX_CACHE_BYTES", 2 * size + size // 2)

@@ -19,7 +19,8 @@ def test_neither_pieces_nor_chunks_show(monkeypatch, piece_bytes, chunk_rows):
     chunks = [texts[start : start + chunk_rows] for start in range(0, len(texts), chunk_rows)]
     column = pa.chunked_array([pa.array(chunk, pa.large_string()) for chunk in chunks])
     with tokens.threads() as pool:
-        kept, train = tokens.build_and_encode(column, np.arange(0, 40, 2), 0, pool)
+        built = tokens.build_and_encode(column, np.arange(0, 40, 2), 0, pool)
+        kept, train = built.kept, built.rows
         other = tokens.encode(column, np.arange(1, 40, 2), ["<UNK>", *kept], pool)
     words = [[token for token in text.split(" ") if token] for text in texts]
     expected = list(dict.fromkeys(token for row in words[::2] for token in row))
@@ -36,7 +37,8 @@ def test_ids_are_as_narrow_as_the_vocabulary_allows(num_words, dtype):
     words = [f"w{i}" for i in range(num_words)]
     column = pa.chunked_array([pa.array([" ".join(words + words[::-1]), words[-1]], pa.large_string())])
     with tokens.threads() as pool:
-        kept, encoded = tokens.build_and_encode(column, np.arange(2), 0, pool)
+        built = tokens.build_and_encode(column, np.arange(2), 0, pool)
+        kept, encoded = built.kept, built.rows
     assert kept == words
     assert encoded.ids.dtype == dtype
     assert encoded.ids.tolist() == [*range(1, num_words + 1), num_words]

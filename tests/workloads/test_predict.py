@@ -58,20 +58,20 @@ def sigmoid(x: float) -> float:
 def test_two_ratings_share_one_logit(
     binary: Path, text: str, rating: str, logit: float, known_words: list[str]
 ) -> None:
-    [found] = predict(binary, [text], raw=True)
+    [found] = predict(binary, [text], clean="none")
     assert (found.text, found.rating, found.known_words) == (text, rating, known_words)
     assert found.probability == pytest.approx(sigmoid(abs(logit)), rel=1e-6)
 
 
 def test_more_ratings_have_a_logit_each(graded: Path) -> None:
-    food, good = predict(graded, ["food", "good"], raw=True)
+    food, good = predict(graded, ["food", "good"], clean="none")
     assert (food.rating, good.rating) == ("2", "3")
     assert food.probability == pytest.approx(math.exp(1.5) / (1 + math.exp(1.5) + 1), rel=1e-6)
     assert good.probability == pytest.approx(math.exp(3) / (math.exp(-1) + math.exp(1) + math.exp(3)), rel=1e-6)
 
 
 def test_new_text_is_cleaned_as_the_book_does(binary: Path) -> None:
-    cleaned, raw = predict(binary, ["GOOD, food!"])[0], predict(binary, ["GOOD, food!"], raw=True)[0]
+    cleaned, raw = predict(binary, ["GOOD, food!"])[0], predict(binary, ["GOOD, food!"], clean="none")[0]
     assert cleaned.text == "GOOD, food!"
     assert cleaned.known_words == ["good", "food"]
     assert raw.known_words == []
@@ -79,7 +79,7 @@ def test_new_text_is_cleaned_as_the_book_does(binary: Path) -> None:
 
 def test_text_in_tokens_is_taken_as_it_is(binary: Path) -> None:
     tokens = "good_food good"
-    assert predict(binary, [tokens], raw=True)[0].known_words == ["good"]
+    assert predict(binary, [tokens], clean="none")[0].known_words == ["good"]
     assert predict(binary, [tokens])[0].known_words == ["good", "food"]
 
 
@@ -109,4 +109,4 @@ def test_a_missing_or_damaged_file_is_named(binary: Path, graded: Path, tmp_path
 
 def test_text_that_no_file_could_hold_is_refused(binary: Path) -> None:
     with pytest.raises(DataError, match="UTF-8"):
-        predict(binary, ["good \ud800 food"], raw=True)
+        predict(binary, ["good \ud800 food"], clean="none")
