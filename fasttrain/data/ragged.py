@@ -129,7 +129,8 @@ class RaggedTable:
                 [
                     None,
                     pa.py_buffer(self._host_offsets * entry_bytes),
-                    pa.py_buffer(values.reshape(-1).view(torch.uint8).numpy()),
+                    # Of one value or none, the stride may be anything, and `view` wants 1.
+                    pa.py_buffer(values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy()),
                 ],
             )
 

@@ -173,7 +173,7 @@ class ReviewVectorizer:
         lists = pc.split_pattern(_text_column(texts).combine_chunks(), " ")
         words = lists.flatten().dictionary_encode()
         cleaned = clean_words(words.dictionary, self.clean).take(words.indices)
-        return pc.binary_join(type(lists).from_arrays(lists.offsets, cleaned), " ").to_pylist()
+        return pc.binary_join(type(lists).from_arrays(lists.offsets, cleaned), pa.scalar(" ", cleaned.type)).to_pylist()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

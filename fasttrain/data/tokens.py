@@ -219,6 +219,7 @@ _UNSPACED = (
     )
     + r"\x{30FC}"
 )  # the long vowel of Katakana belongs to no script
+_UNSPACED_RUN = rf"([{_UNSPACED}][{_UNSPACED}\p{{M}}]*)"
 _UNSPACED_MARK = "\x01"
 """Stands before a run of an unspaced script while it is cut up: cleaned text holds no control characters."""
 
@@ -252,8 +253,9 @@ def _unicode(words: pa.LargeStringArray) -> pa.LargeStringArray:
     words = pc.replace_substring(words, "\u200b", " ")
     words = pc.replace_substring_regex(words, r"\p{Cf}|[\x{FE00}-\x{FE0F}\x{E0100}-\x{E01EF}]", "")
     words = pa.array(map(_fold, words.to_pylist()), words.type)
+    words = pc.replace_substring_regex(words, _UNSPACED_RUN, r" \1 ")
     words = pc.replace_substring_regex(words, _TOKEN_OR_REST, r" \1 ")
-    words = pc.replace_substring_regex(words, rf"([{_UNSPACED}][{_UNSPACED}\p{{M}}]*)", rf" {_UNSPACED_MARK}\1 ")
+    words = pc.replace_substring_regex(words, _UNSPACED_RUN, rf"{_UNSPACED_MARK}\1")
     is_unspaced = pc.match_substring(words, _UNSPACED_MARK)
     if not pc.any(is_unspaced).as_py():
         return words
@@ -350,7 +352,7 @@ class _Census:
         )
 
     def _percent(self, count: int) -> str:
-        return f"{100 * count / max(self.num_words, 1):.2g}%"
+        return f"{100 * count / max(self.num_words, 1):.3g}%"
 
 
 def _merge(pieces: Sequence[_Tokens]) -> _Words:

@@ -137,6 +137,16 @@ def test_the_oldest_entries_go_first(table, folder, monkeypatch):
     assert sorted(kept.values()) == [["0"], ["3"]]
 
 
+def test_each_cleaning_has_an_entry_of_its_own(table, folder):
+    for clean in ("none", "book", "unicode", "auto"):
+        plain = load_reviews(table, cutoff=0, clean=clean, cache_dir=None)
+        for _ in range(2):
+            cached = load_reviews(table, cutoff=0, clean=clean, cache_dir=folder)
+            assert cached.vectorizer == plain.vectorizer
+            assert cached.clean_reason == plain.clean_reason
+    assert len(list(folder.iterdir())) == 4
+
+
 def test_a_frame_is_not_cached(folder):
     frame = pd.DataFrame({"rating": ["a", "b"], "review": ["x", "y"], "split": ["train", "train"]})
     assert load_reviews(frame, cutoff=0, cache_dir=folder).source == "DataFrame"

@@ -147,6 +147,18 @@ def test_offsets_that_change_later_change_nothing(dtype: torch.dtype) -> None:
     assert source.columns[0].offsets.tolist() == [0, 2, 5]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.parametrize("values", [torch.empty(0, 3), torch.from_numpy(np.zeros(9)[:0]), torch.zeros(1).expand(0)])
+def test_rows_without_values(values: torch.Tensor) -> None:
+    source = resident(Ragged(values, torch.tensor([0, 0, 0])), batch_size=1, device="cpu", drop_last=False)
+    assert [batch.values.shape for (batch,) in source] == [values.shape] * 2
+
+
+def test_a_single_value_of_any_stride() -> None:
+    rows = Ragged(torch.tensor(7).expand(1), torch.tensor([0, 1]))
+    ((batch,),) = resident(rows, batch_size=1, device="cpu")
+    assert batch.values.tolist() == [7]
+
+
 def test_values_cannot_be_freed_below_the_rows() -> None:
     values = torch.arange(5)
     resident(Ragged(values, torch.tensor([0, 2, 5])), batch_size=1, device="cpu")
