@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fasttrain.metrics import Scoring, scoring_of
 from fasttrain.step.batch_layout import BatchLayout
 from fasttrain.step.eager import run_forward
 from fasttrain.step.optimizer import OptimizerStep
@@ -30,7 +31,7 @@ class StepFunction:
     """A part of the step as a function of its tensors.
 
     Its inputs are, in this order: state, options (unless it gathers), gradients (unless it is whole; one for each
-    trained parameter), batch. It changes state and gathered gradients in place and returns the loss.
+    parameter of `differentiated`), batch. It changes state and gathered gradients in place and returns the loss.
 
     Args:
         spec: the step.
@@ -40,7 +41,8 @@ class StepFunction:
         layout: of the batch.
 
     Attributes:
-        trained: the places (in the state) of the parameters that are trained.
+        differentiated: the places (in the state) of the parameters whose gradients the step needs: those that are
+            trained, then, where the norm is clipped, the model's others.
         reached: those of them that have gradients; known once the function has run.
     """
 
@@ -52,8 +54,10 @@ class StepFunction:
         self._state = state
         self._options = options
         self._layout = layout
-        places = [place for group in state.groups for place in group]
-        self.trained = [place for place in places if state.tensors[place].requires_grad]
+        trained = [place for group in state.groups for place in group]
+        others = [] if spec.clip_norm is None else [each for each in state.parameters.values() if each not in trained]
+        self._trained = [place for place in trained if state.tensors[place].requires_grad]
+        self.differentiated = self._trained + [place for place in others if state.tensors[place].requires_grad]
         self.reached: list[int] = []
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -62,37 +66,38 @@ class StepFunction:
         rest = iter(inputs)
         state = [next(rest) for _ in self._state.tensors]
         options = [] if part == "gather" else [next(rest) for _ in self._options.examples]
-        gathered = [] if part == "whole" else [next(rest) for _ in self.trained]
+        gathered = [] if part == "whole" else [next(rest) for _ in self.differentiated]
         batch = self._layout.rebuild(list(rest))
         scaling = None if spec.scaler is None else LossScaling(spec.scaler, *[state[at] for at in self._state.scaler])
-        output, gradients = self._backward(state, batch, scaling)
+        output, scoring, gradients = self._backward(state, batch, scaling)
         self.reached = list(gradients)
         with torch.no_grad():
             with recorded_as("backward"):
-                for place, held in zip(self.trained, gathered, strict=False):
+                for place, held in zip(self.differentiated, gathered, strict=False):
                     if place in gradients:
                         gradients[place] = (held.add_ if part == "gather" else held.add)(gradients[place])
             if part != "gather":
                 with recorded_as("optimizer"):
                     self._apply(state, gradients, options, scaling)
             with recorded_as("metrics"):
-                spec.metrics.accumulate(list(state[self._state.totals].unbind()), *output, 1.0)
+                spec.metrics.accumulate(list(state[self._state.totals].unbind()), *output, 1.0, scoring)
                 return output.loss.detach()
 
     def _backward(
         self, state: list[Tensor], batch: Batch, scaling: LossScaling | None
-    ) -> tuple[StepOutput, dict[int, Tensor]]:
-        """Forward and backward: the output and, by place of its parameter, each gradient that there is."""
+    ) -> tuple[StepOutput, Scoring | None, dict[int, Tensor]]:
+        """Forward and backward: the output, how it is scored and, by place of its parameter, each gradient."""
         with torch.enable_grad(), recorded_as("forward"):
-            variables = {place: state[place].detach().requires_grad_() for place in self.trained}
+            variables = {place: state[place].detach().requires_grad_() for place in self.differentiated}
             output = self._forward({**dict(enumerate(state)), **variables}, batch)
+            scoring = scoring_of(*output)
             loss = output.loss if self._spec.accumulate == 1 else output.loss / self._spec.accumulate
             loss = loss if scaling is None else scaling.scaled(loss)
         with recorded_as("backward"):
             found = torch.autograd.grad(loss, list(variables.values()), allow_unused=True)
-            gradients = zip(self.trained, cast("Sequence[Tensor | None]", found), strict=True)
+            gradients = zip(self.differentiated, cast("Sequence[Tensor | None]", found), strict=True)
             # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
-            return output, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
+            return output, scoring, {place: found.clone() for place, found in gradients if found is not None}
 
     def _apply(
         self, state: list[Tensor], gradients: dict[int, Tensor], options: list[Tensor], scaling: LossScaling | None
@@ -100,10 +105,11 @@ class StepFunction:
         """Clipping and the optimizer's step, undone where the scaled gradients have overflowed."""
         for place, gradient in gradients.items():
             state[place].grad = gradient
-        changed = [state[at] for place in self.trained for at in (place, *self._state.slots.get(place, {}).values())]
-        is_skipped = None if scaling is None else scaling.unscale(list(gradients.values()))
+        changed = [state[at] for place in self._trained for at in (place, *self._state.slots.get(place, {}).values())]
+        own, others = [[gradients[at] for at in gradients if (at in self._trained) == is_own] for is_own in (True, False)]
+        is_skipped = None if scaling is None else scaling.unscale(own, others)
         before = [] if is_skipped is None else [tensor.clone() for tensor in changed]
-        self._clip([state[place] for place in self.trained])
+        self._clip([state[place] for place in self._state.parameters.values()])
         OptimizerStep(self._spec.optimizer, self._state, state, self._options, options).run()
         if scaling is not None and is_skipped is not None:
             for tensor, old in zip(changed, before, strict=True):
