@@ -18,7 +18,7 @@ from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.data.stream import Prefetcher, prefetch
 from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, EpochRow, History
-from fasttrain.metrics import LossObserver, Metric, RunningMetrics
+from fasttrain.metrics import LossObserver, Metric, RunningMetrics, copies_of
 from fasttrain.progress import Progress
 from fasttrain.step.eager import run_forward
 from fasttrain.step.train_step import TrainStep
@@ -69,14 +69,25 @@ class FastLoop:
         device: where the steps run; None is where the model is.
         precision: "fp32" (the user's own), "bf16", "fp16" or "auto".
         engine: "auto", "eager", "compiled", "graphed" (on CUDA) or "torch-compile".
-        accumulate: batches whose gradients are averaged before the optimizer steps.
-        clip_norm: bound on the norm of all gradients together.
-        clip_value: bound on each entry of each gradient.
-        metrics: (loss, predictions, targets) -> scalar tensor, by name.
+        accumulate: N: `(loss / N).backward()` for each batch, and an optimizer step at each Nth batch and at the last.
+            A short last group is divided by N too, so that each of its batches counts as much as any other.
+        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all of
+            the model's parameters, also those that the optimizer does not have, and over no others.
+        clip_value: `torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)`, before the norm is clipped.
+        metrics: by name: functions (loss, predictions, targets) -> scalar tensor, of which an epoch has the mean of the
+            batches' values (in `evaluate` weighted by their samples), which is not the value over the epoch for ratios
+            such as F1; or objects with `update(predictions, targets)`, `compute()` and `reset()` (as torchmetrics has),
+            which are computed from the whole epoch. Steps with one of the latter run eagerly, and `evaluate` uses a
+            copy of it.
 
-    Accuracy: class indices against the argmax over dimension 1 of the predictions; 0/1 targets against the predictions
-    that a binary cross-entropy was given, if they have one shape; anything else has none. Which it is, is learnt from
-    the first batch.
+    Each optimizer step starts without gradients, as after `model.zero_grad()`: no parameter of the model or of the
+    optimizer has one.
+
+    Accuracy is found for each batch, by dtypes, shapes and the loss function that forward calls: class indices against
+    the argmax over dimension 1 of the predictions, without the positions that a cross-entropy ignores
+    (`ignore_index`); 0/1 targets against the predictions that a binary cross-entropy was given, if they have one shape.
+    An epoch with a batch of anything else (soft targets, a regression) has none. Positions that forward itself masks
+    out of the loss do count.
 
     Raises:
         ConfigError: an option, or their combination, cannot work.
@@ -114,8 +125,7 @@ class FastLoop:
         )
         self.model = model
         self.optimizer = optimizer
-        self._evaluation = RunningMetrics(self.step.device, metrics)
-        self._evaluation_is_observed = False
+        self._evaluation = RunningMetrics(self.step.device, copies_of(metrics), pools_accuracy=True)
         self._epochs_left: int | None = None
         self._steps_done = self._last_epoch_steps = 0
         self._prefetchers: dict[int, tuple[Iterable[Batch], Prefetcher[Batch]]] = {}
@@ -150,22 +160,25 @@ class FastLoop:
             self._steps_done += counts.batches
             self._last_epoch_steps = counts.batches
             step.spec.gathered.count = 0  # an epoch that ends early leaves nothing for the next
-            for parameter in step.spec.trained():
+            for parameter in (*step.spec.trained(), *self.model.parameters()):
                 parameter.grad = None
 
     def evaluate(self, batches: Iterable[Batch]) -> EpochResult:
         """Evaluates the model, without gradients and in eval mode. Waits for the device once, at its end.
 
         Args:
-            batches: whatever forward takes, from any iterable.
+            batches: whatever forward takes, from any iterable. Of resident data (`resident(...)`) every row is used
+                once, in the rows' own order, also where training shuffles them and drops the last.
 
         Returns:
-            The figures; every sample counts once.
+            The figures; every sample counts once. Accuracy is over all positions that the loss does not ignore.
 
         Raises:
-            DataError: there was no batch.
+            DataError: there was no batch, or no sample in any.
         """
         metrics = self._evaluation
+        if isinstance(batches, ResidentBatches):
+            batches = batches.every_row
         metrics.reset()
         counts = _Counts()
         with torch.no_grad(), self._in_mode(training=False), self._on_device(batches) as placed:
@@ -192,9 +205,10 @@ class FastLoop:
 
         Args:
             train: batches of the train split; iterated once an epoch.
-            val: batches of the validation split, or None.
+            val: batches of the validation split, or None; see `evaluate`.
             epochs: how many at most, those of `state` counted in.
-            scheduler: stepped once an epoch, with the watched loss where it takes one.
+            scheduler: stepped once an epoch; a `ReduceLROnPlateau` with the validation loss, without `val` the training
+                loss.
             patience: stop after so many epochs without a new best validation loss; None: never.
             progress: show a bar on a terminal or in a notebook, else a line an epoch, on stderr.
             state: where an earlier fit stood, to go on from there; model, optimizer and scheduler must stand there too.
@@ -206,9 +220,14 @@ class FastLoop:
             The history of all finished epochs.
 
         Raises:
-            ConfigError: no epochs, or a patience without `val` or below 1.
+            ConfigError: no epochs, a patience without `val` or below 1, or a `ReduceLROnPlateau` with mode="max".
         """
         _check_lengths(epochs, patience, has_val=val is not None)
+        if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode == "max":
+            raise ConfigError(
+                'ReduceLROnPlateau(mode="max"): fit gives it the loss, which is better the lower it is; use mode="min", '
+                "or step the scheduler with another figure in a loop of your own over train() and evaluate()"
+            )
         state = state or FitState()
         history = state.history
         history.stopped = None
@@ -269,14 +288,10 @@ class FastLoop:
 
     def _evaluate_batch(self, batch: Batch, samples: int) -> None:
         spec = self.step.spec
-        if self._evaluation_is_observed:
+        with LossObserver() as observer:  # there is no autograd graph that shows the loss
             output = run_forward(spec, spec.forward, batch)
-        else:
-            with LossObserver() as observer:
-                output = run_forward(spec, spec.forward, batch)
-            self._evaluation.rule = observer.rule(output.predictions, output.targets)
-            self._evaluation_is_observed = True
-        self._evaluation.update(*output, weight=samples)
+        scoring = observer.scoring(output.predictions, output.targets)
+        self._evaluation.update(*output, weight=samples, scoring=scoring)
 
     def _result(self, counts: _Counts, metrics: RunningMetrics) -> EpochResult:
         if counts.batches == 0:
@@ -286,7 +301,8 @@ class FastLoop:
             )
         readout = metrics.compute()
         seconds = counts.seconds()
-        assert readout.loss is not None
+        if readout.loss is None:
+            raise DataError("there is no sample in any of the batches: a batch's first tensor has a row a sample")
         return EpochResult(
             loss=readout.loss,
             accuracy=readout.accuracy,

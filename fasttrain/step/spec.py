@@ -47,9 +47,10 @@ class StepSpec:
         forward: (model, batch) -> StepOutput.
         device: where the step runs.
         precision: of the forward pass; parameters stay as they are.
-        accumulate: batches whose gradients are averaged before one step of the optimizer.
-        clip_norm: bound on the norm of all gradients together, None for none.
-        clip_value: bound on each entry of each gradient, None for none.
+        accumulate: N: each batch adds the gradients of `loss / N`; the optimizer steps at each Nth batch and at the
+            last.
+        clip_norm: bound on the norm of the gradients of `model.parameters()` together, None for none.
+        clip_value: bound on each entry of these gradients, None for none.
         metrics: the running metrics of training.
         scaler: of fp16's loss, None for other precisions.
         gathered: the batches of an unfinished accumulation.
@@ -79,6 +80,15 @@ class StepSpec:
         """The parameters that the optimizer steps, group by group."""
         for group in self.optimizer.param_groups:
             yield from group["params"]
+
+    def untrained(self) -> list[Tensor]:
+        """The model's parameters that the optimizer does not have."""
+        trained = {id(parameter) for parameter in self.trained()}
+        return [parameter for parameter in self.model.parameters() if id(parameter) not in trained]
+
+    def with_gradients(self) -> list[Tensor]:
+        """The parameters whose gradients a step is made of: those trained, and with clip_norm all of the model's."""
+        return [*self.trained(), *(self.untrained() if self.clip_norm is not None else ())]
 
 
 class Engine(Protocol):
@@ -121,7 +131,8 @@ class Engine(Protocol):
         ...
 
     def flush(self) -> None:
-        """Steps the optimizer with what an unfinished accumulation has gathered (their mean), if anything."""
+        """Steps the optimizer with what an unfinished accumulation has gathered, if anything; call it after the last
+        batch. The gradients are as they are: each batch of the short group counts as much as any other."""
         ...
 
     def expect(self, steps: int) -> None:

@@ -13,6 +13,7 @@ from fasttrain.device import Choice, choose_precision, resolve_device
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import Metric, RunningMetrics
 from fasttrain.step.plan import make_engine
+from fasttrain.step.python_state import modules_of, objects_of
 from fasttrain.step.spec import StepSpec, normalise_forward, run_steps
 
 __all__ = ["TrainStep"]
@@ -35,10 +36,14 @@ class TrainStep:
         device: where the step runs; None is where the model is.
         precision: "fp32", "bf16", "fp16" or "auto" (see `fasttrain.device.choose_precision`).
         engine: "auto", "eager", "compiled", "graphed" (on CUDA) or "torch-compile".
-        accumulate: batches whose gradients are averaged before the optimizer steps.
-        clip_norm: bound on the norm of all gradients together.
-        clip_value: bound on each entry of each gradient.
-        metrics: (loss, predictions, targets) -> scalar, by name; averaged over batches.
+        accumulate: N: `(loss / N).backward()` for each batch, and an optimizer step at each Nth batch and at the last.
+            A short last group is divided by N too, so that each of its batches counts as much as any other.
+        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all of
+            the model's parameters, also those that the optimizer does not have, and over no others.
+        clip_value: `torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)`, before the norm is clipped.
+        metrics: by name: functions (loss, predictions, targets) -> scalar tensor, of which an epoch has the mean of the
+            batches' values; or objects with `update(predictions, targets)`, `compute()` and `reset()` (as torchmetrics
+            has), which are computed from the whole epoch. Steps with one of the latter run eagerly.
 
     Attributes:
         metrics: the running metrics; `compute()` reads them (and waits), `reset()` starts anew.
@@ -81,6 +86,7 @@ class TrainStep:
             metrics=self.metrics,
             scaler=torch.amp.GradScaler(self.device.type) if self.precision.value == "fp16" else None,
         )
+        _refuse_foreign_optimizer(self.spec)
         self._engine = make_engine(engine, self.spec)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -151,8 +157,25 @@ class TrainStep:
         self._engine.close()
 
     def flush(self) -> None:
-        """Steps the optimizer with what an unfinished accumulation has gathered; call it after the last batch."""
+        """Steps the optimizer with what an unfinished accumulation has gathered; call it after the last batch.
+
+        Each batch of a short group has added the gradients of `loss / accumulate`, as those of a full group.
+        """
         self._engine.flush()
+
+
+def _refuse_foreign_optimizer(spec: StepSpec) -> None:
+    """Raises ConfigError where the optimizer has no parameter of anything that the step runs through."""
+    trained = {id(parameter) for parameter in spec.trained()}
+    if not trained.isdisjoint(map(id, spec.model.parameters())):
+        return
+    held = [read.value for read in objects_of(spec)]  # of the loss, or what forward and a metric name
+    parameters = [parameter for _, module in modules_of(spec) for parameter in module.parameters(recurse=False)]
+    if trained.isdisjoint(map(id, [*held, *parameters])):
+        raise ConfigError(
+            "the optimizer has no parameter of the model: it was made over another one (before the model was copied or "
+            "made anew?), and its steps would train nothing; make the optimizer over this model's parameters()"
+        )
 
 
 def _agreed_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
