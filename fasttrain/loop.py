@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, EpochRow, History
 from fasttrain.metrics import LossObserver, Metric, RunningMetrics
 from fasttrain.progress import Progress
+from fasttrain.step.arguments import check_train_method, describe
 from fasttrain.step.eager import run_forward
 from fasttrain.step.train_step import TrainStep
 
@@ -99,7 +101,7 @@ class FastLoop:
         clip_value: float | None = None,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
-        self.step = TrainStep(
+        self.step = TrainStep(  # first: it checks that the model is one
             model,
             optimizer,
             forward,
@@ -112,6 +114,7 @@ class FastLoop:
             clip_value=clip_value,
             metrics=metrics,
         )
+        check_train_method(model)
         self.model = model
         self.optimizer = optimizer
         self._evaluation = RunningMetrics(self.step.device, metrics)
@@ -206,9 +209,10 @@ class FastLoop:
             The history of all finished epochs.
 
         Raises:
-            ConfigError: no epochs, or a patience without `val` or below 1.
+            ConfigError: no epochs, a patience without `val` or below 1, or a scheduler that cannot be stepped so.
         """
         _check_lengths(epochs, patience, has_val=val is not None)
+        _check_scheduler(scheduler, self.optimizer)
         state = state or FitState()
         history = state.history
         history.stopped = None
@@ -359,10 +363,33 @@ class _Counts:
 
 
 def _check_lengths(epochs: int, patience: int | None, *, has_val: bool) -> None:
+    for name, given in (("epochs", epochs), ("patience", patience)):
+        is_whole = isinstance(given, Integral) and not isinstance(given, bool)
+        if given is not None and not is_whole:
+            raise ConfigError(f"{name} {given!r}: use a whole number, 1 or more")
     if epochs < 1:
         raise ConfigError(f"epochs {epochs}: use 1 or more")
     if patience is not None and (patience < 1 or not has_val):
         raise ConfigError(f"patience {patience}: use 1 or more, together with val= (it watches the validation loss)")
+
+
+def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    if scheduler is None:
+        return
+    if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
+        raise ConfigError(
+            f"scheduler must be one of torch.optim.lr_scheduler; it is {describe(scheduler)} (several at once: "
+            "ChainedScheduler or SequentialLR)"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "min":
+        raise ConfigError(
+            f"ReduceLROnPlateau(mode={scheduler.mode!r}) cannot be stepped by fit, which gives it the loss: use "
+            "mode='min', or keep the loop over the epochs and step the scheduler there with the value that it watches"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(
+            "scheduler changes the rates of another optimizer than the loop's: make it over loop.optimizer"
+        )
 
 
 def _epochs_to_run(history: History, epochs: int, patience: int | None) -> Generator[int]:

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["AccuracyRule", "LossObserver", "Metric", "Readout", "RunningMetrics"]
 
-Metric = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""A user's metric: (loss, predictions, targets) -> a scalar tensor on the device, the batch's value."""
+Metric = Callable[[Tensor, Any, Any], Tensor]
+"""A user's metric: (loss, predictions, targets), as forward returned them -> a scalar tensor, the batch's value."""
 
 AccuracyRule = Literal["argmax", "logit", "probability"]
 """argmax: class indices against the largest prediction; logit: 0/1 against prediction > 0; probability: > 0.5."""
@@ -71,9 +71,7 @@ class RunningMetrics:
         self._weight = 0.0
         self._late.discard()
 
-    def update(
-        self, loss: Tensor, predictions: Tensor | None = None, targets: Tensor | None = None, *, weight: float = 1.0
-    ) -> None:
+    def update(self, loss: Tensor, predictions: Any = None, targets: Any = None, *, weight: float = 1.0) -> None:
         """Adds a batch.
 
         Args:
@@ -90,15 +88,13 @@ class RunningMetrics:
         """The host's half of `update`: a batch of this weight was added to the totals."""
         self._weight += weight
 
-    def accumulate(
-        self, cells: list[Tensor], loss: Tensor, predictions: Tensor | None, targets: Tensor | None, weight: float
-    ) -> None:
+    def accumulate(self, cells: list[Tensor], loss: Tensor, predictions: Any, targets: Any, weight: float) -> None:
         """The device's half of `update`: adds a batch to `cells`, the scalars of `totals`, in place.
 
         Reads no state but `rule` and `user_metrics`, so that a compiled step can hold it.
         """
         cells[0].add_(loss, alpha=weight)
-        if self.rule is not None and predictions is not None and targets is not None:
+        if self.rule is not None and isinstance(predictions, Tensor) and isinstance(targets, Tensor):
             correct = count_correct(self.rule, predictions, targets)
             cells[1].add_(correct, alpha=100.0 * weight / max(1, targets.numel()))
         for cell, metric in zip(cells[2:], self.user_metrics.values(), strict=True):
@@ -191,9 +187,9 @@ class LossObserver(TorchFunctionMode):
             self._binary.append((rule, args[0] if args else kwargs["input"]))
         return func(*args, **kwargs)
 
-    def rule(self, predictions: Tensor | None, targets: Tensor | None) -> AccuracyRule | None:
+    def rule(self, predictions: Any, targets: Any) -> AccuracyRule | None:
         """The rule for these predictions and targets, None where accuracy has no meaning. Waits for the device."""
-        if predictions is None or targets is None or targets.numel() == 0:
+        if not isinstance(predictions, Tensor) or not isinstance(targets, Tensor) or targets.numel() == 0:
             return None
         if not targets.is_floating_point() and predictions.dim() == targets.dim() + 1:
             without_classes = predictions.shape[:1] + predictions.shape[2:]

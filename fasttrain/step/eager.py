@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttrain.data.resident import Span
 from fasttrain.device import Choice, autocast_dtype
+from fasttrain.errors import ConfigError
 from fasttrain.metrics import LossObserver
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
 from fasttrain.step.torch_private import note_step, run_backward, step_optimizer, was_step_taken
@@ -40,6 +41,7 @@ class EagerEngine:
         self.choice = choice
         self._spec = spec
         self._forward = forward or spec.forward
+        self._needs_closure = spec.needs_closure
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
         self.span = 1
@@ -48,6 +50,8 @@ class EagerEngine:
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
+        if self._needs_closure:
+            return self._step_with_closure(batch)
         loss = self.gather(batch)
         self.apply_if_due()
         return loss
@@ -91,6 +95,29 @@ class EagerEngine:
 
     def close(self) -> None:
         """See `Engine.close`: nothing runs beside eager."""
+
+    def _step_with_closure(self, batch: Batch) -> Tensor:
+        """A step of an optimizer that evaluates the loss as often as it likes; metrics count the first evaluation."""
+        spec = self._spec
+        losses: list[Tensor] = []
+
+        def closure() -> Tensor:
+            self._zero_gradients()
+            output = self._observed_forward(batch)
+            self._backward(output.loss)
+            if spec.clip_norm is not None or spec.clip_value is not None:
+                self._clip()
+            if not losses:
+                losses.append(output.loss.detach())
+                spec.metrics.update(losses[0], output.predictions, output.targets)
+            return output.loss
+
+        spec.optimizer.step(closure)
+        self._zero_gradients()
+        self.has_stepped = True
+        if not losses:
+            raise ConfigError(f"{type(spec.optimizer).__name__}.step did not call its closure, so there is no loss")
+        return losses[0]
 
     def _observed_forward(self, batch: Batch) -> StepOutput:
         if self._is_observed:

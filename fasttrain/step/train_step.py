@@ -12,6 +12,7 @@ from fasttrain.data.resident import Span
 from fasttrain.device import Choice, choose_precision, resolve_device
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import Metric, RunningMetrics
+from fasttrain.step.arguments import check_functions, check_model, check_optimizer, describe
 from fasttrain.step.plan import make_engine
 from fasttrain.step.spec import StepSpec, normalise_forward, run_steps
 
@@ -66,6 +67,9 @@ class TrainStep:
         clip_value: float | None = None,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
+        check_model(model)
+        check_functions(forward, loss, metrics)
+        check_optimizer(optimizer, model, [forward, loss, metrics])
         self.device = _agreed_device(model, device)
         self.precision = choose_precision(precision, self.device)
         self.metrics = RunningMetrics(self.device, metrics)
@@ -157,6 +161,11 @@ class TrainStep:
 
 def _agreed_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """The one device of the model's parameters and buffers, which must be `device` where that is given."""
+    given: object = device
+    if given is not None and not isinstance(given, str | torch.device):
+        raise ConfigError(
+            f"device must be a name such as 'cpu' or 'cuda:0', or a torch.device; it is {describe(given)}"
+        )
     found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(found) > 1:
         raise ConfigError(f"the model is spread over {', '.join(map(str, found))}; move it to one device first")
