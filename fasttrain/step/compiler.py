@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from fasttrain.step.batch_layout import refuse_unplain
 from fasttrain.step.build import Build, GraphJob
 from fasttrain.step.cache import ProgramCache, Verdict, default_folder
 from fasttrain.step.identity import job_signature, program_key
@@ -134,7 +135,12 @@ class Compiler:
         return all(self.cache.find(program_key(GraphJob.of(part))) is not None for part in traced.parts)
 
     def verdict(self, batch: Batch) -> Verdict | None:
-        """What was measured of a step that looks like this one, on this machine."""
+        """What was measured of a step that looks like this one, on this machine.
+
+        Raises:
+            EngineError: the batch holds tensors that no compiled step takes.
+        """
+        refuse_unplain(batch)
         self._signature = job_signature(self._spec, batch)
         return self.cache.verdict(self._signature)
 
