@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class FastLoop:
 
     As in the book, `train` puts the whole model in train mode and `evaluate` in eval mode, for as long as they run: a
     part that is to stay in eval mode (frozen batch norm) says so in its own `train` method.
+
+    `copy.deepcopy` makes an independent loop, with copies of the model and the optimizer, at the same point of the
+    training (a scheduler stays the original's). A loop cannot be pickled: save the `state_dict()`s.
 
     Args:
         model: the model, on its device.
@@ -122,6 +125,23 @@ class FastLoop:
         self._epochs_left: int | None = None
         self._steps_done = self._last_epoch_steps = 0
         self._prefetchers: dict[int, tuple[Iterable[Batch], Prefetcher[Batch]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastLoop:
+        """An independent loop over copies of the user's objects, as `TrainStep` makes them."""
+        loop = object.__new__(type(self))
+        memo[id(self)] = loop
+        loop.step = copy.deepcopy(self.step, memo)  # first: it copies the model and the optimizer
+        own = {name: value for name, value in vars(self).items() if name not in ("step", "_prefetchers")}
+        vars(loop).update(copy.deepcopy(own, memo))
+        loop._prefetchers = {}
+        return loop
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses pickling, as `TrainStep` does."""
+        raise TypeError(
+            "a FastLoop cannot be pickled or copied by copy.copy: save model.state_dict() and optimizer.state_dict() "
+            "and make a new one from them; copy.deepcopy makes an independent copy"
+        )
 
     def train(self, batches: Iterable[Batch], *, watch: Watch | None = None) -> EpochResult:
         """Trains one epoch. Waits for the device once, at its end.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -130,6 +131,9 @@ class _LateCopy:
         self._view = self._host.numpy()  # HOST READ: of host memory, once; later reads of the view touch no torch
         self._event = torch.cuda.Event() if self._is_cuda else None
         self._weight: float | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LateCopy:
+        return _LateCopy(copy.deepcopy(self._source, memo))  # a view of the host's memory is no view in a copy
 
     def discard(self) -> None:
         self._weight = None

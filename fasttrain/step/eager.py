@@ -15,7 +15,7 @@ from fasttrain.metrics import LossObserver
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
 from fasttrain.step.torch_private import note_step, run_backward, step_optimizer, was_step_taken
 
-__all__ = ["EagerEngine", "run_forward"]
+__all__ = ["EagerEngine", "eager_meanwhile", "run_forward"]
 
 Batch = Any
 
@@ -110,7 +110,7 @@ class EagerEngine:
             if not losses:
                 losses.append(output.loss.detach())
                 spec.metrics.update(losses[0], output.predictions, output.targets)
-            return output.loss
+            return output.loss.detach()  # LBFGS makes a float of it: PyTorch warns where it requires a gradient
 
         spec.optimizer.step(closure)
         self._zero_gradients()
@@ -175,6 +175,13 @@ def run_forward(spec: StepSpec, forward: Forward, batch: Batch) -> StepOutput:
     # No weight cache: it would outlive the step in a captured graph (pytorch#71631); each weight is cast once anyway.
     with torch.autocast(spec.device.type, dtype=dtype, cache_enabled=False):
         return forward(spec.model, batch)
+
+
+def eager_meanwhile() -> str | None:
+    """Why steps run eagerly for now, whatever is compiled; None where nothing asks for that."""
+    if torch.is_anomaly_enabled():
+        return "torch.autograd.set_detect_anomaly is on, and only eager steps are checked by it"
+    return None
 
 
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ class TrainStep:
 
     The model must be in train mode, its batches on the device. The model, its parameters and the optimizer stay the
     user's: the very same tensors are updated in place.
+
+    An optimizer that needs a closure (LBFGS) steps eagerly: each evaluation zeroes the gradients, runs forward and
+    backward and clips; loss and metrics are those of the first evaluation of a step.
+
+    `copy.deepcopy` makes an independent step, with copies of the model and the optimizer, at the same point of the
+    training; it compiles or loads its programs anew. A step cannot be pickled: save the `state_dict()`s.
 
     Args:
         model: the model; not moved.
@@ -85,7 +92,25 @@ class TrainStep:
             metrics=self.metrics,
             scaler=torch.amp.GradScaler(self.device.type) if self.precision.value == "fp16" else None,
         )
+        self._engine_name = engine
         self._engine = make_engine(engine, self.spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainStep:
+        """An independent step over copies of the user's objects; functions, as always, are not copied."""
+        step = object.__new__(type(self))
+        memo[id(self)] = step
+        _copy_optimizer(self.spec.optimizer, memo)
+        own = {name: value for name, value in vars(self).items() if name != "_engine"}
+        vars(step).update(copy.deepcopy(own, memo))
+        step._engine = make_engine(step._engine_name, step.spec)
+        return step
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses pickling: programs and the functions of a step belong to this process."""
+        raise TypeError(
+            "a TrainStep cannot be pickled or copied by copy.copy: save model.state_dict() and optimizer.state_dict() "
+            "and make a new one from them; copy.deepcopy makes an independent copy"
+        )
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step. Makes no host read.
@@ -157,6 +182,14 @@ class TrainStep:
     def flush(self) -> None:
         """Steps the optimizer with what an unfinished accumulation has gathered; call it after the last batch."""
         self._engine.flush()
+
+
+def _copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> None:
+    """Puts a copy of the optimizer into a memo, with the attributes that `Optimizer.__getstate__` leaves out."""
+    copied = copy.deepcopy(optimizer, memo)
+    for name, value in vars(optimizer).items():
+        if name not in vars(copied) and not callable(value):  # hooks and a scheduler's wrapper are of the original
+            setattr(copied, name, copy.deepcopy(value, memo))
 
 
 def _agreed_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
