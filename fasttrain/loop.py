@@ -383,9 +383,9 @@ class _Counts:
 
 
 def _check_lengths(epochs: int, patience: int | None, *, has_val: bool) -> None:
-    for name, given in (("epochs", epochs), ("patience", patience)):
-        is_whole = isinstance(given, Integral) and not isinstance(given, bool)
-        if given is not None and not is_whole:
+    lengths: dict[str, Any] = {"epochs": epochs, "patience": patience}
+    for name, given in lengths.items():
+        if given is not None and (isinstance(given, bool) or not isinstance(given, Integral)):
             raise ConfigError(f"{name} {given!r}: use a whole number, 1 or more")
     if epochs < 1:
         raise ConfigError(f"epochs {epochs}: use 1 or more")

@@ -112,7 +112,8 @@ class EagerEngine:
                 spec.metrics.update(losses[0], output.predictions, output.targets)
             return output.loss.detach()  # LBFGS makes a float of it: PyTorch warns where it requires a gradient
 
-        spec.optimizer.step(closure)
+        optimizer: Any = spec.optimizer  # its annotation has closures return a float
+        optimizer.step(closure)
         self._zero_gradients()
         self.has_stepped = True
         if not losses:

@@ -84,9 +84,10 @@ class StepSpec:
         given: Any = self.accumulate
         if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
             raise ConfigError(f"accumulate {given!r}: use a whole number of batches, 1 (no accumulation) or more")
-        for name, bound in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
-            is_number = isinstance(bound, Real) and not isinstance(bound, bool)
-            if bound is not None and not (is_number and bound > 0):  # NaN is not
+        bounds: dict[str, Any] = {"clip_norm": self.clip_norm, "clip_value": self.clip_value}
+        for name, bound in bounds.items():
+            is_number = not isinstance(bound, bool) and isinstance(bound, Real)
+            if bound is not None and not (is_number and float(bound) > 0):  # NaN is not
                 raise ConfigError(f"{name} {bound!r}: use a positive number, or None for no clipping")
         if self.needs_closure and (self.accumulate > 1 or self.scaler is not None):
             what = "accumulate" if self.accumulate > 1 else "precision='fp16'"

@@ -194,7 +194,7 @@ def _copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> N
 
 def _agreed_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """The one device of the model's parameters and buffers, which must be `device` where that is given."""
-    given: object = device
+    given: Any = device
     if given is not None and not isinstance(given, str | torch.device):
         raise ConfigError(
             f"device must be a name such as 'cpu' or 'cuda:0', or a torch.device; it is {describe(given)}"
