@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from numbers import Integral
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, EpochRow, History
 from fasttrain.metrics import LossObserver, Metric, RunningMetrics, copies_of
 from fasttrain.progress import Progress
+from fasttrain.step.arguments import check_train_method, describe
 from fasttrain.step.eager import run_forward
 from fasttrain.step.train_step import TrainStep
 
@@ -61,6 +63,9 @@ class FastLoop:
     As in the book, `train` puts the whole model in train mode and `evaluate` in eval mode, for as long as they run: a
     part that is to stay in eval mode (frozen batch norm) says so in its own `train` method.
 
+    `copy.deepcopy` makes an independent loop, with copies of the model and the optimizer, at the same point of the
+    training (a scheduler stays the original's). A loop cannot be pickled: save the `state_dict()`s.
+
     Args:
         model: the model, on its device.
         optimizer: over the model's parameters.
@@ -71,8 +76,8 @@ class FastLoop:
         engine: "auto", "eager", "compiled", "graphed" (on CUDA) or "torch-compile".
         accumulate: N: `(loss / N).backward()` for each batch, and an optimizer step at each Nth batch and at the last.
             A short last group is divided by N too, so that each of its batches counts as much as any other.
-        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all of
-            the model's parameters, also those that the optimizer does not have, and over no others.
+        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all
+            of the model's parameters, also those that the optimizer does not have, and over no others.
         clip_value: `torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)`, before the norm is clipped.
         metrics: by name: functions (loss, predictions, targets) -> scalar tensor, of which an epoch has the mean of the
             batches' values (in `evaluate` weighted by their samples), which is not the value over the epoch for ratios
@@ -110,7 +115,7 @@ class FastLoop:
         clip_value: float | None = None,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
-        self.step = TrainStep(
+        self.step = TrainStep(  # first: it checks that the model is one
             model,
             optimizer,
             forward,
@@ -123,12 +128,30 @@ class FastLoop:
             clip_value=clip_value,
             metrics=metrics,
         )
+        check_train_method(model)
         self.model = model
         self.optimizer = optimizer
         self._evaluation = RunningMetrics(self.step.device, copies_of(metrics), pools_accuracy=True)
         self._epochs_left: int | None = None
         self._steps_done = self._last_epoch_steps = 0
         self._prefetchers: dict[int, tuple[Iterable[Batch], Prefetcher[Batch]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastLoop:
+        """An independent loop over copies of the user's objects, as `TrainStep` makes them."""
+        loop = object.__new__(type(self))
+        memo[id(self)] = loop
+        loop.step = copy.deepcopy(self.step, memo)  # first: it copies the model and the optimizer
+        own = {name: value for name, value in vars(self).items() if name not in ("step", "_prefetchers")}
+        vars(loop).update(copy.deepcopy(own, memo))
+        loop._prefetchers = {}
+        return loop
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses pickling, as `TrainStep` does."""
+        raise TypeError(
+            "a FastLoop cannot be pickled or copied by copy.copy: save model.state_dict() and optimizer.state_dict() "
+            "and make a new one from them; copy.deepcopy makes an independent copy"
+        )
 
     def train(self, batches: Iterable[Batch], *, watch: Watch | None = None) -> EpochResult:
         """Trains one epoch. Waits for the device once, at its end.
@@ -220,14 +243,10 @@ class FastLoop:
             The history of all finished epochs.
 
         Raises:
-            ConfigError: no epochs, a patience without `val` or below 1, or a `ReduceLROnPlateau` with mode="max".
+            ConfigError: no epochs, a patience without `val` or below 1, or a scheduler that cannot be stepped so.
         """
         _check_lengths(epochs, patience, has_val=val is not None)
-        if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode == "max":
-            raise ConfigError(
-                'ReduceLROnPlateau(mode="max"): fit gives it the loss, which is better the lower it is; use mode="min", '
-                "or step the scheduler with another figure in a loop of your own over train() and evaluate()"
-            )
+        _check_scheduler(scheduler, self.optimizer)
         state = state or FitState()
         history = state.history
         history.stopped = None
@@ -375,10 +394,33 @@ class _Counts:
 
 
 def _check_lengths(epochs: int, patience: int | None, *, has_val: bool) -> None:
+    lengths: dict[str, Any] = {"epochs": epochs, "patience": patience}
+    for name, given in lengths.items():
+        if given is not None and (isinstance(given, bool) or not isinstance(given, Integral)):
+            raise ConfigError(f"{name} {given!r}: use a whole number, 1 or more")
     if epochs < 1:
         raise ConfigError(f"epochs {epochs}: use 1 or more")
     if patience is not None and (patience < 1 or not has_val):
         raise ConfigError(f"patience {patience}: use 1 or more, together with val= (it watches the validation loss)")
+
+
+def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    if scheduler is None:
+        return
+    if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
+        raise ConfigError(
+            f"scheduler must be one of torch.optim.lr_scheduler; it is {describe(scheduler)} (several at once: "
+            "ChainedScheduler or SequentialLR)"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "min":
+        raise ConfigError(
+            f"ReduceLROnPlateau(mode={scheduler.mode!r}) cannot be stepped by fit, which gives it the loss: use "
+            "mode='min', or keep the loop over the epochs and step the scheduler there with the value that it watches"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(
+            "scheduler changes the rates of another optimizer than the loop's: make it over loop.optimizer"
+        )
 
 
 def _epochs_to_run(history: History, epochs: int, patience: int | None) -> Generator[int]:

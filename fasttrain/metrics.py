@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ __all__ = [
     "scoring_of",
 ]
 
-BatchMetric = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+BatchMetric = Callable[[Tensor, Any, Any], Tensor]
 """A user's metric of one batch: (loss, predictions, targets) -> a scalar tensor on the device. An epoch's value is the
 mean of its batches' values, which is right for a mean (an error, a share) and wrong for a ratio such as F1."""
 
@@ -155,8 +155,8 @@ class RunningMetrics:
     def update(
         self,
         loss: Tensor,
-        predictions: Tensor | None = None,
-        targets: Tensor | None = None,
+        predictions: Any = None,
+        targets: Any = None,
         *,
         weight: float = 1.0,
         scoring: Scoring | None = None,
@@ -189,8 +189,8 @@ class RunningMetrics:
         self,
         cells: list[Tensor],
         loss: Tensor,
-        predictions: Tensor | None,
-        targets: Tensor | None,
+        predictions: Any,
+        targets: Any,
         weight: float,
         scoring: Scoring | None = None,
         values: Sequence[Tensor] | None = None,
@@ -211,7 +211,7 @@ class RunningMetrics:
         cells[_LOSS].add_(loss, alpha=weight)
         if scoring is None and self.rule is not None:
             scoring = Scoring(self.rule, skips_negative=True)
-        if predictions is not None and targets is not None and targets.numel() != 0:
+        if isinstance(predictions, Tensor) and isinstance(targets, Tensor) and targets.numel() != 0:
             self._accumulate_accuracy(cells, predictions, targets, weight, scoring)
         if values is None:
             values = [metric(loss, predictions, targets) for metric in self.user_metrics.values()]
@@ -283,7 +283,7 @@ def _batch_metric(name: str, metric: Any) -> BatchMetric:
             f"metric {name!r} is of type {type(metric).__name__}: give a function (loss, predictions, targets) -> "
             "scalar tensor, or an object with update(predictions, targets), compute() and reset()"
         )
-    return metric
+    return cast("BatchMetric", metric)
 
 
 def _update_epoch_metric(name: str, metric: EpochMetric, predictions: Tensor | None, targets: Tensor | None) -> None:
@@ -321,6 +321,9 @@ class _LateCopy:
         self._view = self._host.numpy()  # HOST READ: of host memory, once; later reads of the view touch no torch
         self._event = torch.cuda.Event() if self._is_cuda else None
         self._weight: float | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LateCopy:
+        return _LateCopy(copy.deepcopy(self._source, memo))  # a view of the host's memory is no view in a copy
 
     def discard(self) -> None:
         self._weight = None
@@ -382,7 +385,7 @@ def _is_senseless(scoring: Scoring, targets: Tensor) -> Tensor:
     return (targets * targets != targets).any()  # also where it is NaN
 
 
-def scoring_of(loss: Tensor, predictions: Tensor | None, targets: Tensor | None) -> Scoring | None:
+def scoring_of(loss: Tensor, predictions: Any, targets: Any) -> Scoring | None:
     """How a batch's predictions are compared with its targets, by dtypes, shapes and the loss's autograd graph.
 
     Class indices with a class dimension in the predictions are compared by argmax; positions that a cross-entropy in
@@ -398,7 +401,7 @@ def scoring_of(loss: Tensor, predictions: Tensor | None, targets: Tensor | None)
     Returns:
         None where accuracy has no meaning.
     """
-    if predictions is None or targets is None:
+    if not isinstance(predictions, Tensor) or not isinstance(targets, Tensor):
         return None
     has_classes = _has_classes(predictions, targets)
     if not has_classes and predictions.shape != targets.shape:
@@ -422,8 +425,8 @@ _BINARY: dict[str, AccuracyRule] = {
 }
 
 _ARITHMETIC = frozenset(
-    "Add Alias Cat Clone Div Exp Expand Index MaskedFill MaskedSelect Mean Mul Nansum Neg Permute Pow ReshapeAlias Rsub "
-    "Select Slice Squeeze Stack Sub Sum ToCopy Transpose Unsqueeze UnsafeView View Where".split()
+    "Add Alias Cat Clone Div Exp Expand Index MaskedFill MaskedSelect Mean Mul Nansum Neg Permute Pow ReshapeAlias "
+    "Rsub Select Slice Squeeze Stack Sub Sum ToCopy Transpose Unsqueeze UnsafeView View Where".split()
 )
 """What a loss is put together with, by the names of autograd's nodes: parts are averaged, weighted and added up."""
 
@@ -516,9 +519,9 @@ class LossObserver(TorchFunctionMode):
                 self._ignored.append(args[4] if len(args) > 4 else kwargs.get("ignore_index", -100))
         return func(*args, **kwargs)
 
-    def scoring(self, predictions: Tensor | None, targets: Tensor | None) -> Scoring | None:
+    def scoring(self, predictions: Any, targets: Any) -> Scoring | None:
         """As `scoring_of`."""
-        if predictions is None or targets is None:
+        if not isinstance(predictions, Tensor) or not isinstance(targets, Tensor):
             return None
         if _has_classes(predictions, targets):
             return _argmax(self._ignored)

@@ -25,7 +25,7 @@ from fasttrain.data.ragged import Ragged
 from fasttrain.device import autocast_dtype
 from fasttrain.errors import EngineError
 from fasttrain.step.spec import StepOutput, StepSpec
-from fasttrain.step.state import StepState
+from fasttrain.step.state import StepState, why_not_plain
 from fasttrain.step.torch_private import DynamoCapture, GraphInput, capture_function, global_module_hooks, scope_of
 
 __all__ = ["Capture", "Captured"]
@@ -98,6 +98,11 @@ class Capture:
         self.open_dims = [
             frozenset({0}) if place is not None and walked[place][1] else frozenset[int]() for place in self.leaf_places
         ]
+        for at in self._leaves:
+            if (why := why_not_plain(found[at])) is not None:
+                raise EngineError(
+                    f"forward reads {inputs[at].name}, which {why}: only dense (strided) tensors are traced"
+                )
         self._sizes = {at: _leaf_of(each, inputs, self._leaves) for at, each in enumerate(inputs) if each.size_of}
         self._fixed = [at for at in range(len(inputs)) if at not in self._sizes and at not in leaves]
         self._result = _Result(self._dynamo, spec.model, batch, found)
@@ -200,8 +205,8 @@ class Capture:
             old = state[place]
             if (value.shape, value.dtype) != (old.shape, old.dtype):
                 raise EngineError(
-                    f"forward replaces the buffer {name!r}, a tensor of shape {list(old.shape)} and type {old.dtype}, by "
-                    f"one of shape {list(value.shape)} and type {value.dtype}: a compiled step needs the same of both"
+                    f"forward replaces the buffer {name!r}, a tensor of shape {list(old.shape)} and type {old.dtype}, "
+                    f"by one of shape {list(value.shape)} and type {value.dtype}: a compiled step needs the same of both"
                 )
         if len(values) > 1:  # one may be the old value of another
             values = [value.clone() for value in values]

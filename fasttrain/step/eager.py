@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fasttrain.data.resident import Span
 from fasttrain.device import Choice, autocast_dtype
+from fasttrain.errors import ConfigError
 from fasttrain.metrics import Scoring, scoring_of
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
 from fasttrain.step.torch_private import (
@@ -21,7 +22,15 @@ from fasttrain.step.torch_private import (
     was_step_taken,
 )
 
-__all__ = ["KERNEL_FAULTS", "EagerEngine", "FusedWhereOpen", "KernelFault", "Update", "run_forward"]
+__all__ = [
+    "KERNEL_FAULTS",
+    "EagerEngine",
+    "FusedWhereOpen",
+    "KernelFault",
+    "Update",
+    "eager_meanwhile",
+    "run_forward",
+]
 
 Batch = Any
 
@@ -47,6 +56,7 @@ class EagerEngine:
         self.choice = choice
         self._spec = spec
         self._forward = forward or spec.forward
+        self._needs_closure = spec.needs_closure
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
         self.span = self.calls = 1
@@ -55,6 +65,8 @@ class EagerEngine:
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
+        if self._needs_closure:
+            return self._step_with_closure(batch)
         loss = self.gather(batch)
         self.apply_if_due()
         return loss
@@ -104,6 +116,31 @@ class EagerEngine:
     def _scoring(self, output: StepOutput) -> Scoring | None:
         """How this batch's accuracy is found."""
         return scoring_of(*output)
+
+    def _step_with_closure(self, batch: Batch) -> Tensor:
+        """A step of an optimizer that evaluates the loss as often as it likes; metrics count the first evaluation."""
+        spec = self._spec
+        losses: list[Tensor] = []
+
+        def closure() -> Tensor:
+            self._zero_gradients()
+            output = run_forward(spec, self._forward, batch)
+            scoring = None if losses else self._scoring(output)
+            self._backward(output.loss)
+            if spec.clip_norm is not None or spec.clip_value is not None:
+                self._clip()
+            if not losses:
+                losses.append(output.loss.detach())
+                spec.metrics.update(losses[0], output.predictions, output.targets, scoring=scoring)
+            return output.loss.detach()  # LBFGS makes a float of it: PyTorch warns where it requires a gradient
+
+        optimizer: Any = spec.optimizer  # its annotation has closures return a float
+        optimizer.step(closure)
+        self._zero_gradients()
+        self.has_stepped = True
+        if not losses:
+            raise ConfigError(f"{type(spec.optimizer).__name__}.step did not call its closure, so there is no loss")
+        return losses[0]
 
     def _backward(self, loss: Tensor) -> None:
         if type(loss) is not Tensor:
@@ -168,6 +205,13 @@ def run_forward(spec: StepSpec, forward: Forward, batch: Batch) -> StepOutput:
     # No weight cache: it would outlive the step in a captured graph (pytorch#71631); each weight is cast once anyway.
     with torch.autocast(spec.device.type, dtype=dtype, cache_enabled=False):
         return forward(spec.model, batch)
+
+
+def eager_meanwhile() -> str | None:
+    """Why steps run eagerly for now, whatever is compiled; None where nothing asks for that."""
+    if torch.is_anomaly_enabled():
+        return "torch.autograd.set_detect_anomaly is on, and only eager steps are checked by it"
+    return None
 
 
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)

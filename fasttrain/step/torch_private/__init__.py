@@ -26,6 +26,7 @@ from fasttrain.step.torch_private.objects import (
     run_backward,
     scaler_tensors,
     step_optimizer,
+    was_compiled_by_user,
     was_step_taken,
 )
 from fasttrain.step.torch_private.programs import (
@@ -70,6 +71,7 @@ __all__ = [
     "tensor_check",
     "trace_graph",
     "unpickle_with_graph",
+    "was_compiled_by_user",
     "was_step_taken",
     "without_onednn",
 ]

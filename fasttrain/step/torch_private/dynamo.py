@@ -49,7 +49,7 @@ _WARNINGS = (
 _BUFFERS_OF_MODEL = re.compile(
     r"L\['model'\](?:(?:\._modules|\.__dict__\['_modules'\])\['[^']+'\])*(?:\._buffers|\.__dict__\['_buffers'\])"
 )
-"""The one thing that forward may replace: a buffer, by another tensor. Dynamo spells one that is not read differently."""
+"""The one thing that forward may replace: a buffer, by another tensor. Dynamo has two spellings for it."""
 
 
 class GraphInput(NamedTuple):
@@ -287,7 +287,7 @@ def _reached(guards: Any, names: dict[str, Any]) -> list[tuple[Any, str]]:
     return list(found.values())
 
 
-def _not_overridden(guards: Any, names: dict[str, Any]) -> Iterator[tuple[type, str]]:
+def _not_overridden(guards: Any, names: dict[str, Any]) -> Iterator[tuple[type, Any]]:
     """See `DynamoCapture.not_overridden`."""
     from torch._dynamo.source import TypeDictSource, TypeMROSource
 
@@ -378,8 +378,8 @@ _ADVICE = (
     ),
     (
         r"Constraints violated",
-        "what forward computes is decided by the number of values of a batch, which is another for each: use operators on "
-        "tensors in place of Python's numbers and branches",
+        "what forward computes is decided by the number of values of a batch, which is another for each: use operators "
+        "on tensors in place of Python's numbers and branches",
     ),
     (r"Observed exception[\s\S]*raised exception (.*)", "forward raises {0}"),
     (
