@@ -59,12 +59,16 @@ class Guards:
         """What has changed since the trace, None where nothing has. Makes no host read."""
         try:
             return None if self._hold() else self._facts.first_broken()
-        except (KeyError, ValueError):  # an entry, or what a cell held, is gone
+        except _UNLIKE:
             return self._facts.first_broken()
 
     def agree(self, other: Guards) -> bool:
         """True where the two differ in nothing but which tensors and groups there are (as after `load_state_dict`)."""
         return self._facts.values == other._facts.values
+
+
+_UNLIKE = (KeyError, ValueError, TypeError, RuntimeError)
+"""What a fact raises where an entry, or what a cell held, is gone, or where a number has become a tensor."""
 
 
 class _Facts:
@@ -114,7 +118,7 @@ class _Facts:
             try:
                 if not self._compiled(expression)():
                     return reason
-            except (KeyError, ValueError):
+            except _UNLIKE:
                 return reason
         raise AssertionError("all facts hold")
 
