@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.data.batch import tensors
 from fasttrain.data.ragged import Ragged
@@ -154,8 +154,12 @@ class _Leaf(_Part):
         self._attributes = attributes
 
     def collect(self, value: Any, leaves: list[Tensor]) -> bool:
-        if not isinstance(value, Tensor) or why_not_plain(value) is not None:
+        # This runs before every step; the check of the inputs, which follows, notices any other tensor.
+        if (type(value) is not Tensor and type(value) is not nn.Parameter) or value.layout is not torch.strided:
             return False
+        if not self._attributes and not value.__dict__:
+            leaves.append(value)
+            return True
         # After those of the attributes, as in the constructor.
         is_like = _collect_attributes(value, self._attributes, leaves)
         leaves.append(value)
@@ -175,7 +179,17 @@ class _Container(_Part):
         self._kind, self._steps, self._parts, self._attributes = kind, steps, parts, attributes
 
     def collect(self, value: Any, leaves: list[Tensor]) -> bool:
-        if type(value) is not self._kind or not _collect_attributes(value, self._attributes, leaves):
+        kind = self._kind
+        if type(value) is not kind:
+            return False
+        if kind is tuple or kind is list or kind is dict:  # by far the most frequent, and this runs before every step
+            if len(value) != len(self._parts) or (kind is dict and tuple(value) != self._steps):
+                return False
+            for part, child in zip(self._parts, value.values() if kind is dict else value, strict=True):
+                if not part.collect(child, leaves):
+                    return False
+            return True
+        if not _collect_attributes(value, self._attributes, leaves):
             return False
         children = _children(value)
         return (
