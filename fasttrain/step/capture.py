@@ -206,7 +206,7 @@ class Capture:
             if (value.shape, value.dtype) != (old.shape, old.dtype):
                 raise EngineError(
                     f"forward replaces the buffer {name!r}, a tensor of shape {list(old.shape)} and type {old.dtype}, "
-                    f"by one of shape {list(value.shape)} and type {value.dtype}: a compiled step needs the same of both"
+                    f"by one of shape {list(value.shape)} and type {value.dtype}: a compiled step needs the same"
                 )
         if len(values) > 1:  # one may be the old value of another
             values = [value.clone() for value in values]
