@@ -16,9 +16,9 @@ from torch import Tensor
 from fasttrain.data.resident import Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError, first_line
-from fasttrain.step.capture import CapturedSpan, CapturedStep, CudaLane, Lane
 from fasttrain.step.clock import Clock, Waits, clock_of
 from fasttrain.step.compiler import Compiler, Pending
+from fasttrain.step.cudagraph import CapturedSpan, CapturedStep, CudaLane, Lane
 from fasttrain.step.launch import Launcher
 from fasttrain.step.program import StepProgram
 from fasttrain.step.replay import Program

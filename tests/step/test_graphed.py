@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fasttrain import EngineError, TrainStep
 from fasttrain.step import compiled, graphed, replay
-from fasttrain.step.capture import CudaLane
+from fasttrain.step.cudagraph import CudaLane
 from tests.step import jobs
 from tests.step.cuda_stand_in import EXACT, Recording, graph_rung, graphed_engine, graphed_step, with_graphs
 from tests.step.jobs import assert_as_eager, batches, everything, run
@@ -294,7 +294,7 @@ def test_a_compiler_that_fails_leaves_the_state_as_it_was(lane: Recording) -> No
 
 
 def test_what_does_not_fit_in_memory_is_refused(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasttrain.step.capture.fits_in_memory", lambda *_: False)
+    monkeypatch.setattr("fasttrain.step.cudagraph.fits_in_memory", lambda *_: False)
     step = graphed_step(lane)
     step(batches(1)[0])
     with pytest.raises(EngineError, match="no memory for two copies"):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fasttrain.step import eager
-from fasttrain.step.capture import CapturedSpan, CapturedStep
+from fasttrain.step.cudagraph import CapturedSpan, CapturedStep
 from fasttrain.step.program import StepProgram
 from fasttrain.step.trace import Mismatch
 

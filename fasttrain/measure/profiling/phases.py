@@ -20,7 +20,7 @@ from fasttrain.data.stream import Prefetcher
 from fasttrain.measure.places import Place, user_place
 from fasttrain.metrics import RunningMetrics
 from fasttrain.step import eager
-from fasttrain.step.capture import CapturedSpan, CapturedStep
+from fasttrain.step.cudagraph import CapturedSpan, CapturedStep
 from fasttrain.step.program import StepProgram
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.trace import TracedStep
