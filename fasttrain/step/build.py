@@ -44,8 +44,8 @@ MEMORY_SHARE = 0.5
 """The share of the machine's memory that a child may take."""
 
 GPU_CHILD_BYTES = 16 << 30
-"""A child that compiles for a GPU may take at least this much: the bound also counts what CUDA maps into a process, and a
-virtual machine may report little memory at first and more as it is used."""
+"""A child that compiles for a GPU may take at least this much: what CUDA maps into a process counts too, and a virtual
+machine may report little memory at first and more as it is used."""
 
 GPU_COMPILE_THREADS = 4
 """Processes in which a child compiles the kernels of a program for a GPU; for a CPU it compiles them in its own."""
