@@ -75,7 +75,6 @@ class CudaLane:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._unended: list[torch.cuda.CUDAGraph] = []
 
     @contextmanager
     def aside(self) -> Generator[None]:
@@ -127,8 +126,7 @@ class CudaLane:
         """
         torch.cuda.set_stream(before)
         device = torch.cuda.current_device()
-        if end_failed_capture(device, self._pool):
-            self._unended.append(graph)  # the allocator of pinned memory keeps a pointer to it, and asks it
+        end_failed_capture(graph, device, self._pool)
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
         self._pool = torch.cuda.graph_pool_handle()

@@ -146,6 +146,7 @@ class FakeGenerator:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda(monkeypatch)
+    monkeypatch.setattr(private_cuda, "_UNENDED", [])
     monkeypatch.setattr(cudagraph, "reserve_workspace", lambda _: fake.log.append(f"workspace in {fake.stream_name}"))
     return fake
 
@@ -213,7 +214,7 @@ def test_after_an_invalidated_capture_training_goes_on_and_the_next_one_works(
             lane.capture(invalidate)
         assert lane.failures == failures
         assert cuda.shares.total() == 1, "the failed capture keeps no share of the pool, the graph before it does"
-        assert len(lane._unended) == failures, "pinned memory's allocator keeps a pointer to the graph"
+        assert len(private_cuda._UNENDED) == failures, "pinned memory's allocator keeps a pointer to each graph"
     assert_usable(cuda, lane)
     before()
 

@@ -20,7 +20,11 @@ Pool = tuple[int, int]
 _CUDNN_OPERATORS = ("conv", "rnn")
 
 
-def end_failed_capture(device: int, pool: Pool) -> bool:
+_UNENDED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed. torch's allocator of pinned memory keeps a pointer to each and has no way to end it."""
+
+
+def end_failed_capture(graph: torch.cuda.CUDAGraph, device: int, pool: Pool) -> bool:
     """Ends the allocation into a graph's pool where `CUDAGraph.capture_end` raised before it did so.
 
     `capture_end` asks CUDA first and raises at once if the capture was invalidated. The allocator then believes that
@@ -28,6 +32,7 @@ def end_failed_capture(device: int, pool: Pool) -> bool:
     another stream.
 
     Args:
+        graph: that was to be captured; it is kept for the life of the process if there was something to end.
         device: the index of the device.
         pool: that the graph was captured into.
 
@@ -40,6 +45,7 @@ def end_failed_capture(device: int, pool: Pool) -> bool:
         return False
     # A graph gives up its share of the pool when it is deleted, but only if its capture has ended.
     torch._C._cuda_releasePool(device, pool)
+    _UNENDED.append(graph)
     return True
 
 
