@@ -109,7 +109,7 @@ class CudaLane:
             except BaseException as error:
                 self._recover(graph, before)
                 # If CUDA invalidated the capture, its end fails too; the error inside says more.
-                raise refusals[0] if refusals else error from None
+                raise refusals.pop() if refusals else error from None
 
         def replay() -> Tensor:
             graph.replay()
