@@ -71,8 +71,8 @@ class FastLoop:
         engine: "auto", "eager", "compiled", "graphed" (on CUDA) or "torch-compile".
         accumulate: N: `(loss / N).backward()` for each batch, and an optimizer step at each Nth batch and at the last.
             A short last group is divided by N too, so that each of its batches counts as much as any other.
-        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all of
-            the model's parameters, also those that the optimizer does not have, and over no others.
+        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all
+            of the model's parameters, also those that the optimizer does not have, and over no others.
         clip_value: `torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)`, before the norm is clipped.
         metrics: by name: functions (loss, predictions, targets) -> scalar tensor, of which an epoch has the mean of the
             batches' values (in `evaluate` weighted by their samples), which is not the value over the epoch for ratios
@@ -225,7 +225,7 @@ class FastLoop:
         _check_lengths(epochs, patience, has_val=val is not None)
         if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode == "max":
             raise ConfigError(
-                'ReduceLROnPlateau(mode="max"): fit gives it the loss, which is better the lower it is; use mode="min", '
+                'ReduceLROnPlateau(mode="max"): fit gives it the loss, which is better the lower it is; use mode="min" '
                 "or step the scheduler with another figure in a loop of your own over train() and evaluate()"
             )
         state = state or FitState()

@@ -6,7 +6,7 @@ import copy
 import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -134,9 +134,7 @@ class RunningMetrics:
         self._names = list(metrics or {})
         self.epoch_metrics = {name: each for name, each in (metrics or {}).items() if isinstance(each, EpochMetric)}
         self.user_metrics = {
-            name: _batch_metric(name, each)
-            for name, each in (metrics or {}).items()
-            if name not in self.epoch_metrics
+            name: _batch_metric(name, each) for name, each in (metrics or {}).items() if name not in self.epoch_metrics
         }
         self.rule: AccuracyRule | None = accuracy
         self._pools_accuracy = pools_accuracy
@@ -274,7 +272,7 @@ def _batch_metric(name: str, metric: Any) -> BatchMetric:
             f"metric {name!r} is of type {type(metric).__name__}: give a function (loss, predictions, targets) -> "
             "scalar tensor, or an object with update(predictions, targets), compute() and reset()"
         )
-    return metric
+    return cast("BatchMetric", metric)
 
 
 def _update_epoch_metric(name: str, metric: EpochMetric, predictions: Tensor | None, targets: Tensor | None) -> None:
@@ -413,8 +411,8 @@ _BINARY: dict[str, AccuracyRule] = {
 }
 
 _ARITHMETIC = frozenset(
-    "Add Alias Cat Clone Div Exp Expand Index MaskedFill MaskedSelect Mean Mul Nansum Neg Permute Pow ReshapeAlias Rsub "
-    "Select Slice Squeeze Stack Sub Sum ToCopy Transpose Unsqueeze UnsafeView View Where".split()
+    "Add Alias Cat Clone Div Exp Expand Index MaskedFill MaskedSelect Mean Mul Nansum Neg Permute Pow ReshapeAlias "
+    "Rsub Select Slice Squeeze Stack Sub Sum ToCopy Transpose Unsqueeze UnsafeView View Where".split()
 )
 """What a loss is put together with, by the names of autograd's nodes: parts are averaged, weighted and added up."""
 
@@ -457,7 +455,9 @@ def _origin(edge: tuple[Any, int]) -> tuple[Any, int]:
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:
     storages = [each.untyped_storage()._cdata for each in (one, other)]  # pyright: ignore[reportPrivateUsage]
-    return storages[0] == storages[1] and one.storage_offset() == other.storage_offset() and one.numel() == other.numel()
+    return (
+        storages[0] == storages[1] and one.storage_offset() == other.storage_offset() and one.numel() == other.numel()
+    )
 
 
 def _has_classes(predictions: Tensor, targets: Tensor) -> bool:
@@ -465,7 +465,9 @@ def _has_classes(predictions: Tensor, targets: Tensor) -> bool:
     if targets.is_floating_point() or targets.is_complex() or not predictions.is_floating_point():
         return False
     shape = predictions.shape
-    return len(shape) == targets.dim() + 1 and len(shape) > 1 and shape[1] > 1 and shape[:1] + shape[2:] == targets.shape
+    return (
+        len(shape) == targets.dim() + 1 and len(shape) > 1 and shape[1] > 1 and shape[:1] + shape[2:] == targets.shape
+    )
 
 
 def _argmax(ignored: list[int]) -> Scoring | None:
@@ -502,8 +504,8 @@ class LossObserver(TorchFunctionMode):
             target: Tensor = args[1] if len(args) > 1 else kwargs["target"]
             if not target.is_floating_point():  # else they are probabilities of classes, and none is ignored
                 self._ignored.append(args[4] if len(args) > 4 else kwargs.get("ignore_index", -100))
-        result = func(*args, **kwargs)
-        if func in _CASTS and isinstance(result, Tensor):
+        result: Any = func(*args, **kwargs)
+        if args and func in _CASTS and isinstance(result, Tensor):
             self._casts.append((result, args[0]))
         return result
 

@@ -301,10 +301,10 @@ def test_an_empty_batch_counts_for_nothing_in_evaluation() -> None:
 
 
 class MacroF1:
-    """Of two classes, from the counts of an epoch."""
+    """From the counts of an epoch."""
 
-    def __init__(self) -> None:
-        self.counts = torch.zeros(2, 2)
+    def __init__(self, num_classes: int = 2) -> None:
+        self.counts = torch.zeros(num_classes, num_classes)
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         assert not predictions.requires_grad
@@ -354,9 +354,7 @@ def test_a_metric_of_the_epoch_is_refused_where_it_cannot_be_one() -> None:
 
 def test_compiled_steps_refuse_a_metric_of_the_epoch() -> None:
     model, data = classification()
-    loop = FastLoop(
-        model, sgd(model), loss=nn.CrossEntropyLoss(), engine="compiled", metrics={"f1": MacroF1()}
-    )
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss(), engine="compiled", metrics={"f1": MacroF1(3)})
     with pytest.raises(EngineError, match="'f1' is computed from the whole epoch"):
         loop.train(DataLoader(data, batch_size=16))
 

@@ -12,7 +12,14 @@ from fasttrain.data.resident import Span
 from fasttrain.device import Choice, autocast_dtype
 from fasttrain.metrics import Scoring, scoring_of
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
-from fasttrain.step.torch_private import note_step, run_backward, scaler_tensors, step_optimizer, tensor_check, was_step_taken
+from fasttrain.step.torch_private import (
+    note_step,
+    run_backward,
+    scaler_tensors,
+    step_optimizer,
+    tensor_check,
+    was_step_taken,
+)
 
 __all__ = ["KERNEL_FAULTS", "EagerEngine", "FusedWhereOpen", "KernelFault", "Update", "run_forward"]
 

@@ -106,7 +106,9 @@ class StepFunction:
         for place, gradient in gradients.items():
             state[place].grad = gradient
         changed = [state[at] for place in self._trained for at in (place, *self._state.slots.get(place, {}).values())]
-        own, others = [[gradients[at] for at in gradients if (at in self._trained) == is_own] for is_own in (True, False)]
+        own, others = [
+            [gradients[at] for at in gradients if (at in self._trained) == is_own] for is_own in (True, False)
+        ]
         is_skipped = None if scaling is None else scaling.unscale(own, others)
         before = [] if is_skipped is None else [tensor.clone() for tensor in changed]
         self._clip([state[place] for place in self._state.parameters.values()])

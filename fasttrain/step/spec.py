@@ -126,8 +126,10 @@ class Engine(Protocol):
         ...
 
     def flush(self) -> None:
-        """Steps the optimizer with what an unfinished accumulation has gathered, if anything; call it after the last
-        batch. The gradients are as they are: each batch of the short group counts as much as any other."""
+        """Steps the optimizer with what an unfinished accumulation has gathered, if anything.
+
+        The gradients are as they are: each batch of a short group counts as much as any other.
+        """
         ...
 
     def expect(self, steps: int) -> None:

@@ -38,8 +38,8 @@ class TrainStep:
         engine: "auto", "eager", "compiled", "graphed" (on CUDA) or "torch-compile".
         accumulate: N: `(loss / N).backward()` for each batch, and an optimizer step at each Nth batch and at the last.
             A short last group is divided by N too, so that each of its batches counts as much as any other.
-        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all of
-            the model's parameters, also those that the optimizer does not have, and over no others.
+        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all
+            of the model's parameters, also those that the optimizer does not have, and over no others.
         clip_value: `torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)`, before the norm is clipped.
         metrics: by name: functions (loss, predictions, targets) -> scalar tensor, of which an epoch has the mean of the
             batches' values; or objects with `update(predictions, targets)`, `compute()` and `reset()` (as torchmetrics

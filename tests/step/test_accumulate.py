@@ -46,6 +46,23 @@ def test_a_short_last_group_steps_with_what_it_has(num_steps: int) -> None:
     assert all(parameter.grad is None for parameter in spec.model.parameters())
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_norm_counts_parameters_that_the_optimizer_does_not_have(accumulate: int) -> None:
+    specs = both(MLP, SGD, accumulate=accumulate, clip_norm=0.05)
+    for each in specs:
+        kept = each.optimizer.param_groups[1]["params"]
+        each.optimizer.param_groups[1]["params"] = kept[-1:]
+    spec, eager_spec = specs
+    data = batches(MLP, 8)
+    traced, eager = trace_step(spec, data[0]), EagerEngine(eager_spec, ASKED)
+    assert len(traced.parts[0].reached) == len(list(spec.model.parameters())) > len(list(spec.trained()))
+    for batch in data:
+        run_graph(traced, batch)
+        eager.step(batch)
+        assert_same_gradients(spec, eager_spec)
+    assert_same(spec, eager_spec)
+
+
 @pytest.mark.parametrize("by_graph", ["0100", "1011", "0010", "1101"])
 def test_a_group_may_be_shared_by_graph_and_eager_steps(by_graph: str) -> None:
     spec, eager_spec = both(MLP, ADAM, accumulate=4)

@@ -129,9 +129,7 @@ def state_data_into_channels_last(model: Weights, optimizer: torch.optim.Optimiz
             value.data = value.data.to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    "change", [state_into_channels_last, model_into_channels_last, state_data_into_channels_last]
-)
+@pytest.mark.parametrize("change", [state_into_channels_last, model_into_channels_last, state_data_into_channels_last])
 @pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if kind != "sgd"])
 def test_state_in_another_layout_than_its_parameter(kind: str, change: Any) -> None:
     assert check(kind, "contiguous", torch.float64, change=change) == [True] * 3 + [False] * 3
