@@ -137,7 +137,7 @@ class FakeTrace:
     def leaves(self, batch: Batch) -> list[Tensor]:
         return list(batch)
 
-    def rebind(self) -> bool:
+    def rebind(self, _batch: Any = None) -> bool:
         took_up = self.is_stale and self.can_rebind
         self.is_stale = self.is_stale and not took_up
         return took_up

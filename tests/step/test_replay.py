@@ -39,7 +39,7 @@ class Stub:
             return Mismatch("an object")
         return [torch.tensor(float(batch))] if batch == self.batch else Mismatch("a size")
 
-    def rebind(self) -> bool:
+    def rebind(self, _batch: Any = None) -> bool:
         self.rebinds += 1
         took_up = self.is_stale and self.can_rebind
         self.is_stale = self.is_stale and not took_up

@@ -235,6 +235,7 @@ def _graph_input(source: Any) -> GraphInput:
 
 def _spelled(name: str) -> str:
     """A source's expression as a user would write it."""
+    name = re.sub(r"___from_numpy\((.*)\)", r"\1", name)
     name = re.sub(r"\b[LG]\['(?:__import_)?(\w+)'\]", lambda match: match[1].replace("_dot_", "."), name)
     name = re.sub(r"\._modules\['([A-Za-z_]\w*)'\]", r".\1", name)
     name = re.sub(r"\._modules\['(\w+)'\]", r"[\1]", name)
@@ -351,6 +352,10 @@ _ADVICE = (
         r"Random\.|random\.",
         "forward draws random numbers from Python's generator, and a compiled step would keep the first ones; draw "
         "them from torch's instead",
+    ),
+    (
+        r"tp_iternext",
+        "forward takes the next value of an iterator, which a compiled step would not; keep a list and a buffer that counts",
     ),
     (
         r"Constraints violated",
