@@ -105,7 +105,10 @@ class RunningMetrics:
 
         Args:
             cells: where to add.
-            loss: see `update`, as are `predictions`, `targets` and `weight`.
+            loss: see `update`.
+            predictions: see `update`.
+            targets: see `update`.
+            weight: see `update`.
             values: of the user's metrics; None: they are called.
         """
         cells[0].add_(loss, alpha=weight)

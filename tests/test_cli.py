@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from tests.commands import FILES, command, small, strict_json
 SUMMARY = {
     *("test_loss", "test_accuracy", "best_epoch", "epochs", "engine", "engine_reason", "device", "precision"),
     *("samples_per_s", "compile_s", "total_s", "vocabulary_size", "data_sha256", "versions", "workload", "stopped"),
-    *("receipt", "threads", "threads_reason"),
+    *("receipt", "threads", "threads_reason", "clean", "clean_reason"),
 }
 HISTORY = ["epoch", "split", "loss", "accuracy", "lr", "samples", "seconds", "samples_per_s"]
 
@@ -114,6 +115,7 @@ def test_a_run_leaves_its_files(data: Path, tmp_path: Path) -> None:
     assert summary["versions"]["torch"] == str(torch.__version__)
 
     vectorizer = strict_json((run / "vectorizer.json").read_text())
+    assert vectorizer.pop("clean") == summary["clean"] == "unicode"
     assert vectorizer.keys() == {"review_vocab", "rating_vocab"}
     assert all(each.keys() == {"token_to_idx", "add_unk", "unk_token"} for each in vectorizer.values())
     assert vectorizer["review_vocab"]["token_to_idx"]["<UNK>"] == 0
@@ -203,7 +205,40 @@ def test_predict_rates_lines_of_stdin(
 
 def test_predict_takes_tokens_as_they_are(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predicted([str(trained), "GREAT!"], capsys)[0]["known_words"] == ["great"]
-    assert predicted([str(trained), "GREAT!", "--raw"], capsys)[0]["known_words"] == []
+    for options in (["--raw"], ["--clean", "none"], ["--raw", "--clean", "none"]):
+        assert predicted([str(trained), "GREAT!", *options], capsys)[0]["known_words"] == []
+    assert main(["predict", str(trained), "GREAT!", "--raw", "--clean", "book"]) == 2
+    assert "--raw is the same as --clean none" in capsys.readouterr().err
+
+
+def test_predict_says_where_text_in_tokens_is_wanted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(small(data, run, "--epochs", "1", "--clean", "none")) == 0
+    assert "\nclean none: asked for: tokens are what stands between spaces\n" in capsys.readouterr().out
+    assert main(["predict", str(run), "GREAT food!", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert strict_json(captured.out)[0]["known_words"] == []
+    assert re.fullmatch(r"note: .* 1 of 1 texts have words .* --clean unicode does that\n", captured.err)
+    assert main(["predict", str(run), "great food", "--json"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_a_version_that_did_not_clean_is_resumed_without_cleaning(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, run = tmp_path / "raw.csv", tmp_path / "run"
+    table = pd.read_csv(data)
+    table.assign(review=table["review"].str.upper()).to_csv(raw, index=False)
+    assert main(small(raw, run, "--epochs", "1", "--clean", "none")) == 0
+    config = strict_json((run / "config.json").read_text())
+    del config["clean"]
+    (run / "config.json").write_text(json.dumps(config))
+    words = strict_json((run / "vectorizer.json").read_text())
+    assert main(["--resume", str(run), "--epochs", "2"]) == 0
+    assert strict_json((run / "vectorizer.json").read_text()) == words
+    assert "GREAT" in words["review_vocab"]["token_to_idx"]
 
 
 def test_predict_says_when_it_knows_no_word(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import tyro
 
 from fasttrain.commands.shared import print_json, print_line
-from fasttrain.errors import DataError
-from fasttrain.workloads.predict import Prediction, predict
+from fasttrain.data.tokens import Clean
+from fasttrain.errors import ConfigError, DataError
+from fasttrain.workloads.predict import Prediction, note_on_cleaning, predict
 
 __all__ = ["Predict"]
 
@@ -25,8 +26,12 @@ class Predict:
     text: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to rate; without any, each line of stdin."""
 
+    clean: Clean | None = None
+    """How the text is cleaned, see `train --help`. By default as the run's own table was: predictions are then those
+    of the test."""
+
     raw: bool = False
-    """The text is already in tokens, separated by single spaces: do not clean it."""
+    """The same as --clean none."""
 
     json: bool = False
     """Print one JSON document on stdout."""
@@ -37,7 +42,13 @@ class Predict:
     def execute(self, _arguments: list[str]) -> int:
         """Rates the texts; returns the exit code."""
         texts = list(self.text) or _lines_of_stdin()
-        predictions = predict(self.run, texts, raw=self.raw)
+        if self.raw and self.clean not in (None, "none"):
+            raise ConfigError(f"--raw is the same as --clean none: leave it out with --clean {self.clean}")
+        clean = "none" if self.raw else self.clean
+        predictions = predict(self.run, texts, clean=clean)
+        note = note_on_cleaning(self.run, texts) if clean is None else None
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)  # noqa: T201
         if self.json:
             print_json([asdict(each) for each in predictions])
         else:

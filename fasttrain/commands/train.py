@@ -81,7 +81,8 @@ def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
         ConfigError: another option was given that differs from the run's.
         RunError: the folder is not a run's.
     """
-    stored = TrainConfig.from_dict(RunFolder.open(run).read_json("config.json"))
+    # A run of a version without the option was trained on reviews as they are.
+    stored = TrainConfig.from_dict({"clean": "none", **RunFolder.open(run).read_json("config.json")})
     options = arguments[1:] if arguments[0] == "train" else arguments
     given = tyro.cli(Train, args=options, default=Train(config=stored)).config
     for option in fields(TrainConfig):
@@ -163,6 +164,7 @@ def _print_outcome(outcome: ReviewsOutcome) -> None:
         print_line(f"{rating}: {' '.join(word for word, _ in words)}")
     for note in outcome.notes:
         print_line(f"note: {note}")
+    print_line(f"clean {summary['clean']}: {summary['clean_reason']}")
     print_line(f"threads {summary['threads']}: {summary['threads_reason']}")
     print_line(f"engine {summary['engine']}: {summary['engine_reason']}")
     print_line(f"run: {outcome.path} (open {outcome.path / 'report.html'})")

@@ -1,7 +1,7 @@
 """Encoded reviews kept on disk by content, so that a second run starts at once.
 
 An entry is one safetensors file: the arrays, and as metadata the vocabularies, the notes and a checksum.
-Its name holds the sha256 of the table's file, the cutoff and the version of the format. An entry that
+Its name holds the sha256 of the table's file, the cutoff, the cleaning and the version of the format. An entry that
 cannot be read is built again; a cache that cannot be used costs its advantage and nothing else. Both are
 noted.
 """
@@ -29,14 +29,16 @@ from fasttrain.data.text import (
     EncodedSplit,
     ReviewVectorizer,
     TokenRows,
+    check_clean,
     check_cutoff,
     encode_reviews,
 )
+from fasttrain.data.tokens import CleanOrAuto
 from fasttrain.errors import DataError
 
 __all__ = ["default_cache_dir", "load_reviews"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of an entry's name. Raise it when the format, or any rule of tokens and labels, changes."""
 
 MAX_CACHE_BYTES = 2 << 30
@@ -50,6 +52,7 @@ def load_reviews(
     source: str | Path | pd.DataFrame,
     *,
     cutoff: int = 25,
+    clean: CleanOrAuto = "none",
     cache_dir: Path | Literal["default"] | None = "default",
 ) -> EncodedReviews:
     """Read and encode a table of reviews, or take the result from the cache.
@@ -57,35 +60,37 @@ def load_reviews(
     Args:
         source: a `.csv`, `.csv.gz` or `.parquet` file, or a DataFrame, for which no cache is used.
         cutoff: as in `encode_reviews`.
+        clean: as in `encode_reviews`.
         cache_dir: where the cache is; "default" for `default_cache_dir()`, None for no cache.
 
     Returns:
-        What `encode_reviews(read_reviews(source), cutoff=cutoff)` returns; notes about the cache may be
+        What `encode_reviews(read_reviews(source), cutoff=cutoff, clean=clean)` returns; notes about the cache may be
         added.
 
     Raises:
         DataError: as in `read_reviews`.
-        ConfigError: `cutoff` is no integer, or negative.
+        ConfigError: `cutoff` is no integer, or negative; `clean` is unknown.
     """
     check_cutoff(cutoff)
+    check_clean(clean)
     folder = default_cache_dir() if cache_dir == "default" else cache_dir
     if isinstance(source, pd.DataFrame) or folder is None:
-        return encode_reviews(read_reviews(source), cutoff=cutoff)
+        return encode_reviews(read_reviews(source), cutoff=cutoff, clean=clean)
     path = Path(source)
     format_of(path)
     sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
     notes: tuple[str, ...] = ()
     try:
-        return replace(_load(_entry(folder, path, sha256, cutoff)), sha256=sha256, source=str(source))
+        return replace(_load(_entry(folder, path, sha256, cutoff, clean)), sha256=sha256, source=str(source))
     except FileNotFoundError:
         pass
     except OSError as error:
         notes = (f"the cache in {folder} cannot be read: {error}",)
     except (SafetensorError, DataError, KeyError, TypeError, ValueError) as error:
         notes = (f"the cached copy of this table was damaged, and is built again: {error}",)
-    reviews = encode_reviews(read_reviews(source), cutoff=cutoff)
+    reviews = encode_reviews(read_reviews(source), cutoff=cutoff, clean=clean)
     try:
-        _store(reviews, _entry(folder, path, reviews.sha256, cutoff))
+        _store(reviews, _entry(folder, path, reviews.sha256, cutoff, clean))
     except (OSError, SafetensorError) as error:
         notes += (f"the encoded reviews could not be kept in {folder}: {error}",)
     return replace(reviews, notes=reviews.notes + notes)
@@ -102,9 +107,9 @@ def default_cache_dir() -> Path | None:
     return base / "fasttrain" / "text"
 
 
-def _entry(folder: Path, path: Path, sha256: str, cutoff: int) -> Path:
+def _entry(folder: Path, path: Path, sha256: str, cutoff: int, clean: str) -> Path:
     # With the format: the same bytes under another name may be no table at all.
-    return folder / f"{sha256}-{cutoff}-v{FORMAT_VERSION}{format_of(path)}.safetensors"
+    return folder / f"{sha256}-{cutoff}-{clean}-v{FORMAT_VERSION}{format_of(path)}.safetensors"
 
 
 def _load(entry: Path) -> EncodedReviews:
@@ -120,6 +125,7 @@ def _load(entry: Path) -> EncodedReviews:
     return EncodedReviews(
         splits={name: _split_of(arrays, name) for name in SPLITS},
         vectorizer=ReviewVectorizer.from_dict(contents["vectorizer"]),
+        clean_reason=contents["clean_reason"],
         sha256="",
         source="",
         notes=tuple(contents["notes"]),
@@ -129,7 +135,13 @@ def _load(entry: Path) -> EncodedReviews:
 def _store(reviews: EncodedReviews, entry: Path) -> None:
     """Write an entry so that no other process ever sees a part of it."""
     arrays = {name: array for split in SPLITS for name, array in _arrays_of(reviews, split).items()}
-    contents = json.dumps({"vectorizer": reviews.vectorizer.to_dict(), "notes": reviews.notes})
+    contents = json.dumps(
+        {
+            "vectorizer": reviews.vectorizer.to_dict(),
+            "clean_reason": reviews.clean_reason,
+            "notes": reviews.notes,
+        }
+    )
     metadata = {"contents": contents, "checksum": str(_checksum(arrays, contents))}
     _make_private(entry.parent)
     handle, name = tempfile.mkstemp(dir=entry.parent, prefix=_PART_PREFIX)

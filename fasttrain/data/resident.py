@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fasttrain.data.ragged import Ragged, RaggedTable
+from fasttrain.data.ragged import Ragged, RaggedTable, data_tensor
 from fasttrain.device import resolve_device
 from fasttrain.errors import ConfigError, DataError
 
@@ -46,9 +46,9 @@ def resident(
     """Puts a whole dataset on a device and returns its batches, ready to be iterated once an epoch.
 
     Args:
-        *tensors: tensors or arrays with one row a sample, [num_rows, ...], or `Ragged`s: batches are tuples in this
-            order. Or one mapping of names to such columns: batches are dicts. Or one DataFrame of numbers: batches
-            are dicts of its columns.
+        *tensors: tensors or numpy arrays with one row a sample, [num_rows, ...], or `Ragged`s: batches are tuples in
+            this order. Or one mapping of names to such columns: batches are dicts. Or one DataFrame of numbers:
+            batches are dicts of its columns. Dtypes stay as they are (but see `data_tensor` and `RaggedTable`).
         batch_size: rows in a batch.
         device: where the data lives and the batches are made.
         shuffle: a new order each epoch (see `epoch_order`), else the rows' own.
@@ -60,7 +60,8 @@ def resident(
 
     Raises:
         ConfigError: the batch size is not positive, or leaves no batch at all; a negative seed.
-        DataError: no rows, columns of unequal length, or a column that is not numbers.
+        DataError: no rows, columns of unequal length, a column that is not numbers or that requires gradients, two
+            columns of a DataFrame with one name, or offsets of a `Ragged` that do not rise from 0 to its end.
         DeviceError: this machine does not have the device.
     """
     columns, rebuild = _columns(tensors)
@@ -103,7 +104,8 @@ class ResidentBatches:
         self.device = device
         self.epoch = 0
         self.batch_size = batch_size
-        self.num_rows = _common_length(columns)
+        self._columns = [_place(column, device) for column in columns]
+        self.num_rows = _common_length(self._columns)
         self._rebuild = rebuild
         self._shuffle = shuffle
         self._seed = seed
@@ -117,7 +119,6 @@ class ResidentBatches:
                 f"batch_size {batch_size} is larger than the {self.num_rows} rows, and a short last batch is dropped: "
                 f"there would be no batch; use at most {self.num_rows}"
             )
-        self._columns = [_place(column, device) for column in columns]
         batch_bytes = max(1, sum(column.nbytes for column in self._columns) * batch_size // self.num_rows)
         self.block_rows = batch_size * max(1, BLOCK_BYTES // batch_bytes)
         self._unshuffled: ResidentEpoch | None = None
@@ -210,12 +211,19 @@ class ResidentEpoch:
         self._next += 1
         return self._block[at]
 
-    def take(self, steps: int) -> Span | None:
-        """The next batches as one span, None where there are not so many whole ones left."""
+    def take(self, steps: int, times: int = 1) -> Span | None:
+        """The next batches as one span, None where there are not so many whole ones left.
+
+        Args:
+            steps: batches of a span.
+            times: how many times as many a span may have, where there are so many left.
+        """
         begin = self._next * self._source.batch_size
-        rows = slice(begin, begin + steps * self._source.batch_size)
-        if rows.stop > len(self._host_order):
+        left = (len(self._host_order) - begin) // self._source.batch_size
+        steps *= min(times, left // steps)
+        if not steps:
             return None
+        rows = slice(begin, begin + steps * self._source.batch_size)
         self._next += steps
         return Span(source=self._source, rows=self._order[rows], host_rows=self._host_order[rows], steps=steps)
 
@@ -267,6 +275,10 @@ def _columns(given: Sequence[Any]) -> tuple[list[Column], Callable[[Sequence[Any
     """The columns, and how a batch is put together from a slice of each."""
     if len(given) == 1 and isinstance(given[0], pd.DataFrame):
         frame = given[0]
+        names = [str(name) for name in frame.columns]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(f"columns have the same name: {', '.join(twice)}; rename them", file="DataFrame")
         return _columns([{str(name): _numbers(column, str(name)) for name, column in frame.items()}])
     if len(given) == 1 and isinstance(given[0], Mapping):
         columns: Mapping[str, Column] = given[0]
@@ -286,11 +298,13 @@ def _numbers(series: pd.Series, name: str) -> np.ndarray:
             file="DataFrame",
             column=name,
         )
-    return series.to_numpy()
+    array = series.to_numpy()
+    # pandas gives objects for numbers of some extension types.
+    return array if array.dtype != object else np.array(array.tolist())
 
 
-def _common_length(columns: Sequence[Column]) -> int:
-    lengths = [column.num_rows if isinstance(column, Ragged) else len(column) for column in columns]
+def _common_length(columns: Sequence[Tensor | RaggedTable]) -> int:
+    lengths = [len(column) for column in columns]
     if not lengths or lengths[0] == 0:
         raise DataError("resident data needs at least one column with at least one row")
     if len(set(lengths)) > 1:
@@ -299,14 +313,4 @@ def _common_length(columns: Sequence[Column]) -> int:
 
 
 def _place(column: Column, device: torch.device) -> Tensor | RaggedTable:
-    if isinstance(column, Ragged):
-        return RaggedTable(column.values.cpu().numpy(), column.offsets.cpu().numpy(), device)
-    if isinstance(column, np.ndarray):
-        try:
-            column = torch.from_numpy(np.require(column, requirements=("C", "W")))
-        except TypeError as error:
-            raise DataError(
-                f"an array of dtype {column.dtype}: a resident table holds numbers only; convert the column or leave "
-                "it out"
-            ) from error
-    return torch.as_tensor(column).to(device)
+    return RaggedTable(column, device) if isinstance(column, Ragged) else data_tensor(column).to(device)

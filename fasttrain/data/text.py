@@ -3,9 +3,10 @@
 A review is a collapsed one-hot vector: 1 at the index of each token that occurs in it, whatever its count. It
 is kept as the list of those indices (`TokenRows`).
 
-Tokens are `review.split(" ")`. One that is a substring of `string.punctuation`, the empty one too, is
-skipped. The vocabulary comes from the train rows: tokens that occur more than `cutoff` times, in order of
-first appearance, after `<UNK>` at index 0. Any other token, and a literal `<UNK>` in the text, has index 0.
+Tokens are `review.split(" ")`, cleaned as the run says (`tokens.Clean`). One that is a substring of
+`string.punctuation`, the empty one too, is skipped. The vocabulary comes from the train rows: tokens that occur more
+than `cutoff` times, in order of first appearance, after `<UNK>` at index 0. Any other token, and a literal `<UNK>` in
+the text, has index 0.
 """
 
 # pyright: reportUnknownParameterType=false, reportAttributeAccessIssue=false
@@ -15,11 +16,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 
 from fasttrain.data import tokens
 from fasttrain.data.table import ReviewTable
-from fasttrain.data.tokens import UNK_TOKEN, TokenRows
+from fasttrain.data.tokens import UNK_TOKEN, Clean, CleanOrAuto, TokenRows, clean_words
 from fasttrain.errors import ConfigError, DataError, RunError
 
 __all__ = [
@@ -36,8 +36,8 @@ __all__ = [
     "ReviewVectorizer",
     "TokenRows",
     "Vocabulary",
+    "check_clean",
     "check_cutoff",
-    "clean",
     "encode_reviews",
 ]
 
@@ -83,19 +83,28 @@ class ReviewVectorizer:
     """Turns text into token ids as a model was trained on them.
 
     Raises:
-        DataError: the review vocabulary has no index for unknown tokens.
+        DataError: the review vocabulary has no index for unknown tokens, or the cleaning is unknown.
     """
 
     review_vocab: Vocabulary
     rating_vocab: Vocabulary
+    clean: Clean = "book"
+    """How text is cleaned, in training as in prediction. The book's own file does not have it: its text was cleaned as
+    the book does. Nor do files of fasttrain before it had the option, which cleaned new text like that."""
 
     def __post_init__(self) -> None:
         if not self.review_vocab.add_unk:
             raise DataError("review_vocab needs add_unk: a new review may hold unknown words")
+        if self.clean not in get_args(Clean):
+            raise DataError(f"clean is {self.clean!r}: it must be one of {', '.join(get_args(Clean))}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data: `review_vocab` and `rating_vocab`."""
-        return {"review_vocab": self.review_vocab.to_dict(), "rating_vocab": self.rating_vocab.to_dict()}
+        """Return plain data: `review_vocab` and `rating_vocab` as the textbook's, and `clean`."""
+        return {
+            "review_vocab": self.review_vocab.to_dict(),
+            "rating_vocab": self.rating_vocab.to_dict(),
+            "clean": self.clean,
+        }
 
     @classmethod
     def from_dict(cls, contents: Mapping[str, Any]) -> ReviewVectorizer:
@@ -109,6 +118,7 @@ class ReviewVectorizer:
                 return cls(
                     Vocabulary.from_dict(cast("dict[str, Any]", review)),
                     Vocabulary.from_dict(cast("dict[str, Any]", rating)),
+                    contents.get("clean", "book"),
                 )
             case _:
                 raise DataError("a vectorizer needs a review_vocab and a rating_vocab")
@@ -144,20 +154,26 @@ class ReviewVectorizer:
             raise DataError(error.problem, file=str(path)) from None
 
     def encode(self, texts: Sequence[str]) -> TokenRows:
-        """Return the token ids of texts whose tokens stand between spaces (see `clean` for other text).
+        """Return the token ids of texts, which are cleaned as `clean` says.
 
         Raises:
             DataError: a text is no string, or holds a code point that has no UTF-8 form.
         """
-        try:
-            column = pa.chunked_array([pa.array(texts, pa.large_string())])
-        except (pa.ArrowException, UnicodeEncodeError) as error:
-            raise DataError(f"texts must be strings that UTF-8 can hold: {error}") from error
-        if column.null_count:
-            raise DataError("texts must be strings: one is missing")
+        column = _text_column(texts)
         known = list(self.review_vocab.token_to_idx)
         with tokens.threads() as pool:
-            return tokens.encode(column, np.arange(len(column)), known, pool)
+            return tokens.encode(column, np.arange(len(column)), known, pool, self.clean)
+
+    def cleaned(self, texts: Sequence[str]) -> list[str]:
+        """Return texts as `clean` leaves them: `encode` counts what then stands between spaces.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        lists = pc.split_pattern(_text_column(texts).combine_chunks(), " ")
+        words = lists.flatten().dictionary_encode()
+        cleaned = clean_words(words.dictionary, self.clean).take(words.indices)
+        return pc.binary_join(type(lists).from_arrays(lists.offsets, cleaned), pa.scalar(" ", cleaned.type)).to_pylist()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -176,6 +192,8 @@ class EncodedReviews:
     splits: dict[str, EncodedSplit]
     """train, val and test; the last two may have no rows."""
     vectorizer: ReviewVectorizer
+    clean_reason: str
+    """Why the text was cleaned as `vectorizer.clean` says, and what that did."""
     sha256: str
     """Of the table, as in `ReviewTable`."""
     source: str
@@ -184,42 +202,38 @@ class EncodedReviews:
     """What the user should be told."""
 
 
-def clean(text: str) -> str:
-    """Return new text as the textbook's cleaning leaves it, ready to be split at spaces.
-
-    Lower case; `.`, `,`, `!` and `?` set apart by spaces; every run of other characters that are no letters
-    a to z turned into one space.
-    """
-    return re.sub(r"[^a-zA-Z.,!?]+", " ", re.sub(r"([.,!?])", r" \1 ", text.lower()))
-
-
-def encode_reviews(table: ReviewTable, *, cutoff: int = 25) -> EncodedReviews:
+def encode_reviews(table: ReviewTable, *, cutoff: int = 25, clean: CleanOrAuto = "none") -> EncodedReviews:
     """Build the vocabularies from the train rows and encode every split.
 
     Args:
         table: from `read_reviews`.
         cutoff: a token gets an index if it occurs in train more often than this; every occurrence counts.
+        clean: how the reviews of every split are cleaned; auto decides by the train rows.
 
     Raises:
-        ConfigError: `cutoff` is no integer, or negative.
+        ConfigError: `cutoff` is no integer, or negative; `clean` is unknown.
     """
     check_cutoff(cutoff)
+    check_clean(clean)
     with tokens.threads() as pool:
-        kept, train = tokens.build_and_encode(table.review, table.rows["train"], cutoff, pool)
-        known = [UNK_TOKEN, *kept]
-        rows = {name: tokens.encode(table.review, table.rows[name], known, pool) for name in ("val", "test")}
+        train = tokens.build_and_encode(table.review, table.rows["train"], cutoff, pool, clean)
+        known = [UNK_TOKEN, *train.kept]
+        rows = {
+            name: tokens.encode(table.review, table.rows[name], known, pool, train.clean) for name in ("val", "test")
+        }
     rating_vocab = _rating_vocabulary(table)
     labels = _labels(table, rating_vocab)
     splits = {
         name: EncodedSplit(tokens=encoded, labels=labels[table.rows[name]])
-        for name, encoded in {"train": train, **rows}.items()
+        for name, encoded in {"train": train.rows, **rows}.items()
     }
     notes = table.notes
-    if not kept:
+    if not train.kept:
         notes += (f"no word occurs more than {cutoff} times in train: all are unknown; lower the cutoff",)
     return EncodedReviews(
         splits=splits,
-        vectorizer=ReviewVectorizer(_vocabulary(known, add_unk=True), rating_vocab),
+        vectorizer=ReviewVectorizer(_vocabulary(known, add_unk=True), rating_vocab, train.clean),
+        clean_reason=train.clean_reason,
         sha256=table.sha256,
         source=table.source,
         notes=notes,
@@ -230,6 +244,22 @@ def check_cutoff(cutoff: int) -> None:
     """Raise a `ConfigError` unless `cutoff` is an integer of 0 or more."""
     if type(cutoff) is not int or cutoff < 0:
         raise ConfigError(f"cutoff is {cutoff!r}: it must be an integer, 0 or more")
+
+
+def check_clean(clean: str) -> None:
+    """Raise a `ConfigError` unless `clean` is one of `CleanOrAuto`."""
+    if clean not in get_args(CleanOrAuto):
+        raise ConfigError(f"clean is {clean!r}: it must be one of {', '.join(get_args(CleanOrAuto))}")
+
+
+def _text_column(texts: Sequence[str]) -> pa.ChunkedArray:
+    try:
+        column = pa.chunked_array([pa.array(texts, pa.large_string())])
+    except (pa.ArrowException, UnicodeEncodeError) as error:
+        raise DataError(f"texts must be strings that UTF-8 can hold: {error}") from error
+    if column.null_count:
+        raise DataError("texts must be strings: one is missing")
+    return column
 
 
 def _vocabulary(names: Sequence[str], *, add_unk: bool) -> Vocabulary:

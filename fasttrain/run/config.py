@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fasttrain.data.tokens import CleanOrAuto
 from fasttrain.device import PrecisionOrAuto
 from fasttrain.errors import ConfigError
 from fasttrain.printable import is_utf8
@@ -42,6 +43,13 @@ class TrainConfig:
 
     cutoff: int = 25
     """A word is known if it occurs more often than this in the train split."""
+
+    clean: CleanOrAuto = "auto"
+    """How reviews are cleaned, in training, validation, test and `predict` alike. none: words are what stands between
+    spaces. book: lower case, and a space for everything but a-z . , ! ?. unicode: for any script: case folded, words
+    kept whole, punctuation apart, emoji kept, Chinese, Japanese, Thai and the like cut into characters and pairs of
+    them. auto: none where the train split is already in tokens that unicode would change, else unicode, which leaves
+    text cleaned as the book does as it is."""
 
     patience: int = 5
     """Stop after so many epochs without a new best validation loss."""

@@ -129,6 +129,11 @@ class AutoEngine:
         needed_s = LAUNCHES_FROM_S if launches.is_uncached else CACHED_LAUNCHES_FROM_S
         return launches.size if launches.is_made or self._left_s > needed_s else 1
 
+    @property
+    def calls(self) -> int:
+        """See `Engine.calls`."""
+        return self._launches.calls
+
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
         launches = self._launches
@@ -303,7 +308,7 @@ class AutoEngine:
             again = "`python -m fasttrain cache clear` has it tried again"
             self._give_up(f"an earlier run of this job refused its program: {known.refused}; {again}")
             return
-        missing = shortfall(self._last_step - self._steps, self._eager_s, known)
+        missing = shortfall(self._last_step - self._steps, self._eager_s, known, len(list(self._spec.model.modules())))
         if missing is not None:
             self._give_up(missing)
             if not len(self._programs):

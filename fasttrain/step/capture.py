@@ -1,8 +1,8 @@
 """The user's forward, loss and metrics, captured once as a graph of torch's operators, with what the graph holds for.
 
-Dynamo follows the user's code without running it and guards every Python value that it reads. Three things are left to
-this module: tensors are inputs of the graph and are read anew before each step; classes and functions whose code was
-followed must still be the same; and what a graph cannot repeat (side effects, numpy, Python's random numbers) is refused
+Dynamo follows the user's code without running it and guards every Python value that it reads. Three things are left
+to this module: tensors are inputs of the graph and are read anew before each step; classes and functions whose code was
+followed must still be the same; what a graph cannot repeat (side effects, numpy, Python's random numbers) is refused
 with the user's line.
 """
 
@@ -210,14 +210,17 @@ class Capture:
 
     def _facts(self) -> Iterator[Fact]:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
-        codes = {code for code in self._dynamo.codes if not _is_torchs(code)}
+        codes = {code for code in self._dynamo.codes if not _is_library_code(code)}
         yield from _facts_of_functions(codes)
         for kind in _classes([value for value, _ in self._dynamo.objects]):
             yield from _facts_of_class(kind, set(self._dynamo.codes))
         for kind, name in self._dynamo.not_overridden:
             yield Fact(f"{kind.__qualname__}.{name}", f"{name!r} not in {{}}.__dict__", (kind,))
         for table in global_module_hooks():
-            yield Fact("a hook of all modules", "{} == {}", (table, dict(table)))
+            if table:
+                yield Fact("a hook of all modules", "tuple({}.values()) == {}", (table, tuple(table.values())))
+            else:
+                yield Fact("a hook of all modules", "not {}", (table,))
 
 
 def _function_of(spec: StepSpec) -> FunctionType:
@@ -361,7 +364,9 @@ def _classes(objects: Sequence[Any]) -> list[type]:
 
 
 def _is_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types", "numpy")
+    return kind.__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types", "numpy") or (
+        kind.__module__.startswith("fasttrain.step")
+    )
 
 
 def _facts_of_class(kind: type, codes: set[CodeType]) -> Iterator[Fact]:
@@ -389,5 +394,5 @@ def _codes_of(value: Any) -> Iterator[CodeType]:
             yield code
 
 
-def _is_torchs(code: CodeType) -> bool:
-    return code.co_filename.startswith(os.path.dirname(torch.__file__))
+def _is_library_code(code: CodeType) -> bool:
+    return code.co_filename.startswith((os.path.dirname(torch.__file__), os.path.dirname(__file__)))

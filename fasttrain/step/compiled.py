@@ -85,6 +85,11 @@ class CompiledEngine:
             return 1
         return self._launches.size
 
+    @property
+    def calls(self) -> int:
+        """See `Engine.calls`."""
+        return self._launches.calls
+
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
         launches = self._launches

@@ -32,7 +32,7 @@ class EagerEngine:
     Attributes:
         choice: what runs, and why.
         compile_s: None: nothing is compiled.
-        span: 1: nothing is gained by running several steps as one.
+        span, calls: 1: nothing is gained by running several steps as one.
         has_stepped: whether the optimizer has stepped, and so made its state.
     """
 
@@ -42,7 +42,7 @@ class EagerEngine:
         self._forward = forward or spec.forward
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
-        self.span = 1
+        self.span = self.calls = 1
         self.has_stepped = False
         self._is_observed = False
 

@@ -42,9 +42,7 @@ class StepFunction:
         reached: those of them that have gradients; known once the function has run.
     """
 
-    def __init__(
-        self, spec: StepSpec, part: Part, state: StepState, options: GroupOptions, capture: Capture
-    ) -> None:
+    def __init__(self, spec: StepSpec, part: Part, state: StepState, options: GroupOptions, capture: Capture) -> None:
         self._spec = spec
         self._part = part
         self._state = state
@@ -94,13 +92,14 @@ class StepFunction:
             loss = loss if self._spec.accumulate == 1 else loss / self._spec.accumulate
             loss = loss if scaling is None else scaling.scaled(loss)
         with recorded_as("backward"):
-            found = torch.autograd.grad(loss, [*variables.values(), *frozen], allow_unused=True)
+            wanted = [*variables.values(), *frozen]
+            found = cast("Sequence[Tensor | None]", torch.autograd.grad(loss, wanted, allow_unused=True))
             if any(gradient is not None for gradient in found[len(variables) :]):
                 raise EngineError(
                     "forward computes with a tensor that requires a gradient and is a parameter neither of the model "
                     "nor of the optimizer: register it as one, or read it under torch.no_grad()"
                 )
-            gradients = zip(self.trained, cast("Sequence[Tensor | None]", found), strict=False)
+            gradients = zip(self.trained, found, strict=False)
             # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
             return captured, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
 

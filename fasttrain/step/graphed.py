@@ -16,9 +16,9 @@ from torch import Tensor
 from fasttrain.data.resident import Span
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError, first_line
-from fasttrain.step.cudagraph import CapturedSpan, CapturedStep, CudaLane, Lane
 from fasttrain.step.clock import Clock, Waits, clock_of
 from fasttrain.step.compiler import Compiler, Pending
+from fasttrain.step.cudagraph import CapturedSpan, CapturedStep, CudaLane, Lane
 from fasttrain.step.launch import Launcher
 from fasttrain.step.program import StepProgram
 from fasttrain.step.replay import Program
@@ -122,7 +122,14 @@ class GraphLauncher:
         """See `Launcher.compiled_steps`."""
         return 1
 
-    def launch(self, program: StepProgram, traced: TracedSpan, span: Span) -> Tensor | Mismatch:
+    def launch(
+        self,
+        program: StepProgram,
+        traced: TracedSpan,
+        span: Span,
+        *,
+        is_checked: bool = False,  # noqa: ARG002
+    ) -> Tensor | Mismatch:
         """See `Launcher.launch`."""
         if program is not self._program:
             self._program, self._graphs = program, {}

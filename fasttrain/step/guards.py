@@ -1,7 +1,7 @@
 """What a traced step depends on besides its inputs, and the check before every step that it has not changed.
 
-This module guards the optimizer, its parameter groups and state, the gradients and the metrics. Dynamo guards the Python
-values that forward reads (see `capture`).
+This module guards the optimizer, its parameter groups and state, the gradients and the metrics. Dynamo guards the
+Python values that forward reads (see `capture`).
 """
 
 from __future__ import annotations

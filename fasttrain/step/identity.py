@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from types import CodeType
 from typing import Any, cast
 
@@ -62,20 +65,38 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
         (spec.precision, spec.accumulate, spec.clip_norm, spec.clip_value),
         [(name, _name_of(value), _code_behind(value)) for name, value in _callables_of(spec)],
         [_code_behind(kind) for kind in dict.fromkeys(type(module) for module in spec.model.modules())],
+        _source_files(spec),
         versions()["fasttrain"],
         torch.get_num_threads(),
         *_machine(spec.device),
     )
 
 
-def _callables_of(spec: StepSpec) -> Iterable[tuple[str, Any]]:
+def _callables_of(spec: StepSpec) -> list[tuple[str, Any]]:
     """What the user gave to be called: forward or the loss, and the metrics."""
     return [*vars(spec.forward).items(), *spec.metrics.user_metrics.items()]
 
 
+def _source_files(spec: StepSpec) -> list[str]:
+    """Digests of the files that hold the user's functions and module classes: an edit may change what is computed."""
+    kinds = [type(module) for module in spec.model.modules()]
+    owners = [getattr(value, "__module__", None) for value in (*kinds, *[value for _, value in _callables_of(spec)])]
+    found = dict.fromkeys(getattr(sys.modules.get(str(owner)), "__file__", None) for owner in owners)
+    return [
+        _digest(path) for path in found if path is not None and not path.startswith(os.path.dirname(torch.__file__))
+    ]
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:  # it is in an archive, or gone
+        return path
+
+
 def _code_behind(value: Any) -> object:
     """The code and the plain defaults of a function, of a method, or of a module class's forward."""
-    function = getattr(value, "forward", value) if isinstance(value, type | nn.Module) else value
+    function: Any = getattr(value, "forward", value) if isinstance(value, type | nn.Module) else value
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):

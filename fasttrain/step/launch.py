@@ -33,6 +33,11 @@ MISSED_SPANS, MAX_MADE = 64, 4
 often at most."""
 
 
+CALLS_PER_CHECK = 4
+"""Calls of a program between two checks of the guards, on a CPU. The guards of an MLP take as long as half a step; four
+calls take 1 ms for it, and 10 ms at most."""
+
+
 class Launcher(Protocol):
     """How several steps are launched as one."""
 
@@ -58,8 +63,16 @@ class Launcher(Protocol):
         """Steps of the program that launches of so many steps are made of."""
         ...
 
-    def launch(self, program: StepProgram, traced: TracedSpan, span: Span) -> Tensor | Mismatch:
+    def launch(
+        self, program: StepProgram, traced: TracedSpan, span: Span, *, is_checked: bool = False
+    ) -> Tensor | Mismatch:
         """Runs the steps of a span as one; returns the losses, [steps], or why that does not hold now.
+
+        Args:
+            program: of these steps.
+            traced: what it was compiled from.
+            span: whose steps.
+            is_checked: see `TracedSpan.inputs`.
 
         Raises:
             EngineError: launches of so many steps cannot be made.
@@ -87,9 +100,11 @@ class ProgramLauncher:
         """See `Launcher.compiled_steps`."""
         return size
 
-    def launch(self, program: StepProgram, traced: TracedSpan, span: Span) -> Tensor | Mismatch:
+    def launch(
+        self, program: StepProgram, traced: TracedSpan, span: Span, *, is_checked: bool = False
+    ) -> Tensor | Mismatch:
         """See `Launcher.launch`."""
-        inputs = traced.inputs(span)
+        inputs = traced.inputs(span, is_checked=is_checked)
         return inputs if isinstance(inputs, Mismatch) else program.run(inputs)
 
     def forget(self, but: int = 0) -> None:
@@ -129,6 +144,7 @@ class Launches:
         self._traced: TracedSpan | None = None
         self._proven: set[int] = set()
         self._made = self._missed = 0
+        self._is_checked = False
         self._trial: Trial[int] | None = None
 
     @property
@@ -142,6 +158,11 @@ class Launches:
     def size(self) -> int:
         """Steps of the spans that `run` wants: 1 where single steps are to go on, or where it is not known yet."""
         return self._sizes[-1] if self._sizes else 1
+
+    @property
+    def calls(self) -> int:
+        """See `Engine.calls`: on a GPU the guards are checked while it works."""
+        return CALLS_PER_CHECK if self.is_running and self.is_settled and self._spec.device.type == "cpu" else 1
 
     @property
     def is_considered(self) -> bool:
@@ -255,6 +276,7 @@ class Launches:
 
     def _run(self, span: Span, size: int) -> Tensor:
         """By launches of so many steps."""
+        self._is_checked = False
         if size == span.steps:
             return self._launch(span)
         if size == 1 or span.steps % size:
@@ -262,18 +284,20 @@ class Launches:
         return torch.cat([self._launch(piece) for piece in pieces(span, size)])
 
     def _launch(self, span: Span) -> Tensor:
+        is_checked, self._is_checked = self._is_checked, False
         if self._program is None or self._traced is None or span.steps not in (self._sizes or []):
             return self._one_by_one(span)  # the launch just before was dropped
         if span.steps not in self._proven:
             return self._prove(span, self._program, self._traced)
         try:
-            losses = self._launcher.launch(self._program, self._traced, span)
+            losses = self._launcher.launch(self._program, self._traced, span, is_checked=is_checked)
         except EngineError as error:
             self._drop_size(span.steps, str(error))
             return self._one_by_one(span)
         if isinstance(losses, Mismatch):
             return self._miss(span, losses.reason)
         self._missed = 0
+        self._is_checked = True  # for the next piece of this span
         self._spec.metrics.count(float(span.steps))
         return losses
 

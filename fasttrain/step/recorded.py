@@ -106,5 +106,5 @@ class TracedPart(TracedGraph):
         leaves = range(len(inputs) - num_leaves, len(inputs))
         super().__init__(graph, [*inputs, *closed_over], [*open_dims, *fixed], anywhere=leaves)
         self.part = part
-        self.closed_over = closed_over
+        self.closed_over = list(closed_over)
         self.reached = function.reached

@@ -111,15 +111,23 @@ class TracedSpan:
             raise EngineError("rows of unequal length are used otherwise than by sums")
         rows = torch.zeros(steps * source.batch_size, dtype=torch.int64, device=source.device)
         inputs = [*standing, *self.tables, rows, *step.parts[0].closed_over]
-        of_rows = len(standing) + len(self.tables)
-        self.parts = [TracedGraph(graph, inputs, [frozenset()] * len(inputs), unrolling, anywhere=[of_rows])]
+        self._of_rows = len(standing) + len(self.tables)
+        self._last = tuple(inputs)
+        self.parts = [TracedGraph(graph, inputs, [frozenset()] * len(inputs), unrolling, anywhere=[self._of_rows])]
 
-    def inputs(self, span: Span) -> list[Tensor] | Mismatch:
-        """The graph's inputs for a span, or why it does not hold. Makes no host read."""
-        return self.inputs_of(span.source, span.rows)
+    def inputs(self, span: Span, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
+        """The graph's inputs for a span, or why it does not hold. Makes no host read.
 
-    def inputs_of(self, source: ResidentBatches, rows: Tensor) -> list[Tensor] | Mismatch:
+        Args:
+            span: see above.
+            is_checked: whether it held for the span just before, and no code of the user's has run since.
+        """
+        return self.inputs_of(span.source, span.rows, is_checked=is_checked)
+
+    def inputs_of(self, source: ResidentBatches, rows: Tensor, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
         """The same for the rows of all batches, [steps * batch size], of a source."""
+        if is_checked:
+            return [rows if at == self._of_rows else tensor for at, tensor in enumerate(self._last)]
         if source is not self.source or len(rows) != self.steps * source.batch_size:
             return Mismatch("the resident data")
         standing = self.step.standing_inputs()
@@ -127,7 +135,10 @@ class TracedSpan:
             return standing
         found = [*standing, *self.tables, rows, *self.step.parts[0].closed_over]
         reason = self.parts[0].differ(found)
-        return found if reason is None else Mismatch(reason)
+        if reason is not None:
+            return Mismatch(reason)
+        self._last = tuple(found)  # a program takes its list of inputs for its own
+        return found
 
 
 def _padded_to(source: ResidentBatches) -> int | None:

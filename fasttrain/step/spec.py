@@ -107,6 +107,11 @@ class Engine(Protocol):
         """How many steps it would run as one now, where the next batches are rows of resident data; 1: one by one."""
         ...
 
+    @property
+    def calls(self) -> int:
+        """How many times as many steps `steps` should be given at once, where there are so many."""
+        ...
+
     def steps(self, span: Span) -> Tensor:
         """The steps of a span, as `step` does them one after the other. No host read.
 
@@ -147,7 +152,7 @@ def run_steps(engine: Engine, batches: Iterator[Batch]) -> Iterator[Batch | Span
     """
     epoch = batches if isinstance(batches, ResidentEpoch) else None
     while True:
-        span = epoch.take(engine.span) if epoch is not None and engine.span > 1 else None
+        span = epoch.take(engine.span, engine.calls) if epoch is not None and engine.span > 1 else None
         if span is not None:
             engine.steps(span)
             yield span

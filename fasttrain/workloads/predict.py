@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fasttrain.data.ragged import Ragged
-from fasttrain.data.text import ReviewVectorizer, clean
+from fasttrain.data.text import ReviewVectorizer
+from fasttrain.data.tokens import Clean
 from fasttrain.errors import RunError
 from fasttrain.run.folder import RunFolder
 from fasttrain.workloads.onehot import ReviewClassifier
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["Prediction", "note_on_cleaning", "predict"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,14 @@ class Prediction:
     known_words: list[str]
 
 
-def predict(run: Path, texts: Sequence[str], *, raw: bool = False) -> list[Prediction]:
+def predict(run: Path, texts: Sequence[str], *, clean: Clean | None = None) -> list[Prediction]:
     """Rates texts with the model of a run, on the CPU.
 
     Args:
         run: folder of the run.
         texts: what to rate.
-        raw: the texts are already in tokens separated by single spaces; else they are cleaned as the book does.
+        clean: how the texts are cleaned; None for the way of the run, which gives a text of its table the rating that
+            it had in training and in the test.
 
     Raises:
         RunError: the folder is not a run's, or a file in it is missing or damaged.
@@ -55,7 +58,7 @@ def predict(run: Path, texts: Sequence[str], *, raw: bool = False) -> list[Predi
     except RuntimeError as error:
         problem = " ".join(str(error).split())  # torch writes several lines
         raise RunError(f"{run / 'model.safetensors'} does not fit vectorizer.json: {problem}") from error
-    rows = vectorizer.encode(list(texts) if raw else [clean(text) for text in texts])
+    rows = (vectorizer if clean is None else replace(vectorizer, clean=clean)).encode(list(texts))
     ids, offsets = torch.from_numpy(rows.ids.astype("int32")), torch.from_numpy(rows.offsets)
     with torch.no_grad():
         logits = model(Ragged(ids, offsets))
@@ -69,3 +72,24 @@ def predict(run: Path, texts: Sequence[str], *, raw: bool = False) -> list[Predi
             texts, best.indices.tolist(), best.values.tolist(), known, strict=True
         )
     ]
+
+
+def note_on_cleaning(run: Path, texts: Sequence[str]) -> str | None:
+    """Says so where a run takes text in tokens, and these texts hold words that it would know once they are cleaned.
+
+    Args:
+        run: folder of a run that `predict` has read.
+        texts: what it has rated.
+    """
+    vectorizer = ReviewVectorizer.load(run / "vectorizer.json")
+    if vectorizer.clean != "none":
+        return None
+    as_given, cleaned = (replace(vectorizer, clean=clean).encode(list(texts)) for clean in ("none", "unicode"))
+    known = [np.diff(np.append(0, np.cumsum(rows.ids > 0))[rows.offsets]) for rows in (as_given, cleaned)]
+    count = int((known[1] > known[0]).sum())
+    if not count:
+        return None
+    return (
+        f"the run was trained on text in tokens (clean none), and {count} of {len(texts)} texts have words that it "
+        "would know if they were cleaned; --clean unicode does that"
+    )

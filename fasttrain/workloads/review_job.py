@@ -148,7 +148,8 @@ def review_job(device: torch.device, source: Path | pd.DataFrame | None = None) 
     Raises:
         DataError: the table will not do.
     """
+    # Reviews are not cleaned: the textbook's loop, which every arm is compared with, splits them at spaces.
     if source is None:
         path = data_dir() / "reviews_lite.csv.gz"
         source = path if path.is_file() else generate_reviews(seed=SEED).table
-    return ReviewJob(device=device, source=source, data=load_reviews(source))
+    return ReviewJob(device=device, source=source, data=load_reviews(source, clean="none"))

@@ -289,10 +289,11 @@ def _load(config: TrainConfig) -> tuple[EncodedReviews, tuple[str, ...]]:
     """The encoded table and the notes about it."""
     if config.data is not None:
         cache_dir = "default" if config.cache else None
-        data = load_reviews(config.data, cutoff=config.cutoff, cache_dir=cache_dir)
+        data = load_reviews(config.data, cutoff=config.cutoff, clean=config.clean, cache_dir=cache_dir)
         return data, data.notes
     generated = generate_reviews(seed=config.seed)
-    data = replace(load_reviews(generated.table, cutoff=config.cutoff), source="generated reviews")
+    data = load_reviews(generated.table, cutoff=config.cutoff, clean=config.clean)
+    data = replace(data, source="generated reviews")
     best = generated.best_accuracy("test")
     note = f"These reviews are generated. The best possible accuracy on these very test rows is {best:.2f}%."
     return data, (note, *data.notes)
@@ -319,6 +320,8 @@ def _summary(
         "samples_per_s": statistics.median(rates[1:] or rates) if rates else None,
         "compile_s": step.compile_s,
         "total_s": total_s,
+        "clean": job.data.vectorizer.clean,
+        "clean_reason": job.data.clean_reason,
         "vocabulary_size": job.model.fc1.in_features,
         "data_sha256": job.data.sha256,
         "receipt": None,

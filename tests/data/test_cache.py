@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_nothing_behind(table, folder, monkeypatch, error):
 def test_the_oldest_entries_go_first(table, folder, monkeypatch):
     for cutoff in range(3):
         load_reviews(table, cutoff=cutoff, cache_dir=folder)
-        os.utime(next(folder.glob(f"*-{cutoff}-v*")), (cutoff, cutoff))
+        os.utime(next(folder.glob(f"*-{cutoff}-none-v*")), (cutoff, cutoff))
     load_reviews(table, cutoff=0, cache_dir=folder)  # used again: now the newest
     size = max(path.stat().st_size for path in folder.iterdir())
     monkeypatch.setattr(cache, "MAX_CACHE_BYTES", 2 * size + size // 2)
@@ -135,6 +135,16 @@ def test_the_oldest_entries_go_first(table, folder, monkeypatch):
     kept = {path.name: path.name.split("-")[1:2] for path in folder.iterdir()}
     assert kept.pop("precious.safetensors") == []
     assert sorted(kept.values()) == [["0"], ["3"]]
+
+
+def test_each_cleaning_has_an_entry_of_its_own(table, folder):
+    for clean in ("none", "book", "unicode", "auto"):
+        plain = load_reviews(table, cutoff=0, clean=clean, cache_dir=None)
+        for _ in range(2):
+            cached = load_reviews(table, cutoff=0, clean=clean, cache_dir=folder)
+            assert cached.vectorizer == plain.vectorizer
+            assert cached.clean_reason == plain.clean_reason
+    assert len(list(folder.iterdir())) == 4
 
 
 def test_a_frame_is_not_cached(folder):

@@ -209,3 +209,137 @@ def test_unshuffled_batches_are_views_of_the_data() -> None:
     batches = [batch for (batch,) in resident(data, batch_size=4, device="cpu", shuffle=False, drop_last=False)]
     assert [batch.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [batch.data_ptr() - data.data_ptr() for batch in batches] == [0, 16, 32]
+
+
+ARRAYS = {
+    "float64": np.array([0.1, 1e300, -0.0]),
+    "int64": np.array([2**53 + 1, 2**62, -1]),
+    "bool": np.array([True, False, True]),
+    "uint8": np.array([0, 255, 7], np.uint8),
+    "complex128": np.array([1j, 2.5, 3]),
+    "float16": np.array([0.5, 65504, 1], np.float16),
+    "reversed": np.arange(6.0)[::-2],
+    "transposed": np.arange(6).reshape(2, 3).T,
+    "fortran": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+    "big-endian floats": np.array([0.1, 2.5, -3], ">f8"),
+    "big-endian integers": np.array([1, 256, -2], ">i4"),
+    "uint16": np.array([1, 2**16 - 1, 3], np.uint16),
+    "uint32": np.array([1, 2**32 - 1, 3], np.uint32),
+    "not writable": np.frombuffer(np.arange(3.0).tobytes()),
+    "a mask of nothing": np.ma.array([1.5, 2.5, 3.5], mask=[False] * 3),
+}
+
+
+@pytest.mark.parametrize("given_array", ARRAYS.values(), ids=ARRAYS)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_arrays_keep_their_values(given_array: np.ndarray, shuffle: bool) -> None:
+    batches = resident(given_array, torch.arange(3), batch_size=2, device="cpu", shuffle=shuffle, drop_last=False)
+    for values, numbers in batches:
+        assert values.tolist() == given_array[numbers.numpy()].tolist()
+        if given_array.dtype.isnative and given_array.dtype.str not in ("<u2", "<u4"):
+            assert values.numpy().dtype == given_array.dtype
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor([2**53 + 1, -1, 0]),
+        torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
+        torch.tensor([1 + 1j, 2, 3]).conj(),
+        torch.tensor([0.5, 1.5, 2.5], dtype=torch.bfloat16),
+        torch.arange(6.0)[::2],
+        torch.ones(1).expand(3),
+        torch.arange(12).view(3, 2, 2).transpose(1, 2),
+        torch.tensor([1, 2**16 - 1, 3], dtype=torch.uint16),
+    ],
+    ids=lambda tensor: str(tensor.dtype),
+)
+def test_tensors_keep_their_values(tensor: torch.Tensor) -> None:
+    for values, numbers in resident(tensor, torch.arange(3), batch_size=2, device="cpu", drop_last=False):
+        assert values.tolist() == [tensor[number].tolist() for number in numbers.tolist()]
+        assert values.dtype in (tensor.dtype, torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (torch.tensor(3.0), "a single number"),
+        (np.array(3), "a single number"),
+        (3.5, "a column is a float"),
+        ([1.0, 2.0], "a column is a list"),
+        ((torch.zeros(2), torch.zeros(2)), "a column is a tuple"),
+        ("text", "a column is a str"),
+        (None, "a column is a NoneType"),
+        (pd.Series([1, 2]), "a column is a Series"),
+        (torch.zeros(2, requires_grad=True), r"give tensor.detach\(\)"),
+        (torch.eye(2).to_sparse(), "a sparse, nested or quantized tensor"),
+        (torch.zeros(2, device="meta"), "meta device"),
+        (torch.zeros(2, dtype=torch.uint64), "uint64"),
+        (np.zeros(2, np.uint64), "uint64"),
+        (np.ma.array([1, 2], mask=[True, False]), "masked values"),
+        (np.array(["2020-01-01"], "M8[D]"), r"dtype datetime64\[D\]"),
+        (np.array(["a"]), "dtype <U1"),
+        (np.zeros(2, [("a", "f4")]), "holds numbers only"),
+        (np.zeros(2, np.longdouble), "holds numbers only"),
+        (np.empty((0, 3)), "at least one row"),
+    ],
+)
+def test_columns_that_are_no_data(column: Any, message: str) -> None:
+    for given_columns in ((column,), (torch.zeros(2), column), ({"x": torch.zeros(2), "y": column},)):
+        with pytest.raises(DataError, match=message if "row" not in message else "row"):
+            resident(*given_columns, batch_size=1, device="cpu")
+
+
+def test_a_mapping_beside_other_columns_is_refused() -> None:
+    with pytest.raises(DataError, match="a column is a dict"):
+        resident({"x": torch.zeros(2)}, torch.zeros(2), batch_size=1, device="cpu")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (pd.array([2**53 + 1, 2], dtype="Int64"), torch.int64),
+        (pd.array([0.5, 2], dtype="Float32"), torch.float32),
+        (pd.array([True, False], dtype="boolean"), torch.bool),
+        (np.array([1, 2], ">i8"), torch.int64),
+        (np.array([1, 200], np.uint8), torch.uint8),
+        (pd.arrays.SparseArray([0.0, 1.5]), torch.float64),
+    ],
+)
+def test_frames_keep_their_values(values: Any, dtype: torch.dtype) -> None:
+    frame = pd.DataFrame({"a": values})
+    (batch,) = resident(frame, batch_size=2, device="cpu", shuffle=False)
+    assert batch["a"].dtype == dtype
+    assert batch["a"].tolist() == frame["a"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (pd.array([1, None], dtype="Int64"), "1 missing"),
+        (pd.array([True, None], dtype="boolean"), "1 missing"),
+        (np.array([1.0, np.nan]), "1 missing"),
+        (np.array(["2020", "2021"], "M8[s]"), "dtype datetime64"),
+        (np.array([1, 2], "m8[s]"), "dtype timedelta64"),
+        (pd.Categorical([1, 2]), "dtype category"),
+        (["a", "b"], "column 'a'"),
+        ([1, "b"], "dtype object"),
+    ],
+)
+def test_frames_of_what_is_no_number(values: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        resident(pd.DataFrame({"a": values, "b": [1, 2]}), batch_size=1, device="cpu")
+
+
+def test_two_columns_of_a_frame_with_one_name_are_refused() -> None:
+    for names in (["a", "a"], [1, "1"]):
+        with pytest.raises(DataError, match="columns have the same name"):
+            resident(pd.DataFrame([[1, 2]], columns=pd.Index(names)), batch_size=1, device="cpu")
+
+
+def test_what_is_done_to_a_tensor_later_does_not_reach_its_shape_or_gradients() -> None:
+    tensor = torch.arange(6.0)
+    batches = resident(tensor, batch_size=3, device="cpu", shuffle=False)
+    tensor.requires_grad_()
+    tensor.data = torch.zeros(1)
+    assert [(batch.tolist(), batch.requires_grad) for (batch,) in batches] == [([0, 1, 2], False), ([3, 4, 5], False)]

@@ -16,10 +16,10 @@ from fasttrain.data.text import (
     ReviewVectorizer,
     TokenRows,
     Vocabulary,
-    clean,
     encode_reviews,
 )
 from fasttrain.errors import ConfigError, DataError, RunError
+from fasttrain.workloads.generate import generate_reviews
 
 TOKENS = st.sampled_from(
     ["a", "b", "c", "A", "<UNK>", "!", ".", "!?", '!"#', "", " ", "ä", "好", "\u00a0", "\n", "a.", "''"]
@@ -63,10 +63,13 @@ def assert_equals_naive(encoded: EncodedReviews, frame: pd.DataFrame, cutoff: in
         assert encoded.splits[split].labels.tolist() == [ratings[r] for r in frame.rating[frame.split == split]]
 
 
-def encoded_of(rating, review=None, cutoff=0) -> EncodedReviews:
+def frame_of(rating, review=None) -> pd.DataFrame:
     review = review or ["some text"] * len(rating)
-    frame = pd.DataFrame({"rating": rating, "review": review, "split": "train"})
-    return encode_reviews(read_reviews(frame), cutoff=cutoff)
+    return pd.DataFrame({"rating": rating, "review": review, "split": "train"})
+
+
+def encoded_of(rating, review=None, cutoff=0) -> EncodedReviews:
+    return encode_reviews(read_reviews(frame_of(rating, review)), cutoff=cutoff)
 
 
 @settings(deadline=None)
@@ -91,8 +94,56 @@ def test_the_vectorizer_encodes_as_the_table_was_encoded(data_dir):
     np.testing.assert_array_equal(again.offsets, encoded.splits["train"].tokens.offsets, strict=True)
 
 
+def assert_same_encoding(first: EncodedReviews, second: EncodedReviews) -> None:
+    assert first.vectorizer.review_vocab == second.vectorizer.review_vocab
+    assert list(first.vectorizer.review_vocab.token_to_idx) == list(second.vectorizer.review_vocab.token_to_idx)
+    for split in ("train", "val", "test"):
+        for name in ("ids", "offsets"):
+            arrays = [getattr(each.splits[split].tokens, name) for each in (first, second)]
+            np.testing.assert_array_equal(*arrays, strict=True)
+
+
+def test_auto_changes_no_figure_of_a_table_in_tokens(data_dir):
+    table = read_reviews(data_dir / "sentences.csv.gz")
+    assert_same_encoding(encode_reviews(table, clean="auto"), encode_reviews(table))
+
+
+@pytest.mark.parametrize("clean", ["auto", "unicode", "book"])
+def test_cleaning_changes_no_figure_of_a_table_that_the_book_cleaned(clean):
+    table = read_reviews(generate_reviews(400, seed=3).table)
+    encoded = encode_reviews(table, cutoff=2, clean=clean)
+    assert encoded.vectorizer.clean == ("unicode" if clean == "auto" else clean)
+    assert_same_encoding(encoded, encode_reviews(table, cutoff=2))
+
+
+@pytest.mark.parametrize("clean", ["none", "book", "unicode"])
+def test_the_vectorizer_cleans_as_the_table_was_cleaned(clean):
+    texts = ["It's GREAT!", "straße  Straße\n好吃", "", "great food.", "It's so-so…"]
+    encoded = encode_reviews(read_reviews(frame_of(["x", "y", "x", "y", "x"], texts)), cutoff=0, clean=clean)
+    assert rows_of(encoded.vectorizer.encode(texts)) == rows_of(encoded.splits["train"].tokens)
+    plain = ReviewVectorizer(encoded.vectorizer.review_vocab, encoded.vectorizer.rating_vocab, "none")
+    assert rows_of(plain.encode(encoded.vectorizer.cleaned(texts))) == rows_of(encoded.splits["train"].tokens)
+    assert encoded.vectorizer.cleaned(["a b"]) == ["a b"]
+
+
+def test_an_unknown_cleaning_is_refused():
+    with pytest.raises(ConfigError, match="clean is 'all': it must be one of auto, none, book, unicode"):
+        encode_reviews(read_reviews(frame_of(["x", "y"])), clean="all")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_vectorizer_without_a_cleaning_cleans_as_the_book_does():
+    vectorizer = encoded_of(["x", "y"], ["great food", "food"]).vectorizer
+    contents = vectorizer.to_dict()
+    del contents["clean"]
+    assert rows_of(ReviewVectorizer.from_dict(contents).encode(["GREAT food!"])) == [[1, 2]]
+    for clean in ("auto", "all", None, 3):
+        with pytest.raises(DataError, match="must be one of none, book, unicode"):
+            ReviewVectorizer.from_dict({**contents, "clean": clean})
+
+
 def test_vocabulary_of_real_reviews(data_dir):
-    encoded = encode_reviews(read_reviews(data_dir / "reviews_lite.csv.gz"))
+    encoded = encode_reviews(read_reviews(data_dir / "reviews_lite.csv.gz"), clean="auto")
+    assert encoded.vectorizer.clean == "none"
     assert len(encoded.vectorizer.review_vocab.token_to_idx) == 5_317
     assert encoded.splits["train"].tokens.ids.dtype == np.uint16
     assert len(encoded.splits["train"].tokens.ids) == 2_578_803
@@ -129,12 +180,6 @@ def test_impossible_cutoffs(cutoff):
         encoded_of(["x", "y"], cutoff=cutoff)
 
 
-def test_clean_is_the_textbooks():
-    assert clean("It's GREAT!!  5/5, no?\tYes.") == "it s great ! ! , no ? yes . "
-    assert clean("ÀB\n好") == " b "
-    assert clean("") == ""
-
-
 def test_the_file_of_a_vectorizer(tmp_path):
     vectorizer = encoded_of(["x", "y"], ["ä <UNK> b", "b c"]).vectorizer
     path = tmp_path / "vectorizer.json"
@@ -146,6 +191,7 @@ def test_the_file_of_a_vectorizer(tmp_path):
             "unk_token": "<UNK>",
         },
         "rating_vocab": {"token_to_idx": {"x": 0, "y": 1}, "add_unk": False, "unk_token": "<UNK>"},
+        "clean": "none",
     }
     loaded = ReviewVectorizer.load(path)
     assert loaded == vectorizer

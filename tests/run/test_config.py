@@ -28,6 +28,7 @@ configs = st.builds(
     lr_factor=st.floats(0, 1, exclude_min=True, exclude_max=True),
     lr_patience=st.integers(0, 100),
     cutoff=st.integers(0, 10**6),
+    clean=st.sampled_from(["auto", "none", "book", "unicode"]),
     patience=st.integers(1, 100),
     seed=st.integers(0, 2**63),
     device=st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),

@@ -171,7 +171,7 @@ class FakeSpan:
         self.steps = steps
         self._lab = lab
 
-    def inputs(self, span: Span) -> list[Span] | Mismatch:
+    def inputs(self, span: Span, *, is_checked: bool = False) -> list[Span] | Mismatch:
         if span.source is not self.source or self.step.is_stale:
             return Mismatch("the resident data")
         return [span]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from fasttrain.data.text import ReviewVectorizer, Vocabulary
+from fasttrain.data.tokens import CleanOrAuto
 from fasttrain.errors import DataError, RunError
+from fasttrain.run.config import TrainConfig
 from fasttrain.run.folder import RunFolder
-from fasttrain.workloads.predict import predict
+from fasttrain.workloads.predict import note_on_cleaning, predict
+from fasttrain.workloads.reviews import train_reviews
 
 WORDS = {"<UNK>": 0, "good": 1, "bad": 2, "food": 3}
 
@@ -58,20 +63,20 @@ def sigmoid(x: float) -> float:
 def test_two_ratings_share_one_logit(
     binary: Path, text: str, rating: str, logit: float, known_words: list[str]
 ) -> None:
-    [found] = predict(binary, [text], raw=True)
+    [found] = predict(binary, [text], clean="none")
     assert (found.text, found.rating, found.known_words) == (text, rating, known_words)
     assert found.probability == pytest.approx(sigmoid(abs(logit)), rel=1e-6)
 
 
 def test_more_ratings_have_a_logit_each(graded: Path) -> None:
-    food, good = predict(graded, ["food", "good"], raw=True)
+    food, good = predict(graded, ["food", "good"], clean="none")
     assert (food.rating, good.rating) == ("2", "3")
     assert food.probability == pytest.approx(math.exp(1.5) / (1 + math.exp(1.5) + 1), rel=1e-6)
     assert good.probability == pytest.approx(math.exp(3) / (math.exp(-1) + math.exp(1) + math.exp(3)), rel=1e-6)
 
 
 def test_new_text_is_cleaned_as_the_book_does(binary: Path) -> None:
-    cleaned, raw = predict(binary, ["GOOD, food!"])[0], predict(binary, ["GOOD, food!"], raw=True)[0]
+    cleaned, raw = predict(binary, ["GOOD, food!"])[0], predict(binary, ["GOOD, food!"], clean="none")[0]
     assert cleaned.text == "GOOD, food!"
     assert cleaned.known_words == ["good", "food"]
     assert raw.known_words == []
@@ -79,7 +84,7 @@ def test_new_text_is_cleaned_as_the_book_does(binary: Path) -> None:
 
 def test_text_in_tokens_is_taken_as_it_is(binary: Path) -> None:
     tokens = "good_food good"
-    assert predict(binary, [tokens], raw=True)[0].known_words == ["good"]
+    assert predict(binary, [tokens], clean="none")[0].known_words == ["good"]
     assert predict(binary, [tokens])[0].known_words == ["good", "food"]
 
 
@@ -109,4 +114,88 @@ def test_a_missing_or_damaged_file_is_named(binary: Path, graded: Path, tmp_path
 
 def test_text_that_no_file_could_hold_is_refused(binary: Path) -> None:
     with pytest.raises(DataError, match="UTF-8"):
-        predict(binary, ["good \ud800 food"], raw=True)
+        predict(binary, ["good \ud800 food"], clean="none")
+
+
+# --- the very texts of a run's test ---
+
+SCRIPTS = {
+    "Latin": "GREAT Amazing | AWFUL Rude | The food It's café, 4.5 so-so 'n' I don’t",
+    "German": "großartig KÖSTLICH | grässlich ÜBEL! | Das Essen war, straße Über",
+    "Chinese": "这家店很好吃。 真的很棒！ | 难吃， 太慢了 | 我点的菜 服务员 iPhone手机 2杯",
+    "Greek": "ΥΠΈΡΟΧΟ τέλειος | ΆΘΛΙΟ χάλιας | Το φαγητό Σίσυφος; ήταν «εδώ»",
+    "Russian": "ОТЛИЧНО вкусно! | УЖАС грубо… | Еда была — здесь Ёлка №5",
+    "Arabic": "رائع، لَذِيذ | سيئ؟ بطيء | الطعام كان هنا ٢٠٢٤ می‌خواهم",
+    "Hindi": "बढ़िया स्वादिष्ट। | ख़राब धीमा | खाना यहाँ था १२३",
+    "Thai": "อร่อยมาก ดีเยี่ยม | แย่มาก ช้า | อาหาร ที่นี่ ประเทศไทย",
+    "Japanese": "とても美味しい。 ラーメン最高！ | まずい、 ひどい | 店の ﾊﾟﾝ 料理は",
+    "emoji": "😀👍🏽 ❤️!! | 👎 😡😡 | the food 👨‍👩‍👧 5/5 @home #1 it's\nwas\tthere",
+}
+
+
+def table_of(path: Path, words: str) -> pd.DataFrame:
+    """Reviews in which one word tells the rating."""
+    good, bad, rest = (part.split(" ") for part in words.split(" | "))
+    draw = random.Random(0)
+    rows = []
+    for number in range(300):
+        is_good = draw.random() < 0.5
+        review = [*draw.choices(rest, k=5), draw.choice(good if is_good else bad)]
+        draw.shuffle(review)
+        split = "train" if number % 10 < 6 else "val" if number % 10 < 7 else "test"
+        rows.append(("+" if is_good else "-", " ".join(review), split))
+    table = pd.DataFrame(rows, columns=["rating", "review", "split"])
+    table.to_csv(path, index=False)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("script", "clean"),
+    [
+        *((script, "auto") for script in SCRIPTS),
+        *((script, clean) for script in ("Latin", "Chinese", "emoji") for clean in ("none", "book", "unicode")),
+    ],
+)
+def test_predictions_of_the_test_texts_are_those_of_the_test(script: str, clean: CleanOrAuto, tmp_path: Path) -> None:
+    table = table_of(tmp_path / "table.csv", SCRIPTS[script])
+    config = TrainConfig(
+        data=tmp_path / "table.csv",
+        out=tmp_path / "run",
+        clean=clean,
+        device="cpu",
+        engine="eager",
+        epochs=8,
+        cutoff=2,
+        batch_size=32,
+        learning_rate=0.1,
+        cache=False,
+    )
+    summary = train_reviews(config, progress=False).summary
+    test = table[table["split"] == "test"]
+    predictions = predict(tmp_path / "run", test["review"].tolist())
+    are_right = [each.rating == rating for each, rating in zip(predictions, test["rating"], strict=True)]
+    assert 100 * sum(are_right) / len(are_right) == pytest.approx(summary["test_accuracy"], abs=1e-4)
+    losses = [
+        -math.log(each.probability if is_right else 1 - each.probability)
+        for each, is_right in zip(predictions, are_right, strict=True)
+    ]
+    assert sum(losses) / len(losses) == pytest.approx(summary["test_loss"], rel=1e-4)
+    if clean in ("auto", "unicode"):
+        assert summary["clean"] == "unicode"
+        assert summary["test_accuracy"] == 100
+        assert all(each.known_words for each in predictions)
+
+
+def test_a_run_on_text_in_tokens_says_what_cleaning_would_find(binary: Path) -> None:
+    vectorizer = json.loads((binary / "vectorizer.json").read_text())
+    texts = ["GOOD food!", "good food", "neither"]
+    assert note_on_cleaning(binary, texts) is None
+    (binary / "vectorizer.json").write_text(json.dumps({**vectorizer, "clean": "none"}))
+    assert predict(binary, ["GOOD food!"])[0].known_words == []
+    note = note_on_cleaning(binary, texts)
+    assert note is not None
+    assert "1 of 3 texts" in note
+    assert "--clean unicode" in note
+    assert note_on_cleaning(binary, texts[1:]) is None
+    assert note_on_cleaning(binary, []) is None
+    assert predict(binary, ["GOOD food!"], clean="unicode")[0].known_words == ["good", "food"]

@@ -21,6 +21,7 @@ from torch import nn
 
 from fasttrain.data.cache import load_reviews
 from fasttrain.data.table import format_of
+from fasttrain.data.text import ReviewVectorizer
 from fasttrain.device import free_bytes, resolve_device
 from fasttrain.errors import DataError, EngineError, FasttrainError
 from fasttrain.measure.bench.arm import CHECKED_STEPS, Arm
@@ -191,9 +192,7 @@ class _RunJob(ReviewJob):
     @cached_property
     def textbook(self) -> TextbookDataset:
         """See `ReviewJob.textbook`."""
-        if isinstance(self.source, pd.DataFrame):
-            return TextbookDataset.from_dataframe(self.source, cutoff=self.config.cutoff)
-        return _textbook_of(self.source, self.config.cutoff)
+        return _textbook_of(self.source, self.config.cutoff, self.data.vectorizer)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The run's own: only then is its compiled program found again."""
@@ -208,22 +207,33 @@ class _RunJob(ReviewJob):
 def _run_job(config: TrainConfig) -> _RunJob:
     source = config.data or generate_reviews(seed=config.seed).table
     cache_dir = "default" if config.cache and config.data is not None else None
-    data = load_reviews(source, cutoff=config.cutoff, cache_dir=cache_dir)
+    data = load_reviews(source, cutoff=config.cutoff, clean=config.clean, cache_dir=cache_dir)
     return _RunJob(
         device=resolve_device(config.device), source=source, data=data, batch_size=config.batch_size, config=config
     )
 
 
-def _textbook_of(path: Path, cutoff: int) -> TextbookDataset:
-    """A file as the textbook takes it: through pandas, which knows less than `read_reviews`.
+def _textbook_of(source: Path | pd.DataFrame, cutoff: int, vectorizer: ReviewVectorizer) -> TextbookDataset:
+    """The run's table as the textbook takes it: cleaned beforehand, and read by pandas.
 
     Raises:
-        DataError: the textbook cannot take it.
+        DataError: pandas or the textbook cannot take a table that `read_reviews` takes.
     """
+    if isinstance(source, pd.DataFrame):
+        return TextbookDataset.from_dataframe(_cleaned(source, vectorizer), cutoff=cutoff)
+    path = source
     try:
         if format_of(path) == ".parquet":
-            return TextbookDataset.from_dataframe(pd.read_parquet(path), cutoff=cutoff)
-        return TextbookDataset.from_csv(path, cutoff=cutoff)
+            table = pd.read_parquet(path)
+        else:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return TextbookDataset.from_dataframe(_cleaned(table, vectorizer), cutoff=cutoff)
     except (ValueError, TypeError, LookupError, NotImplementedError, OSError) as error:
         # What pandas and pyarrow raise on a table that is not for them has no common parent below Exception.
         raise DataError(f"the textbook cannot take it: {error}", file=str(path)) from error
+
+
+def _cleaned(table: pd.DataFrame, vectorizer: ReviewVectorizer) -> pd.DataFrame:
+    if vectorizer.clean == "none":
+        return table
+    return table.assign(review=vectorizer.cleaned(table["review"].fillna("").tolist()))

@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
-from types import CodeType, FunctionType, SimpleNamespace
-from typing import Any, NamedTuple, cast
+from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ __all__ = ["DynamoCapture", "GraphInput", "capture_function", "scope_of"]
 _OPTIONS: dict[str, Any] = {
     # Guards that Dynamo leaves out by default, for speed.
     "skip_nnmodule_hook_guards": False,
-    "skip_no_tensor_aliasing_guards_on_parameters": False,
     "skip_tensor_guards_with_matching_dict_tags": False,
     "assume_dunder_attributes_remain_unchanged": False,
     # Dynamo would draw numpy's random numbers from torch's generator, and a bare graph drops side effects.
@@ -131,7 +130,11 @@ class DynamoCapture:
 
     def result(self, outputs: Sequence[Any], *arguments: Any) -> Any:
         """What the function returns where the graph returns `outputs`."""
-        names = {**self._names, self._backend_id: lambda *_: tuple(outputs)}
+
+        def returned(*_: Any) -> tuple[Any, ...]:
+            return tuple(outputs)
+
+        names = {**self._names, self._backend_id: returned}
         own = self._bytecode
         return FunctionType(own.__code__, names, closure=own.__closure__, argdefs=own.__defaults__)(*arguments)
 
@@ -152,6 +155,7 @@ def capture_function(
     from torch._dynamo import config
     from torch._dynamo.convert_frame import fullgraph_capture
     from torch._dynamo.eval_frame import set_enable_dynamic
+    from torch._dynamo.hooks import Hooks
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
     from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
@@ -183,12 +187,31 @@ def capture_function(
                 output = fullgraph_capture(function, tuple(arguments.values()))
             if output.backend_input is None:
                 raise EngineError("forward computes nothing from tensors")
-            guards = output.graph_capture_output.build_guards(function.__code__)
+            guards = output.graph_capture_output.build_guards(function.__code__, Hooks(guard_filter_fn=_is_needed))
         except EngineError:
             raise
         except Exception as error:
             raise EngineError(_why_refused(error)) from error
         return DynamoCapture(function, output, guards, scope_of(function, arguments))
+
+
+def _is_needed(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are checked: not those of tensors besides the batch's, which whoever reads the inputs compares.
+
+    Nor those of Python's own functions and of this package's code, which do not change.
+    """
+
+    def is_needed(guard: Any) -> bool:
+        if guard.guard_type == "TENSOR_MATCH":
+            return guard.name.startswith("L['batch']")
+        if guard.name.startswith("G['__builtins_dict__"):
+            return not isinstance(guard.value, type | BuiltinFunctionType)
+        return not guard.name.startswith(_OWN_NAMES)
+
+    return [is_needed(guard) for guard in guards]
+
+
+_OWN_NAMES = ("G['torch']", "G['__import_fasttrain_dot_step_", "L['device']", "L['dtype']")
 
 
 def scope_of(function: FunctionType, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -213,11 +236,12 @@ def _imported(name: str) -> Any:
     if name != "torch._dynamo.utils":
         return module
     # Its bytecode notes each run for a profiler, which takes longer than the rest of it.
-    nothing: dict[str, Any] = {
-        "record_pregraph_bytecode_enter": lambda: None,
-        "record_pregraph_bytecode_exit": lambda _: None,
-    }
+    nothing = dict.fromkeys(("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit"), _nothing)
     return SimpleNamespace(**{**vars(module), **nothing})
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _graph_input(source: Any) -> GraphInput:
@@ -225,8 +249,8 @@ def _graph_input(source: Any) -> GraphInput:
 
     size_of = None
     if isinstance(source, TensorPropertySource):
-        size_of = _spelled(source.base.name), cast("int", source.idx or 0)
-    base = source
+        size_of = _spelled(source.base.name), source.idx or 0
+    base: Any = source
     while getattr(base, "base", None) is not None:
         base = base.base
     is_argument = isinstance(base, LocalSource) and base.is_input
@@ -312,8 +336,8 @@ def _place_of_change(error: BaseException) -> str:
 def _why_refused(error: Exception) -> str:
     if _side_effects(error):
         return (
-            f"forward changes Python objects, which a compiled step would not do{_place_of_change(error)}. What is to be "
-            "kept from step to step belongs in a buffer of the model (register_buffer)"
+            f"forward changes Python objects, which a compiled step would not do{_place_of_change(error)}. What is to "
+            "be kept from step to step belongs in a buffer of the model (register_buffer)"
         )
     return f"{_advice(str(error))}{_place(error)}"
 
@@ -336,8 +360,8 @@ _ADVICE = (
     ),
     (
         r"[Dd]ata-dependent|Tensor\.item\(\)|scalar_outputs|_local_scalar_dense|got SymInt|Tensor\.tolist",
-        "forward reads the value of a tensor or numpy scalar on the host (as .item(), bool(), tolist() or a branch on one "
-        "do); use operators on tensors such as torch.where instead",
+        "forward reads the value of a tensor or numpy scalar on the host (as .item(), bool(), tolist() or a branch on "
+        "one do); use operators on tensors such as torch.where instead",
     ),
     (
         r"dynamic shape operator|dynamic_output_shape",

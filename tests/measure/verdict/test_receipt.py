@@ -153,6 +153,17 @@ def test_the_loops_of_a_run_agree_on_its_own_data(data: Path, suffix: str) -> No
 
 
 @pytest.mark.usefixtures("short_rounds")
+def test_the_textbooks_loop_trains_on_the_reviews_as_the_run_cleaned_them(data: Path) -> None:
+    table = pd.read_csv(data)
+    table["review"] = table["review"].str.upper().str.replace(" .", ".") + "好吃"
+    table.to_csv(data, index=False)
+    config = TrainConfig(data=data, cutoff=3, batch_size=16, learning_rate=0.01, device="cpu", cache=False)
+    made = receipt_of(config, engine="eager", precision="fp32", round_s=0.01)
+    assert made.refused == {}
+    assert made.arms["eager, fp32"].loss_difference < 1e-5
+
+
+@pytest.mark.usefixtures("short_rounds")
 def test_train_leaves_its_receipt(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(small(data, run, "--epochs", "1", "--receipt", "--json")) == 0
