@@ -16,13 +16,15 @@ class EpochResult:
 
     Attributes:
         loss: training: mean of the batches' losses, as in the book; evaluation: mean over samples.
-        accuracy: percent, averaged like the loss; None where it has no meaning.
+        accuracy: percent; training: mean of the batches' accuracies; evaluation: over all positions that the loss does
+            not ignore; None where it has no meaning.
         batches: how many there were.
         samples: how many there were.
         seconds: wall time, readout included.
         samples_per_s: samples / seconds.
         engine: what ran the steps.
-        metrics: the user's metrics by name, averaged like the loss.
+        metrics: the user's metrics by name: functions are averaged like the loss, objects with `update` and `compute`
+            are computed from the whole pass.
     """
 
     loss: float

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from numbers import Integral
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.data.stream import Prefetcher, prefetch
 from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, EpochRow, History
-from fasttrain.metrics import LossObserver, Metric, RunningMetrics
+from fasttrain.metrics import LossObserver, Metric, RunningMetrics, copies_of
 from fasttrain.progress import Progress
+from fasttrain.step.arguments import check_train_method, describe
 from fasttrain.step.eager import run_forward
 from fasttrain.step.train_step import TrainStep
 
@@ -61,6 +63,9 @@ class FastLoop:
     As in the book, `train` puts the whole model in train mode and `evaluate` in eval mode, for as long as they run: a
     part that is to stay in eval mode (frozen batch norm) says so in its own `train` method.
 
+    `copy.deepcopy` makes an independent loop, with copies of the model and the optimizer, at the same point of the
+    training (a scheduler stays the original's). A loop cannot be pickled: save the `state_dict()`s.
+
     Args:
         model: the model, on its device.
         optimizer: over the model's parameters.
@@ -69,14 +74,25 @@ class FastLoop:
         device: where the steps run; None is where the model is.
         precision: "fp32" (the user's own), "bf16", "fp16" or "auto".
         engine: "auto", "eager", "compiled", "graphed" (on CUDA) or "torch-compile".
-        accumulate: batches whose gradients are averaged before the optimizer steps.
-        clip_norm: bound on the norm of all gradients together.
-        clip_value: bound on each entry of each gradient.
-        metrics: (loss, predictions, targets) -> scalar tensor, by name.
+        accumulate: N: `(loss / N).backward()` for each batch, and an optimizer step at each Nth batch and at the last.
+            A short last group is divided by N too, so that each of its batches counts as much as any other.
+        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all
+            of the model's parameters, also those that the optimizer does not have, and over no others.
+        clip_value: `torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)`, before the norm is clipped.
+        metrics: by name: functions (loss, predictions, targets) -> scalar tensor, of which an epoch has the mean of the
+            batches' values (in `evaluate` weighted by their samples), which is not the value over the epoch for ratios
+            such as F1; or objects with `update(predictions, targets)`, `compute()` and `reset()` (as torchmetrics has),
+            which are computed from the whole epoch. Steps with one of the latter run eagerly, and `evaluate` uses a
+            copy of it.
 
-    Accuracy: class indices against the argmax over dimension 1 of the predictions; 0/1 targets against the predictions
-    that a binary cross-entropy was given, if they have one shape; anything else has none. Which it is, is learnt from
-    the first batch.
+    Each optimizer step starts without gradients, as after `model.zero_grad()`: no parameter of the model or of the
+    optimizer has one.
+
+    Accuracy is found for each batch, by dtypes, shapes and the loss function that forward calls: class indices against
+    the argmax over dimension 1 of the predictions, without the positions that a cross-entropy ignores
+    (`ignore_index`); 0/1 targets against the predictions that a binary cross-entropy was given, if they have one shape.
+    An epoch with a batch of anything else (soft targets, a regression) has none. Positions that forward itself masks
+    out of the loss do count.
 
     Raises:
         ConfigError: an option, or their combination, cannot work.
@@ -99,7 +115,7 @@ class FastLoop:
         clip_value: float | None = None,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
-        self.step = TrainStep(
+        self.step = TrainStep(  # first: it checks that the model is one
             model,
             optimizer,
             forward,
@@ -112,13 +128,30 @@ class FastLoop:
             clip_value=clip_value,
             metrics=metrics,
         )
+        check_train_method(model)
         self.model = model
         self.optimizer = optimizer
-        self._evaluation = RunningMetrics(self.step.device, metrics)
-        self._evaluation_is_observed = False
+        self._evaluation = RunningMetrics(self.step.device, copies_of(metrics), pools_accuracy=True)
         self._epochs_left: int | None = None
         self._steps_done = self._last_epoch_steps = 0
         self._prefetchers: dict[int, tuple[Iterable[Batch], Prefetcher[Batch]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastLoop:
+        """An independent loop over copies of the user's objects, as `TrainStep` makes them."""
+        loop = object.__new__(type(self))
+        memo[id(self)] = loop
+        loop.step = copy.deepcopy(self.step, memo)  # first: it copies the model and the optimizer
+        own = {name: value for name, value in vars(self).items() if name not in ("step", "_prefetchers")}
+        vars(loop).update(copy.deepcopy(own, memo))
+        loop._prefetchers = {}
+        return loop
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses pickling, as `TrainStep` does."""
+        raise TypeError(
+            "a FastLoop cannot be pickled or copied by copy.copy: save model.state_dict() and optimizer.state_dict() "
+            "and make a new one from them; copy.deepcopy makes an independent copy"
+        )
 
     def train(self, batches: Iterable[Batch], *, watch: Watch | None = None) -> EpochResult:
         """Trains one epoch. Waits for the device once, at its end.
@@ -150,22 +183,25 @@ class FastLoop:
             self._steps_done += counts.batches
             self._last_epoch_steps = counts.batches
             step.spec.gathered.count = 0  # an epoch that ends early leaves nothing for the next
-            for parameter in step.spec.trained():
+            for parameter in (*step.spec.trained(), *self.model.parameters()):
                 parameter.grad = None
 
     def evaluate(self, batches: Iterable[Batch]) -> EpochResult:
         """Evaluates the model, without gradients and in eval mode. Waits for the device once, at its end.
 
         Args:
-            batches: whatever forward takes, from any iterable.
+            batches: whatever forward takes, from any iterable. Of resident data (`resident(...)`) every row is used
+                once, in the rows' own order, also where training shuffles them and drops the last.
 
         Returns:
-            The figures; every sample counts once.
+            The figures; every sample counts once. Accuracy is over all positions that the loss does not ignore.
 
         Raises:
-            DataError: there was no batch.
+            DataError: there was no batch, or no sample in any.
         """
         metrics = self._evaluation
+        if isinstance(batches, ResidentBatches):
+            batches = batches.every_row
         metrics.reset()
         counts = _Counts()
         with torch.no_grad(), self._in_mode(training=False), self._on_device(batches) as placed:
@@ -192,9 +228,10 @@ class FastLoop:
 
         Args:
             train: batches of the train split; iterated once an epoch.
-            val: batches of the validation split, or None.
+            val: batches of the validation split, or None; see `evaluate`.
             epochs: how many at most, those of `state` counted in.
-            scheduler: stepped once an epoch, with the watched loss where it takes one.
+            scheduler: stepped once an epoch; a `ReduceLROnPlateau` with the validation loss, without `val` the training
+                loss.
             patience: stop after so many epochs without a new best validation loss; None: never.
             progress: show a bar on a terminal or in a notebook, else a line an epoch, on stderr.
             state: where an earlier fit stood, to go on from there; model, optimizer and scheduler must stand there too.
@@ -206,9 +243,10 @@ class FastLoop:
             The history of all finished epochs.
 
         Raises:
-            ConfigError: no epochs, or a patience without `val` or below 1.
+            ConfigError: no epochs, a patience without `val` or below 1, or a scheduler that cannot be stepped so.
         """
         _check_lengths(epochs, patience, has_val=val is not None)
+        _check_scheduler(scheduler, self.optimizer)
         state = state or FitState()
         history = state.history
         history.stopped = None
@@ -269,14 +307,10 @@ class FastLoop:
 
     def _evaluate_batch(self, batch: Batch, samples: int) -> None:
         spec = self.step.spec
-        if self._evaluation_is_observed:
+        with LossObserver() as observer:  # there is no autograd graph that shows the loss
             output = run_forward(spec, spec.forward, batch)
-        else:
-            with LossObserver() as observer:
-                output = run_forward(spec, spec.forward, batch)
-            self._evaluation.rule = observer.rule(output.predictions, output.targets)
-            self._evaluation_is_observed = True
-        self._evaluation.update(*output, weight=samples)
+        scoring = observer.scoring(output.predictions, output.targets)
+        self._evaluation.update(*output, weight=samples, scoring=scoring)
 
     def _result(self, counts: _Counts, metrics: RunningMetrics) -> EpochResult:
         if counts.batches == 0:
@@ -286,7 +320,8 @@ class FastLoop:
             )
         readout = metrics.compute()
         seconds = counts.seconds()
-        assert readout.loss is not None
+        if readout.loss is None:
+            raise DataError("there is no sample in any of the batches: a batch's first tensor has a row a sample")
         return EpochResult(
             loss=readout.loss,
             accuracy=readout.accuracy,
@@ -359,10 +394,33 @@ class _Counts:
 
 
 def _check_lengths(epochs: int, patience: int | None, *, has_val: bool) -> None:
+    lengths: dict[str, Any] = {"epochs": epochs, "patience": patience}
+    for name, given in lengths.items():
+        if given is not None and (isinstance(given, bool) or not isinstance(given, Integral)):
+            raise ConfigError(f"{name} {given!r}: use a whole number, 1 or more")
     if epochs < 1:
         raise ConfigError(f"epochs {epochs}: use 1 or more")
     if patience is not None and (patience < 1 or not has_val):
         raise ConfigError(f"patience {patience}: use 1 or more, together with val= (it watches the validation loss)")
+
+
+def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    if scheduler is None:
+        return
+    if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
+        raise ConfigError(
+            f"scheduler must be one of torch.optim.lr_scheduler; it is {describe(scheduler)} (several at once: "
+            "ChainedScheduler or SequentialLR)"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "min":
+        raise ConfigError(
+            f"ReduceLROnPlateau(mode={scheduler.mode!r}) cannot be stepped by fit, which gives it the loss: use "
+            "mode='min', or keep the loop over the epochs and step the scheduler there with the value that it watches"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(
+            "scheduler changes the rates of another optimizer than the loop's: make it over loop.optimizer"
+        )
 
 
 def _epochs_to_run(history: History, epochs: int, patience: int | None) -> Generator[int]:

@@ -38,7 +38,7 @@ def num_samples(batch: Any) -> int:
         return first.num_rows
     if isinstance(first, PackedSequence):
         return int(first.batch_sizes[0])  # it is on the host, always
-    return first.shape[0] if first.dim() else 1
+    return first.size(0) if first.dim() else 1  # a nested tensor has no shape
 
 
 def _leaves(batch: Any) -> Iterator[Tensor | Ragged | PackedSequence]:

@@ -56,7 +56,8 @@ def resident(
         drop_last: leave out a last batch that would be shorter.
 
     Returns:
-        An iterable; each pass over it is one epoch, in an order of its own.
+        An iterable; each pass over it is one epoch, in an order of its own. `FastLoop.evaluate` and the validation of
+        `FastLoop.fit` use every row once, in the rows' own order, whatever `shuffle` and `drop_last` are.
 
     Raises:
         ConfigError: the batch size is not positive, or leaves no batch at all; a negative seed.
@@ -122,10 +123,25 @@ class ResidentBatches:
         batch_bytes = max(1, sum(column.nbytes for column in self._columns) * batch_size // self.num_rows)
         self.block_rows = batch_size * max(1, BLOCK_BYTES // batch_bytes)
         self._unshuffled: ResidentEpoch | None = None
+        self._every_row: ResidentBatches | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return -(-self._num_used // self.batch_size)
+
+    @property
+    def every_row(self) -> ResidentBatches:
+        """Batches of the same data for an evaluation: every row once, in the rows' own order, the short last one too.
+
+        Passes over them leave the epochs of these batches as they are.
+        """
+        if not self._shuffle and self._num_used == self.num_rows:
+            return self
+        if self._every_row is None:
+            found = copy.copy(self)  # the columns are shared
+            found._shuffle, found._num_used, found._unshuffled = False, found.num_rows, None
+            self._every_row = found
+        return self._every_row
 
     @property
     def num_whole(self) -> int:

@@ -5,12 +5,11 @@ train_step   TrainStep, the public door
 plan         which engine, and why
 eager, torch_compile, compiled, auto, worth  the engines
 rung, graphed, cudagraph                 what a compiled step runs by: the program itself, or CUDA graphs of it
-capture                                  forward, loss and metrics as a graph, and what that holds for
 state, options, gradients                what a graph reads and changes: the user's own tensors and options
 function, optimizer, scaling             the step as a function of them, for a trace to record
 kernels, padded                          sums of rows: loops of our own on the CPU, torch's operators elsewhere
 trace, recorded                          the graphs of a step
-guards, attributes                       what they take for granted of optimizer, gradients and metrics
+capture, guards, attributes              what they depend on of the user's objects
 unroll, span, launch                     several steps over resident rows as one, and when that is taken up
 compiler, identity, cache, shared_folder from graphs to programs on disk, by what they are known
 build, toolkit, program                  the compiling child and what it needs; the program that it leaves

@@ -24,7 +24,7 @@ from fasttrain.step.build import ChildEndedError
 from fasttrain.step.cache import Verdict
 from fasttrain.step.clock import Waits
 from fasttrain.step.compiler import Compiler, Pending
-from fasttrain.step.eager import EagerEngine
+from fasttrain.step.eager import EagerEngine, eager_meanwhile
 from fasttrain.step.launch import Launches
 from fasttrain.step.replay import Programs
 from fasttrain.step.rung import Rung
@@ -111,6 +111,9 @@ class AutoEngine:
     @property
     def choice(self) -> Choice:
         """What runs now, and why."""
+        meanwhile = eager_meanwhile()
+        if meanwhile is not None:
+            return Choice("eager", meanwhile)
         chosen, launches = self._choice, self._launches
         value = self._rung.name if chosen.value != "eager" and launches.is_running else chosen.value
         return Choice(value, chosen.reason + launches.reason)
@@ -118,13 +121,13 @@ class AutoEngine:
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
         self._steps += 1
-        return self._run(batch)
+        return self._run(batch) if eager_meanwhile() is None else self._eager.step(batch)
 
     @property
     def span(self) -> int:
         """See `Engine.span`: several, once single steps run by program, where the steps to come repay a launch's."""
         launches = self._launches
-        if self._run != self._replay:
+        if self._run != self._replay or eager_meanwhile() is not None:
             return 1
         needed_s = LAUNCHES_FROM_S if launches.is_uncached else CACHED_LAUNCHES_FROM_S
         return launches.size if launches.is_made or self._left_s > needed_s else 1
@@ -137,7 +140,7 @@ class AutoEngine:
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
         launches = self._launches
-        if self._run != self._replay:
+        if self._run != self._replay or eager_meanwhile() is not None:
             return torch.stack([self.step(batch) for batch in span.batches()])
         self._steps += span.steps
         self._look(span.steps)

@@ -14,7 +14,7 @@ from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.clock import Waits
 from fasttrain.step.compiler import Compiler
-from fasttrain.step.eager import EagerEngine
+from fasttrain.step.eager import EagerEngine, eager_meanwhile
 from fasttrain.step.launch import FROM_STEPS, Launches
 from fasttrain.step.replay import MAX_PROGRAMS, Programs
 from fasttrain.step.rung import Rung
@@ -62,6 +62,9 @@ class CompiledEngine:
     @property
     def choice(self) -> Choice:
         """What runs, and why; with the number of steps that ran eagerly because no program held for them."""
+        meanwhile = eager_meanwhile()
+        if meanwhile is not None:
+            return Choice("eager", meanwhile)
         programs, launches = self._programs, self._launches
         single = self._rung.explain(programs.first) if len(programs) else Choice(self._choice.value, "")
         value = self._rung.name if launches.is_running else single.value
@@ -71,6 +74,8 @@ class CompiledEngine:
         """See `Engine.step`."""
         if self._refused:
             raise EngineError(self._refused)
+        if eager_meanwhile() is not None:
+            return self._eager.step(batch)
         if self._programs.added < MAX_PROGRAMS and self._programs.wants_one(batch):
             self._compile(batch)
         loss = self._programs.step(batch)
@@ -81,6 +86,8 @@ class CompiledEngine:
     @property
     def span(self) -> int:
         """See `Engine.span`: several, once single steps run by program, where enough are to come."""
+        if eager_meanwhile() is not None:
+            return 1
         if self._expected < FROM_STEPS and not self._launches.is_made:
             return 1
         return self._launches.size
@@ -92,6 +99,8 @@ class CompiledEngine:
 
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
+        if eager_meanwhile() is not None:
+            return torch.stack([self.step(batch) for batch in span.batches()])
         launches = self._launches
         if len(self._programs) and not launches.is_made:
             launches.begin(self._compiler, span)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.data.resident import Span
 from fasttrain.device import Choice, autocast_dtype
-from fasttrain.metrics import LossObserver
+from fasttrain.errors import ConfigError
+from fasttrain.metrics import Scoring, scoring_of
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
-from fasttrain.step.torch_private import note_step, run_backward, step_optimizer, was_step_taken
+from fasttrain.step.torch_private import (
+    note_step,
+    run_backward,
+    scaler_tensors,
+    step_optimizer,
+    tensor_check,
+    was_step_taken,
+)
 
-__all__ = ["EagerEngine", "run_forward"]
+__all__ = [
+    "KERNEL_FAULTS",
+    "EagerEngine",
+    "FusedWhereOpen",
+    "KernelFault",
+    "Update",
+    "eager_meanwhile",
+    "run_forward",
+]
 
 Batch = Any
 
@@ -40,28 +56,36 @@ class EagerEngine:
         self.choice = choice
         self._spec = spec
         self._forward = forward or spec.forward
+        self._needs_closure = spec.needs_closure
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
         self.span = self.calls = 1
         self.has_stepped = False
-        self._is_observed = False
+        self._untrained: list[Tensor] | None = None
 
     def step(self, batch: Batch) -> Tensor:
         """See `Engine.step`."""
+        if self._needs_closure:
+            return self._step_with_closure(batch)
         loss = self.gather(batch)
         self.apply_if_due()
         return loss
 
     def gather(self, batch: Batch) -> Tensor:
-        """The first half of a step: forward, backward, metrics. Returns the loss as `step` does."""
+        """The first half of a step: forward, backward of `loss / accumulate`, metrics. Returns the loss as `step` does.
+
+        The first batch of a group starts without gradients, as after `model.zero_grad()`: no parameter of the model or
+        the optimizer has one.
+        """
         spec = self._spec
         if not spec.gathered.count:
             self._zero_gradients()  # the user may have left some, or have given the optimizer new parameters
-        output = self._observed_forward(batch)
+        output = run_forward(spec, self._forward, batch)
+        scoring = self._scoring(output)  # before the backward pass, which frees the graph
         scaled = output.loss if spec.accumulate == 1 else output.loss / spec.accumulate
         self._backward(scaled if spec.scaler is None else spec.scaler.scale(scaled))
         loss = output.loss.detach()
-        spec.metrics.update(loss, output.predictions, output.targets)
+        spec.metrics.update(loss, output.predictions, output.targets, scoring=scoring)
         spec.gathered.count += 1
         return loss
 
@@ -73,11 +97,8 @@ class EagerEngine:
     def flush(self) -> None:
         """See `Engine.flush`."""
         if self._spec.gathered.count:
-            rescale = self._spec.accumulate / self._spec.gathered.count
-            for parameter in self._spec.trained():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(rescale)
             self._apply()
+        self._untrained = None  # the model may have others when the next epoch begins
 
     def steps(self, span: Span) -> Tensor:
         """See `Engine.steps`."""
@@ -92,14 +113,34 @@ class EagerEngine:
     def close(self) -> None:
         """See `Engine.close`: nothing runs beside eager."""
 
-    def _observed_forward(self, batch: Batch) -> StepOutput:
-        if self._is_observed:
-            return run_forward(self._spec, self._forward, batch)
-        with LossObserver() as observer:
-            output = run_forward(self._spec, self._spec.forward, batch)
-        self._spec.metrics.rule = observer.rule(output.predictions, output.targets)
-        self._is_observed = True
-        return output
+    def _scoring(self, output: StepOutput) -> Scoring | None:
+        """How this batch's accuracy is found."""
+        return scoring_of(*output)
+
+    def _step_with_closure(self, batch: Batch) -> Tensor:
+        """A step of an optimizer that evaluates the loss as often as it likes; metrics count the first evaluation."""
+        spec = self._spec
+        losses: list[Tensor] = []
+
+        def closure() -> Tensor:
+            self._zero_gradients()
+            output = run_forward(spec, self._forward, batch)
+            scoring = None if losses else self._scoring(output)
+            self._backward(output.loss)
+            if spec.clip_norm is not None or spec.clip_value is not None:
+                self._clip()
+            if not losses:
+                losses.append(output.loss.detach())
+                spec.metrics.update(losses[0], output.predictions, output.targets, scoring=scoring)
+            return output.loss.detach()  # LBFGS makes a float of it: PyTorch warns where it requires a gradient
+
+        optimizer: Any = spec.optimizer  # its annotation has closures return a float
+        optimizer.step(closure)
+        self._zero_gradients()
+        self.has_stepped = True
+        if not losses:
+            raise ConfigError(f"{type(spec.optimizer).__name__}.step did not call its closure, so there is no loss")
+        return losses[0]
 
     def _backward(self, loss: Tensor) -> None:
         if type(loss) is not Tensor:
@@ -125,19 +166,35 @@ class EagerEngine:
         self._zero_gradients()
 
     def _zero_gradients(self) -> None:
-        """By hand: `Optimizer.zero_grad` takes 13 us for two parameters, this takes 1."""
+        """Not by `Optimizer.zero_grad`, which takes 13 us for two parameters; this takes 1."""
+        if self._untrained is None:
+            self._untrained = self._spec.untrained()
         for parameter in self._spec.trained():
+            parameter.grad = None
+        for parameter in self._untrained:
             parameter.grad = None
 
     def _clip(self) -> None:
+        """As `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)`; values are clipped before the norm."""
         spec = self._spec
+        self._untrained = spec.untrained()  # this loop over the model is a small part of what clipping takes
         if spec.scaler is not None:
             spec.scaler.unscale_(spec.optimizer)
-        parameters = list(spec.trained())
+            self._unscale_untrained(spec.scaler, self._untrained)
+        parameters = list(spec.model.parameters())
         if spec.clip_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, spec.clip_value)
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
+
+    def _unscale_untrained(self, scaler: torch.amp.GradScaler, parameters: Iterable[Tensor]) -> None:
+        """What `GradScaler.unscale_` leaves scaled, since the optimizer does not have it."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        tensors = scaler_tensors(scaler)
+        if gradients and tensors is not None:
+            inverse = tensors[0].double().reciprocal().float()
+            for gradient in gradients:
+                gradient.mul_(inverse)
 
 
 def run_forward(spec: StepSpec, forward: Forward, batch: Batch) -> StepOutput:
@@ -150,32 +207,47 @@ def run_forward(spec: StepSpec, forward: Forward, batch: Batch) -> StepOutput:
         return forward(spec.model, batch)
 
 
+def eager_meanwhile() -> str | None:
+    """Why steps run eagerly for now, whatever is compiled; None where nothing asks for that."""
+    if torch.is_anomaly_enabled():
+        return "torch.autograd.set_detect_anomaly is on, and only eager steps are checked by it"
+    return None
+
+
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+_NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "lr_decay")
+"""Options that fused kernels take as numbers."""
 
 
 class FusedWhereOpen:
     """Runs the optimizer's fused kernels where the user left `fused` and `foreach` open, which they stay.
 
-    On a CPU the default is one operator after the other: 117 us for a linear model's Adam where the fused kernel
-    takes 64 (Xeon with AMX, one thread).
+    On a CPU torch's default is one operator after the other: 117 us for a linear model's Adam where the fused kernel
+    takes 64 (Xeon with AMX, one thread). Fused kernels run only where they are known to give the same numbers (see
+    `KERNEL_FAULTS`); a group that meets a fault runs as torch runs it by default. Gradients, state and parameters may
+    be other tensors, or lie otherwise in memory, than in the step before: that is compared before every step, in 1.2 us
+    a parameter, and the faults are looked for again where something differs.
 
-    Use it as a context around `optimizer.step()`; what can be fused is looked at again when the groups change.
+    Use it as a context around `optimizer.step()`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._seen: tuple[list[dict[str, Any]], int] | None = None
-        self._candidates: list[dict[str, Any]] = []
         self._fused: list[dict[str, Any]] = []
+        self._places: list[int] = []
+        self._differ: Callable[[list[Tensor]], str | None] | None = None
+        self._num_tensors = 0
+        self._right: list[bool] = []
 
     def __enter__(self) -> None:
         """Sets `fused` in the groups that leave it open."""
         groups = self._optimizer.param_groups
-        if self._seen is None or self._seen[0] is not groups or self._seen[1] != len(groups):
-            self._candidates = [group for group in groups if self._can_fuse(group)]
-            self._seen = (groups, len(groups))
-        is_open = [each for each in self._candidates if each["fused"] is None and each["foreach"] is None]
-        self._fused = [group for group in is_open if not any(map(_has_sparse_gradient, group["params"]))]
+        is_open = [_is_open(group) for group in groups] if type(self._optimizer) in _FUSED else []
+        self._fused = []
+        if any(is_open):
+            right = self._right_groups(groups)
+            self._fused = [group for number, group in enumerate(groups) if is_open[number] and right[number]]
         for group in self._fused:
             group["fused"] = True
 
@@ -183,20 +255,180 @@ class FusedWhereOpen:
         """Leaves `fused` open again."""
         for group in self._fused:
             group["fused"] = None
+        self._fused = []
 
-    def _can_fuse(self, group: dict[str, Any]) -> bool:
-        is_supported = type(self._optimizer) in _FUSED and not group.get("differentiable")
-        if not is_supported or isinstance(group["lr"], Tensor):
+    def _right_groups(self, groups: list[dict[str, Any]]) -> list[bool]:
+        """For each group, whether it meets no fault."""
+        places, tensors = [], []
+        for group in groups:
+            places.append(id(group))
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    places.append(id(parameter))
+                    tensors += (parameter, parameter.grad)
+        for entries in self._optimizer.state.values():
+            tensors += [value for value in entries.values() if isinstance(value, Tensor)]
+        is_known = places == self._places and len(tensors) == self._num_tensors
+        if is_known and self._differ is not None and self._differ(tensors) is None:
+            return self._right
+        # Not by key: Tensor.__hash__ is a Python function.
+        state = {id(parameter): entries for parameter, entries in self._optimizer.state.items()}
+        self._right = [self._is_right(group, state) for group in groups]
+        # A check is made where the same parameters come twice: gradients that come and go would need many.
+        can_check = is_known and all(type(each) in _PLAIN and each.layout is torch.strided for each in tensors)
+        self._differ = tensor_check(tensors, [frozenset()] * len(tensors)) if can_check else None
+        self._places, self._num_tensors = places, len(tensors)
+        return self._right
+
+    def _is_right(self, group: dict[str, Any], state: dict[int, dict[str, Any]]) -> bool:
+        devices = ("cpu",) if isinstance(self._optimizer, torch.optim.Adagrad) else ("cpu", "cuda")
+        updates: list[Update] = []
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None:
+                if type(parameter) not in _PLAIN or parameter.device.type not in devices:
+                    return False
+                if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+                    return False
+                updates.append(Update(parameter, gradient, state.get(id(parameter), {})))
+        return not any(fault.is_met(updates) for fault in KERNEL_FAULTS)
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _is_open(group: dict[str, Any]) -> bool:
+    """Whether the user left the choice of kernels to torch, and the options are numbers, as fused kernels take them."""
+    if group["fused"] is not None or group["foreach"] is not None or group.get("differentiable"):
+        return False
+    for name in _NUMBERS:
+        value = group.get(name, 0)
+        if not isinstance(value, int | float) and not (
+            isinstance(value, tuple) and all(isinstance(each, int | float) for each in cast("tuple[Any, ...]", value))
+        ):
             return False
-        kinds = {"cpu"} if isinstance(self._optimizer, torch.optim.Adagrad) else {"cpu", "cuda"}
-        return all(p.device.type in kinds and p.is_floating_point() and self._is_at_home(p) for p in group["params"])
-
-    def _is_at_home(self, parameter: Tensor) -> bool:
-        """False where earlier unfused steps left the step count on another device: the fused kernel refuses it."""
-        step = self._optimizer.state.get(parameter, {}).get("step")
-        return not isinstance(step, Tensor) or step.device == parameter.device
+    return True
 
 
-def _has_sparse_gradient(parameter: Tensor) -> bool:
-    """Fused kernels refuse those, which are known only once they are there."""
-    return parameter.grad is not None and parameter.grad.layout is not torch.strided
+class Update(NamedTuple):
+    """What one step of an optimizer does to a parameter starts from these."""
+
+    parameter: Tensor
+    gradient: Tensor
+    entries: dict[str, Any]
+
+
+class KernelFault(NamedTuple):
+    """What torch's fused kernels get wrong, or are not known to get right.
+
+    Attributes:
+        what: the fault.
+        issue: where it was reported.
+        versions: of torch, in which it was seen.
+        is_met: whether the updates of a group meet it.
+    """
+
+    what: str
+    issue: str
+    versions: str
+    is_met: Callable[[Sequence[Update]], bool]
+
+
+def _has_gaps_or_other_layout(updates: Sequence[Update]) -> bool:
+    return not all(_is_dense(each.parameter) and _is_laid_out_as(each.gradient, each.parameter) for each in updates)
+
+
+def _has_state_in_another_layout(updates: Sequence[Update]) -> bool:
+    return not all(
+        _is_laid_out_as(value, parameter)
+        for parameter, _, entries in updates
+        for name, value in entries.items()
+        if isinstance(value, Tensor) and name != "step"
+    )
+
+
+def _has_another_dtype(updates: Sequence[Update]) -> bool:
+    dtypes = (torch.float32, torch.float64)
+    return not all(
+        parameter.dtype in dtypes
+        and gradient.dtype == parameter.dtype
+        and all(
+            value.dtype == parameter.dtype
+            for name, value in entries.items()
+            if isinstance(value, Tensor) and name != "step"
+        )
+        for parameter, gradient, entries in updates
+    )
+
+
+def _has_late_gradients(updates: Sequence[Update]) -> bool:
+    buffers = [entries.get("momentum_buffer") is None for _, _, entries in updates]
+    return any(buffers) and not all(buffers)
+
+
+def _has_counts_elsewhere(updates: Sequence[Update]) -> bool:
+    return any(
+        isinstance(step := entries.get("step"), Tensor) and step.device != parameter.device
+        for parameter, _, entries in updates
+    )
+
+
+KERNEL_FAULTS = (
+    KernelFault(
+        "a parameter, or its gradient, is a strided view: the kernel walks over numel() elements from data_ptr(), and "
+        "overwrites what lies between",
+        "pytorch#106951, pytorch#110758",
+        "2.11 to 2.13, CPU; refused on CUDA",
+        _has_gaps_or_other_layout,
+    ),
+    KernelFault(
+        "optimizer state in another memory format than the parameter: elements are paired by their place in memory",
+        "NVIDIA/physicsnemo#1597, NVIDIA/physicsnemo#1614",
+        "2.11 to 2.13, CPU; refused on CUDA",
+        _has_state_in_another_layout,
+    ),
+    KernelFault(
+        "bfloat16 and float16 under SGD: whole vectors stay as they are; other optimizers round otherwise",
+        "pytorch#191763",
+        "2.12 and 2.13, CPU",
+        _has_another_dtype,
+    ),
+    KernelFault(
+        "SGD with momentum, where some gradients were None in the first step: the list of buffers holds None",
+        "not reported",
+        "2.11 to 2.13",
+        _has_late_gradients,
+    ),
+    KernelFault(
+        "step counts that unfused steps left on another device than the parameters: they are refused",
+        "not reported",
+        "2.11 to 2.13, CUDA",
+        _has_counts_elsewhere,
+    ),
+)
+"""When fused kernels are not used. A release of torch that mends a fault takes its row away; the test of the row
+(tests/step/test_eager_fused.py) fails where torch has mended it."""
+
+
+def _is_laid_out_as(tensor: Tensor, other: Tensor) -> bool:
+    """Whether equal positions of the two are equal places in memory, counted from their first elements."""
+    strides, others = tensor.stride(), other.stride()
+    if strides == others:
+        return tensor.shape == other.shape
+    if tensor.shape != other.shape:
+        return False
+    return all(a == b for a, b, size in zip(strides, others, other.shape, strict=True) if size != 1)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill their memory without gaps or overlaps, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True

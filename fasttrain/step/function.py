@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import EngineError
+from fasttrain.metrics import Scoring, scoring_of
 from fasttrain.step.capture import Capture, Captured
 from fasttrain.step.optimizer import OptimizerStep
 from fasttrain.step.options import GroupOptions
@@ -28,7 +29,8 @@ class StepFunction:
     """A part of the step as a function of its tensors.
 
     Its inputs are, in this order: state, options (unless it gathers), gradients (unless it is whole; one for each
-    trained parameter), leaves of the batch. It changes state and gathered gradients in place and returns the loss.
+    parameter of `differentiated`), leaves of the batch. It changes state and gathered gradients in place and returns
+    the loss.
 
     Args:
         spec: the step.
@@ -38,7 +40,8 @@ class StepFunction:
         capture: of forward, loss and metrics.
 
     Attributes:
-        trained: the places (in the state) of the parameters that are trained.
+        differentiated: the places (in the state) of the parameters whose gradients the step needs: those that are
+            trained, then, where the norm is clipped, the model's others.
         reached: those of them that have gradients; known once the function has run.
     """
 
@@ -48,8 +51,10 @@ class StepFunction:
         self._state = state
         self._options = options
         self._capture = capture
-        places = [place for group in state.groups for place in group]
-        self.trained = [place for place in places if state.tensors[place].requires_grad]
+        trained = [place for group in state.groups for place in group]
+        others = [] if spec.clip_norm is None else [each for each in state.parameters.values() if each not in trained]
+        self._trained = [place for place in trained if state.tensors[place].requires_grad]
+        self.differentiated = self._trained + [place for place in others if state.tensors[place].requires_grad]
         self.reached: list[int] = []
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -58,14 +63,14 @@ class StepFunction:
         rest = iter(inputs)
         state = [next(rest) for _ in self._state.tensors]
         options = [] if part == "gather" else [next(rest) for _ in self._options.examples]
-        gathered = [] if part == "whole" else [next(rest) for _ in self.trained]
+        gathered = [] if part == "whole" else [next(rest) for _ in self.differentiated]
         leaves = list(rest)
         scaling = None if spec.scaler is None else LossScaling(spec.scaler, *[state[at] for at in self._state.scaler])
-        captured, gradients = self._backward(state, leaves, scaling)
+        captured, scoring, gradients = self._backward(state, leaves, scaling)
         self.reached = list(gradients)
         with torch.no_grad():
             with recorded_as("backward"):
-                for place, held in zip(self.trained, gathered, strict=False):
+                for place, held in zip(self.differentiated, gathered, strict=False):
                     if place in gradients:
                         gradients[place] = (held.add_ if part == "gather" else held.add)(gradients[place])
             if part != "gather":
@@ -73,22 +78,22 @@ class StepFunction:
                     self._apply(state, gradients, options, scaling)
             with recorded_as("metrics"):
                 cells = list(state[self._state.totals].unbind())
-                spec.metrics.accumulate(cells, *captured.output, 1.0, captured.metrics)
+                spec.metrics.accumulate(cells, *captured.output, 1.0, scoring, captured.metrics)
             with recorded_as("forward"):
                 self._capture.replace_buffers(state, captured)
             return captured.output.loss.detach()
 
     def _backward(
         self, state: list[Tensor], leaves: list[Tensor], scaling: LossScaling | None
-    ) -> tuple[Captured, dict[int, Tensor]]:
-        """Forward and backward: the output and, by place of its parameter, each gradient that there is."""
+    ) -> tuple[Captured, Scoring | None, dict[int, Tensor]]:
+        """Forward and backward: what forward gives, how it is scored and, by place of its parameter, each gradient."""
         with torch.enable_grad(), recorded_as("forward"):
-            variables = {place: state[place].detach().requires_grad_() for place in self.trained}
+            variables = {place: state[place].detach().requires_grad_() for place in self.differentiated}
             others = [each.detach().requires_grad_(each.requires_grad) for each in self._capture.others]
             frozen = [each for each in others if each.requires_grad]
             tensors = [variables.get(place, tensor) for place, tensor in enumerate(state)]
             captured = self._capture.call(tensors, leaves, others)
-            loss = captured.output.loss
+            loss, scoring = captured.output.loss, scoring_of(*captured.output)
             loss = loss if self._spec.accumulate == 1 else loss / self._spec.accumulate
             loss = loss if scaling is None else scaling.scaled(loss)
         with recorded_as("backward"):
@@ -99,9 +104,9 @@ class StepFunction:
                     "forward computes with a tensor that requires a gradient and is a parameter neither of the model "
                     "nor of the optimizer: register it as one, or read it under torch.no_grad()"
                 )
-            gradients = zip(self.trained, found, strict=False)
+            gradients = zip(self.differentiated, found, strict=False)
             # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
-            return captured, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
+            return captured, scoring, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
 
     def _apply(
         self, state: list[Tensor], gradients: dict[int, Tensor], options: list[Tensor], scaling: LossScaling | None
@@ -109,10 +114,13 @@ class StepFunction:
         """Clipping and the optimizer's step, undone where the scaled gradients have overflowed."""
         for place, gradient in gradients.items():
             state[place].grad = gradient
-        changed = [state[at] for place in self.trained for at in (place, *self._state.slots.get(place, {}).values())]
-        is_skipped = None if scaling is None else scaling.unscale(list(gradients.values()))
+        changed = [state[at] for place in self._trained for at in (place, *self._state.slots.get(place, {}).values())]
+        own, others = [
+            [gradients[at] for at in gradients if (at in self._trained) == is_own] for is_own in (True, False)
+        ]
+        is_skipped = None if scaling is None else scaling.unscale(own, others)
         before = [] if is_skipped is None else [tensor.clone() for tensor in changed]
-        self._clip([state[place] for place in self.trained])
+        self._clip([state[place] for place in self._state.parameters.values()])
         OptimizerStep(self._spec.optimizer, self._state, state, self._options, options).run()
         if scaling is not None and is_skipped is not None:
             for tensor, old in zip(changed, before, strict=True):

@@ -13,20 +13,20 @@ __all__ = ["Gradients"]
 
 
 class Gradients:
-    """The gradients that a graph adds to, or takes up: `grad` of the trained parameters, as eager steps keep them.
+    """The gradients that a graph adds to, or takes up: the parameters' `grad`, as eager steps keep them.
 
     Because they are the user's own, an eager step may follow a compiled one in the middle of a group, and the reverse.
 
     Args:
         spec: the step.
-        parameters: those of the trained parameters that the graph has gradients for.
+        parameters: those of `spec.with_gradients()` that the graph has gradients for.
     """
 
     def __init__(self, spec: StepSpec, parameters: Sequence[Tensor]) -> None:
         own = {id(parameter) for parameter in parameters}
         self._spec = spec
         self._parameters = list(parameters)
-        self._others = [parameter for parameter in spec.trained() if id(parameter) not in own]
+        self._others = [parameter for parameter in spec.with_gradients() if id(parameter) not in own]
         self._fresh: list[Tensor] = []
 
     def current(self) -> list[Tensor] | None:

@@ -61,7 +61,7 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
         ],
         type(spec.optimizer).__qualname__,
         options,
-        [(leaf.shape, leaf.dtype) for leaf in leaves],
+        [(_shape_of(leaf), leaf.dtype) for leaf in leaves],
         (spec.precision, spec.accumulate, spec.clip_norm, spec.clip_value),
         [(name, _name_of(value), _code_behind(value)) for name, value in _callables_of(spec)],
         [_code_behind(kind) for kind in dict.fromkeys(type(module) for module in spec.model.modules())],
@@ -70,6 +70,10 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
         torch.get_num_threads(),
         *_machine(spec.device),
     )
+
+
+def _shape_of(tensor: Tensor) -> object:
+    return type(tensor).__name__ if tensor.is_nested else tensor.shape
 
 
 def _callables_of(spec: StepSpec) -> list[tuple[str, Any]]:

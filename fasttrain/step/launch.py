@@ -16,7 +16,7 @@ from fasttrain.step.clock import Clock, Waits
 from fasttrain.step.compiler import Compiler, Pending
 from fasttrain.step.parity import compare_steps
 from fasttrain.step.program import StepProgram
-from fasttrain.step.replay import Programs
+from fasttrain.step.replay import Programs, raise_index_error
 from fasttrain.step.snapshot import fits_in_memory
 from fasttrain.step.span import LEAST_STEPS, TracedSpan, fewest_launches, most_steps
 from fasttrain.step.spec import StepSpec
@@ -294,6 +294,9 @@ class Launches:
         except EngineError as error:
             self._drop_size(span.steps, str(error))
             return self._one_by_one(span)
+        except RuntimeError as error:
+            raise_index_error(self._spec, span.batches(), error)
+            raise
         if isinstance(losses, Mismatch):
             return self._miss(span, losses.reason)
         self._missed = 0

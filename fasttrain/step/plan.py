@@ -47,6 +47,10 @@ def make_engine(wanted: str, spec: StepSpec) -> Engine:
     if wanted not in get_args(EngineName):
         raise ConfigError(f"engine {wanted!r}: use one of {', '.join(get_args(EngineName))}")
     choice = Choice(wanted, "asked for")
+    if spec.needs_closure and wanted in ("compiled", "graphed"):
+        raise EngineError(f"engine {wanted!r} cannot run this step: {spec.why_closure}; use engine 'eager' or 'auto'")
+    if wanted == "auto" and spec.needs_closure:
+        return EagerEngine(spec, Choice("eager", spec.why_closure))
     if wanted == "eager":
         return EagerEngine(spec, choice)
     if wanted == "torch-compile":

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fasttrain.device import Choice
 from fasttrain.errors import EngineError
 from fasttrain.step.apart import is_eagers_rounding
-from fasttrain.step.eager import EagerEngine
+from fasttrain.step.eager import EagerEngine, run_forward
 from fasttrain.step.parity import compare_steps
 from fasttrain.step.snapshot import fits_in_memory
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, TracedStep
 
-__all__ = ["Program", "Programs"]
+__all__ = ["Program", "Programs", "raise_index_error"]
 
 MAX_PROGRAMS = 4
 """Programs kept at a time, one a shape (or another option); the one that was not used for longest goes. An engine makes
@@ -47,6 +49,29 @@ class Program(Protocol):
             EngineError: it cannot run; nothing has changed.
         """
         ...
+
+
+def raise_index_error(spec: StepSpec, batches: Iterable[Batch], error: RuntimeError) -> None:
+    """Raises PyTorch's own IndexError, from the line of the user's code, where a program has met an index out of range.
+
+    The program has not finished its step; forward runs again on its batches, eagerly, to find the line.
+
+    Raises:
+        IndexError: an index, such as an id for an embedding, is out of range.
+    """
+    if _OUT_OF_RANGE not in str(error):
+        return
+    with torch.no_grad():
+        for batch in batches:
+            try:
+                run_forward(spec, spec.forward, batch)
+            except IndexError as found:
+                raise found from None  # without the thirty lines of the program's own message
+    raise IndexError("an index in the batch, such as an id for an embedding, is out of range") from error
+
+
+_OUT_OF_RANGE = "index out of bounds"
+"""What compiled programs say; it is followed by names of variables in generated code."""
 
 
 class _CannotRunError(Exception):
@@ -168,7 +193,7 @@ class Programs:
             if self._is_to_be_proven(entry):
                 return self._prove(entry, batch)
             try:
-                loss = self._run(entry, inputs)
+                loss = self._run(entry, inputs, batch)
             except EngineError as error:  # a graph that must be captured anew, and cannot be; nothing has changed
                 return self._drop(entry, str(error), batch)
             self._spec.metrics.count(1.0)
@@ -181,8 +206,12 @@ class Programs:
             self._missed_since_added += 1
         return self._eager.step(batch)
 
-    def _run(self, entry: _Entry, inputs: list[Tensor]) -> Tensor:
-        loss = entry.program.run(inputs)
+    def _run(self, entry: _Entry, inputs: list[Tensor], batch: Batch) -> Tensor:
+        try:
+            loss = entry.program.run(inputs)
+        except RuntimeError as error:
+            raise_index_error(self._spec, [batch], error)
+            raise
         entry.traced.finish()
         return loss
 
@@ -209,7 +238,7 @@ class Programs:
             inputs = traced.inputs(batch)
             assert not isinstance(inputs, Mismatch)
             try:
-                return self._run(entry, inputs)
+                return self._run(entry, inputs, batch)
             except EngineError as error:
                 raise _CannotRunError(str(error)) from error
 

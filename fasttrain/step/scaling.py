@@ -30,15 +30,19 @@ class LossScaling:
         """The loss times the scale."""
         return loss * self._scale
 
-    def unscale(self, gradients: Sequence[Tensor]) -> Tensor:
+    def unscale(self, gradients: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Tensor:
         """Divides gradients by the scale, in place.
 
+        Args:
+            gradients: of the optimizer's parameters.
+            others: of other parameters of the model, which count in the norm that is clipped.
+
         Returns:
-            Whether there is an infinity or no number among them, a scalar of bool.
+            Whether there is an infinity or NaN among `gradients` (as `GradScaler` looks), a scalar of bool.
         """
         inverse = self._scale.double().reciprocal().float()  # as GradScaler does: rounded once
         found = torch.stack([gradient.isfinite().logical_not().any() for gradient in gradients]).any()
-        for gradient in gradients:
+        for gradient in (*gradients, *others):
             gradient.mul_(inverse)
         return found
 

@@ -30,7 +30,7 @@ class Snapshot:
         cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(
             [tensor.detach().clone() for tensor in tensors],
-            [] if spec is None else [None if each.grad is None else each.grad.clone() for each in spec.trained()],
+            [] if spec is None else [_copied(each.grad) for each in spec.with_gradients()],
             0 if spec is None else spec.gathered.count,
             torch.get_rng_state(),
             cuda_rng,
@@ -41,13 +41,17 @@ class Snapshot:
         """Brings tensors, gradients and generators back, bit for bit."""
         if spec is not None:
             spec.gathered.count = self.num_gathered
-            for parameter, gradient in zip(spec.trained(), self.gradients, strict=True):
+            for parameter, gradient in zip(spec.with_gradients(), self.gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
         for tensor, copy in zip(tensors, self.copies, strict=True):
             tensor.copy_(copy)
         torch.set_rng_state(self.rng)
         if self.cuda_rng is not None:
             torch.cuda.set_rng_state(self.cuda_rng, device)
+
+
+def _copied(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.clone()
 
 
 def fits_in_memory(tensors: Sequence[Tensor], device: torch.device) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from types import MethodType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,6 +16,8 @@ from fasttrain.data.resident import ResidentEpoch, Span
 from fasttrain.device import Choice, Precision
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import RunningMetrics
+from fasttrain.step.arguments import check_functions, describe
+from fasttrain.step.torch_private import has_own_step
 
 __all__ = ["Engine", "Forward", "Gathered", "StepOutput", "StepSpec", "normalise_forward", "run_passes", "run_steps"]
 
@@ -20,11 +25,14 @@ Batch = Any
 
 
 class StepOutput(NamedTuple):
-    """What a forward pass gives: the scalar loss and, where accuracy has a meaning, predictions and targets."""
+    """What a forward pass returns: the scalar loss, and predictions and targets for accuracy and metrics.
+
+    Predictions and targets may be anything (tuples, dicts); accuracy is computed where both are tensors.
+    """
 
     loss: Tensor
-    predictions: Tensor | None
-    targets: Tensor | None
+    predictions: Any
+    targets: Any
 
 
 Forward = Callable[[nn.Module, Batch], StepOutput]
@@ -47,9 +55,10 @@ class StepSpec:
         forward: (model, batch) -> StepOutput.
         device: where the step runs.
         precision: of the forward pass; parameters stay as they are.
-        accumulate: batches whose gradients are averaged before one step of the optimizer.
-        clip_norm: bound on the norm of all gradients together, None for none.
-        clip_value: bound on each entry of each gradient, None for none.
+        accumulate: N: each batch adds the gradients of `loss / N`; the optimizer steps at each Nth batch and at the
+            last.
+        clip_norm: bound on the norm of the gradients of `model.parameters()` together, None for none.
+        clip_value: bound on each entry of these gradients, None for none.
         metrics: the running metrics of training.
         scaler: of fp16's loss, None for other precisions.
         gathered: the batches of an unfinished accumulation.
@@ -68,17 +77,65 @@ class StepSpec:
     gathered: Gathered = field(default_factory=Gathered)
 
     def __post_init__(self) -> None:
-        """Checks the options."""
-        if self.accumulate < 1:
-            raise ConfigError(f"accumulate {self.accumulate}: use 1 (no accumulation) or more")
-        for name, bound in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
-            if bound is not None and not bound > 0:
-                raise ConfigError(f"{name} {bound}: use a positive number, or None for no clipping")
+        """Checks the options and their combinations.
+
+        Raises:
+            ConfigError: one cannot work.
+        """
+        given: Any = self.accumulate
+        if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
+            raise ConfigError(f"accumulate {given!r}: use a whole number of batches, 1 (no accumulation) or more")
+        bounds: dict[str, Any] = {"clip_norm": self.clip_norm, "clip_value": self.clip_value}
+        for name, bound in bounds.items():
+            is_number = not isinstance(bound, bool) and isinstance(bound, Real)
+            if bound is not None and not (is_number and float(bound) > 0):  # NaN is not
+                raise ConfigError(f"{name} {bound!r}: use a positive number, or None for no clipping")
+        if self.needs_closure and (self.accumulate > 1 or self.scaler is not None):
+            what = "accumulate" if self.accumulate > 1 else "precision='fp16'"
+            use = "1, with larger batches" if self.accumulate > 1 else "'fp32' or 'bf16'"
+            raise ConfigError(f"{what} does not work with this optimizer: {self.why_closure}; use {use}")
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether the optimizer steps only with a closure that computes the loss, as LBFGS does.
+
+        Raises:
+            ConfigError: its step needs something else.
+        """
+        optimizer: Any = self.optimizer
+        # Bound, and without a scheduler's wrapper, which Python takes for a function of (self, closure).
+        step = optimizer.step if has_own_step(optimizer) else MethodType(type(optimizer).step, optimizer)
+        try:
+            parameters = inspect.signature(step).parameters.values()
+        except (TypeError, ValueError):  # unknown to Python
+            return False
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = [each.name for each in parameters if each.default is each.empty and each.kind not in variadic]
+        if needed and (len(needed) > 1 or "closure" not in needed[0]):
+            raise ConfigError(
+                f"{type(self.optimizer).__name__}.step needs {', '.join(needed)}, but a step calls it without "
+                "arguments, or with one that is named closure"
+            )
+        return bool(needed)
+
+    @property
+    def why_closure(self) -> str:
+        """Why such an optimizer steps eagerly."""
+        return f"{type(self.optimizer).__name__} evaluates the loss several times a step"
 
     def trained(self) -> Iterator[Tensor]:
         """The parameters that the optimizer steps, group by group."""
         for group in self.optimizer.param_groups:
             yield from group["params"]
+
+    def untrained(self) -> list[Tensor]:
+        """The model's parameters that the optimizer does not have."""
+        trained = {id(parameter) for parameter in self.trained()}
+        return [parameter for parameter in self.model.parameters() if id(parameter) not in trained]
+
+    def with_gradients(self) -> list[Tensor]:
+        """The parameters whose gradients a step is made of: those trained, and with clip_norm all of the model's."""
+        return [*self.trained(), *(self.untrained() if self.clip_norm is not None else ())]
 
 
 class Engine(Protocol):
@@ -121,7 +178,10 @@ class Engine(Protocol):
         ...
 
     def flush(self) -> None:
-        """Steps the optimizer with what an unfinished accumulation has gathered (their mean), if anything."""
+        """Steps the optimizer with what an unfinished accumulation has gathered, if anything, after the last batch.
+
+        The gradients are as they are: each batch of the short group counts as much as any other.
+        """
         ...
 
     def expect(self, steps: int) -> None:
@@ -188,14 +248,9 @@ def normalise_forward(
         loss: (predictions, targets) -> scalar; batches are then (inputs, targets).
 
     Raises:
-        ConfigError: both are given, or neither.
+        ConfigError: both are given, or neither, or it cannot be called so.
     """
-    if (forward is None) == (loss is None):
-        given = "neither" if forward is None else "both"
-        raise ConfigError(
-            f"a step needs forward=(model, batch) -> (loss, predictions, targets), or loss= for (inputs, targets) "
-            f"batches: {given} was given, give one"
-        )
+    check_functions(forward, loss, None)
     if forward is not None:
         return _CheckedForward(forward)
     assert loss is not None
@@ -212,7 +267,7 @@ class _CheckedForward:
             output = (output, None, None)
         if not isinstance(output, tuple) or len(output) != 3:
             raise ConfigError(
-                f"forward must return a loss or (loss, predictions, targets); it returned {_describe(output)}"
+                f"forward must return a loss or (loss, predictions, targets); it returned {describe(output)}"
             )
         return _checked(StepOutput(*output))
 
@@ -224,7 +279,7 @@ class _SupervisedForward:
     def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ConfigError(
-                f"loss= needs batches of (inputs, targets); this one is {_describe(batch)}: give forward= instead"
+                f"loss= needs batches of (inputs, targets); this one is {describe(batch)}: give forward= instead"
             )
         inputs, targets = batch
         predictions = model(inputs)
@@ -234,13 +289,5 @@ class _SupervisedForward:
 def _checked(output: StepOutput) -> StepOutput:
     loss: Any = output.loss
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ConfigError(f"the loss must be a tensor with one element; it is {_describe(loss)}")
+        raise ConfigError(f"the loss must be a tensor with one element; it is {describe(loss)}")
     return output if loss.dim() == 0 else output._replace(loss=loss.reshape(()))
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"of type {type(value).__name__}"

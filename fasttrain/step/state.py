@@ -7,16 +7,31 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.errors import EngineError
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import scaler_tensors
 
-__all__ = ["METRICS", "PARAMETERS", "StepState"]
+__all__ = ["METRICS", "PARAMETERS", "StepState", "why_not_plain"]
 
 METRICS, PARAMETERS = "metrics", "parameters"
 """Kinds of tensors that a program is judged by in their own way; any other is state of the optimizer or a buffer."""
+
+
+def why_not_plain(tensor: Tensor) -> str | None:
+    """Why a graph cannot take a tensor as dense memory that it reads and writes; None where it can."""
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        return f"is of the class {type(tensor).__name__}"
+    if tensor.is_nested:  # before its layout, which is strided
+        return "is a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"has the layout {tensor.layout}"
+    if tensor.is_quantized:
+        return "is quantized"
+    if tensor.is_conj() or tensor.is_neg():
+        return "is a conjugated or negated view"
+    return None
 
 
 class StepState:
@@ -69,8 +84,9 @@ class StepState:
             EngineError: one is sparse or the like, or two share memory.
         """
         for name, tensor in zip(self.names, self.tensors, strict=True):
-            if tensor.layout != torch.strided:
-                raise EngineError(f"{name!r} has the layout {tensor.layout}: only dense (strided) tensors are traced")
+            why = why_not_plain(tensor)
+            if why is not None:
+                raise EngineError(f"{name!r} {why}: only dense (strided) tensors are traced")
         for (_, end, first), (begin, _, second) in pairwise(self._spans()):
             if begin < end:
                 raise EngineError(f"{first!r} and {second!r} share memory without being one tensor")
@@ -85,8 +101,9 @@ class StepState:
         """
         spans = self._spans()
         for tensor in tensors:
-            if tensor.layout != torch.strided:
-                raise EngineError(f"forward holds a tensor of the layout {tensor.layout}: only dense ones are traced")
+            why = why_not_plain(tensor)
+            if why is not None:
+                raise EngineError(f"forward holds a tensor that {why}: only dense (strided) tensors are traced")
             begin = tensor.data_ptr()
             end = begin + _extent(tensor) if tensor.numel() else begin
             for first, last, name in spans:

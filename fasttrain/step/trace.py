@@ -269,7 +269,7 @@ def _trace_part(
         raise EngineError(f"forward reads what changes while it is captured: {leaves}")
     function = StepFunction(spec, part, state, options, capture)
     before = list(state.tensors) if part == "gather" else [*state.tensors, *options.examples]
-    gradients = [] if part == "whole" else [torch.zeros_like(state.tensors[place]) for place in function.trained]
+    gradients = [] if part == "whole" else [torch.zeros_like(state.tensors[place]) for place in function.differentiated]
     fixed: list[frozenset[int]] = [frozenset()] * (len(before) + len(gradients))
     graph = _record(function, [*before, *gradients, *leaves], [*fixed, *capture.open_dims])
     closed_over = _lift_closed_over(graph)
@@ -300,7 +300,7 @@ def _drop_unreached(
     """Takes the gradients that there are none of out of a graph's inputs; returns those that stay."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     kept: list[Tensor] = []
-    for node, place, gradient in zip(placeholders[first:], function.trained, gradients, strict=False):
+    for node, place, gradient in zip(placeholders[first:], function.differentiated, gradients, strict=False):
         if place in function.reached:
             kept.append(gradient)
         else:
@@ -315,6 +315,8 @@ def _refuse_unsupported(spec: StepSpec) -> None:
         raise EngineError("the model is wrapped by DistributedDataParallel: a compiled step would not share gradients")
     if spec.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
         raise EngineError("torch.use_deterministic_algorithms is on: a compiled step on a GPU adds up in any order")
+    for name in spec.metrics.epoch_metrics:
+        raise EngineError(f"the metric {name!r} is computed from the whole epoch, by Python code that gets every batch")
     for parameter in (*spec.model.parameters(), *spec.trained()):
         if type(parameter) not in (Tensor, nn.Parameter):
             raise EngineError(

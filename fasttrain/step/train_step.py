@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from fasttrain.data.resident import Span
 from fasttrain.device import Choice, choose_precision, resolve_device
 from fasttrain.errors import ConfigError
 from fasttrain.metrics import Metric, RunningMetrics
+from fasttrain.step.arguments import check_functions, check_model, check_optimizer, describe
 from fasttrain.step.plan import make_engine
 from fasttrain.step.spec import StepSpec, normalise_forward, run_steps
 
@@ -26,6 +28,12 @@ class TrainStep:
     The model must be in train mode, its batches on the device. The model, its parameters and the optimizer stay the
     user's: the very same tensors are updated in place.
 
+    An optimizer that needs a closure (LBFGS) steps eagerly: each evaluation zeroes the gradients, runs forward and
+    backward and clips; loss and metrics are those of the first evaluation of a step.
+
+    `copy.deepcopy` makes an independent step, with copies of the model and the optimizer, at the same point of the
+    training; it compiles or loads its programs anew. A step cannot be pickled: save the `state_dict()`s.
+
     Args:
         model: the model; not moved.
         optimizer: over the model's parameters; neither its options nor its state are replaced (but "graphed" moves
@@ -35,10 +43,14 @@ class TrainStep:
         device: where the step runs; None is where the model is.
         precision: "fp32", "bf16", "fp16" or "auto" (see `fasttrain.device.choose_precision`).
         engine: "auto", "eager", "compiled", "graphed" (on CUDA) or "torch-compile".
-        accumulate: batches whose gradients are averaged before the optimizer steps.
-        clip_norm: bound on the norm of all gradients together.
-        clip_value: bound on each entry of each gradient.
-        metrics: (loss, predictions, targets) -> scalar, by name; averaged over batches.
+        accumulate: N: `(loss / N).backward()` for each batch, and an optimizer step at each Nth batch and at the last.
+            A short last group is divided by N too, so that each of its batches counts as much as any other.
+        clip_norm: `torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)` before each optimizer step: over all
+            of the model's parameters, also those that the optimizer does not have, and over no others.
+        clip_value: `torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)`, before the norm is clipped.
+        metrics: by name: functions (loss, predictions, targets) -> scalar tensor, of which an epoch has the mean of the
+            batches' values; or objects with `update(predictions, targets)`, `compute()` and `reset()` (as torchmetrics
+            has), which are computed from the whole epoch. Steps with one of the latter run eagerly.
 
     Attributes:
         metrics: the running metrics; `compute()` reads them (and waits), `reset()` starts anew.
@@ -66,6 +78,9 @@ class TrainStep:
         clip_value: float | None = None,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
+        check_model(model)
+        check_functions(forward, loss, metrics)
+        check_optimizer(optimizer, model, [forward, loss, metrics])
         self.device = _agreed_device(model, device)
         self.precision = choose_precision(precision, self.device)
         self.metrics = RunningMetrics(self.device, metrics)
@@ -81,7 +96,25 @@ class TrainStep:
             metrics=self.metrics,
             scaler=torch.amp.GradScaler(self.device.type) if self.precision.value == "fp16" else None,
         )
+        self._engine_name = engine
         self._engine = make_engine(engine, self.spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainStep:
+        """An independent step over copies of the user's objects; functions, as always, are not copied."""
+        step = object.__new__(type(self))
+        memo[id(self)] = step
+        _copy_optimizer(self.spec.optimizer, memo)
+        own = {name: value for name, value in vars(self).items() if name != "_engine"}
+        vars(step).update(copy.deepcopy(own, memo))
+        step._engine = make_engine(step._engine_name, step.spec)
+        return step
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses pickling: programs and the functions of a step belong to this process."""
+        raise TypeError(
+            "a TrainStep cannot be pickled or copied by copy.copy: save model.state_dict() and optimizer.state_dict() "
+            "and make a new one from them; copy.deepcopy makes an independent copy"
+        )
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step. Makes no host read.
@@ -151,12 +184,28 @@ class TrainStep:
         self._engine.close()
 
     def flush(self) -> None:
-        """Steps the optimizer with what an unfinished accumulation has gathered; call it after the last batch."""
+        """Steps the optimizer with what an unfinished accumulation has gathered; call it after the last batch.
+
+        Each batch of a short group has added the gradients of `loss / accumulate`, as those of a full group.
+        """
         self._engine.flush()
+
+
+def _copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> None:
+    """Puts a copy of the optimizer into a memo, with the attributes that `Optimizer.__getstate__` leaves out."""
+    copied = copy.deepcopy(optimizer, memo)
+    for name, value in vars(optimizer).items():
+        if name not in vars(copied) and not callable(value):  # hooks and a scheduler's wrapper are of the original
+            setattr(copied, name, copy.deepcopy(value, memo))
 
 
 def _agreed_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """The one device of the model's parameters and buffers, which must be `device` where that is given."""
+    given: Any = device
+    if given is not None and not isinstance(given, str | torch.device):
+        raise ConfigError(
+            f"device must be a name such as 'cpu' or 'cuda:0', or a torch.device; it is {describe(given)}"
+        )
     found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(found) > 1:
         raise ConfigError(f"the model is spread over {', '.join(map(str, found))}; move it to one device first")

@@ -397,6 +397,31 @@ def in_torch_settings() -> Home:
     )
 
 
+def in_a_key_that_comes_later() -> Home:
+    weights: dict[str, float] = {}
+
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        try:
+            weight = weights["weight"]
+        except KeyError:
+            weight = 1.0
+        return mean_square(model, batch)[0] * weight
+
+    return forward, lambda value: weights.update(weight=value)
+
+
+def behind_getattr() -> Home:
+    class Settings:
+        def __getattr__(self, name: str) -> float:
+            return 1.0
+
+    settings = Settings()
+    return (
+        lambda model, batch: mean_square(model, batch)[0] * settings.weight,
+        lambda value: setattr(settings, "weight", value),
+    )
+
+
 HOMES: dict[str, Callable[[], Home]] = {
     "global": in_a_global,
     "closure": in_a_closure,
@@ -415,6 +440,8 @@ HOMES: dict[str, Callable[[], Home]] = {
     "class": lambda: on_a_class(Task, "class_weight"),
     "base class": lambda: on_a_class(Base, "base_weight"),
     "base class's attribute, set on the class": lambda: on_a_class(Task, "base_weight"),
+    "key that comes later": in_a_key_that_comes_later,
+    "__getattr__": behind_getattr,
     "autograd.Function": in_an_autograd_function,
     "loss module": in_a_loss_module,
     "setting of torch's module": in_torch_settings,
@@ -736,7 +763,9 @@ REFUSALS: dict[str, Refusal] = {
         from_an_iterator, "'return .*next.*' in test_capture.py:", lambda counter: next(counter.scales)
     ),
     "numpy array": Refusal(counted_in_numpy, "'counter.array.*' in test_capture.py:", lambda counter: counter.array[0]),
-    "numpy value": Refusal(read_from_numpy, "numpy.*'return .* counter.array.0.' in test_capture.py", lambda counter: counter.array[0]),
+    "numpy value": Refusal(
+        read_from_numpy, "numpy.*'return .* counter.array.0.' in test_capture.py", lambda counter: counter.array[0]
+    ),
     "numpy scalar": Refusal(
         read_from_a_numpy_scalar, "forward reads the numpy value .*[.]scalar: make", lambda counter: counter.scalar
     ),

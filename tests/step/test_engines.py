@@ -98,7 +98,7 @@ def test_forward_or_loss(forward: Any, loss: Any, message: str) -> None:
     ("forward", "batch", "message"),
     [
         (lambda m, b: (m(b).sum(), 1), torch.zeros(2, 6).double(), "returned a tuple of 2"),
-        (lambda m, b: None, torch.zeros(2, 6).double(), "of type NoneType"),
+        (lambda m, b: None, torch.zeros(2, 6).double(), "it returned None"),
         (lambda m, b: m(b), torch.zeros(2, 6).double(), r"a tensor of shape \[2, 3\]"),
         (None, {"x": 1}, "batches of .inputs, targets."),
     ],

@@ -15,8 +15,8 @@ from fasttrain import EngineError, TrainStep, resident
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import Span
 from fasttrain.step import graphed, launch, trial
-from fasttrain.step.cudagraph import CapturedStep
 from fasttrain.step.compiler import Pending
+from fasttrain.step.cudagraph import CapturedStep
 from fasttrain.step.launch import FROM_STEPS
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import run_steps

@@ -344,7 +344,7 @@ def test_capture_replaces_buffers_and_nothing_else() -> None:
     assert model.mean is before
     assert len(found.graph(*found.read(model, batch))) == 1
     with pytest.raises(
-        EngineError, match=r"changes Python objects.*'model.last = batch . 1' in test_torch_priv"
+        EngineError, match=r"changes Python objects.*'model.last = batch . 1' in test_torch_private.py:"
     ):
         captured(kept, model=model, batch=batch)
     assert not hasattr(model, "last")

@@ -45,8 +45,8 @@ PAIRS = [
 ]
 
 
-# A bias of the keys shifts all scores of a query alike, so its gradient is zero but for rounding (1e-18), and Adam divides
-# that by its own root: the order in which a graph adds up shows in the bias (2e-11 after 20 steps).
+# A bias of the keys shifts all scores of a query alike, so its gradient is zero but for rounding (1e-18), and Adam
+# divides that by its own root: the order in which a graph adds up shows in the bias (2e-11 after 20 steps).
 RTOL = {("adamw", "transformer"): 1e-8}
 
 

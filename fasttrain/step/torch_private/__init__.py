@@ -4,7 +4,7 @@ Each has a canary in tests/step: test_torch_private.py, test_torch_objects.py, t
 test_scratch.py or test_marked.py.
 """
 
-from fasttrain.step.torch_private.dynamo import DynamoCapture, GraphInput, capture_function, scope_of
+from fasttrain.step.torch_private.dynamo import DynamoCapture, GraphInput, Guarded, capture_function, scope_of
 from fasttrain.step.torch_private.graphs import (
     global_module_hooks,
     has_onednn_lstm,
@@ -26,6 +26,7 @@ from fasttrain.step.torch_private.objects import (
     run_backward,
     scaler_tensors,
     step_optimizer,
+    was_compiled_by_user,
     was_step_taken,
 )
 from fasttrain.step.torch_private.programs import (
@@ -44,6 +45,7 @@ __all__ = [
     "Compilation",
     "DynamoCapture",
     "GraphInput",
+    "Guarded",
     "capture_function",
     "compilations",
     "compile_package",
@@ -70,6 +72,7 @@ __all__ = [
     "tensor_check",
     "trace_graph",
     "unpickle_with_graph",
+    "was_compiled_by_user",
     "was_step_taken",
     "without_onednn",
 ]

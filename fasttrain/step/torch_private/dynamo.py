@@ -49,7 +49,7 @@ _WARNINGS = (
 _BUFFERS_OF_MODEL = re.compile(
     r"L\['model'\](?:(?:\._modules|\.__dict__\['_modules'\])\['[^']+'\])*(?:\._buffers|\.__dict__\['_buffers'\])"
 )
-"""The one thing that forward may replace: a buffer, by another tensor. Dynamo spells one that is not read differently."""
+"""The one thing that forward may replace: a buffer, by another tensor. Dynamo has two spellings for it."""
 
 
 class GraphInput(NamedTuple):
@@ -66,6 +66,20 @@ class GraphInput(NamedTuple):
     size_of: tuple[str, int] | None
 
 
+class Guarded(NamedTuple):
+    """A Python object that a guard looks at.
+
+    Attributes:
+        value: the object.
+        name: what the user calls it, with the line that reads it.
+        argument: the function's argument that it is reached through; None: a closure or a global.
+    """
+
+    value: Any
+    name: str
+    argument: str | None
+
+
 class _InputsRead(BaseException):
     """Ends a run of Dynamo's bytecode once it has read the graph's inputs."""
 
@@ -79,8 +93,7 @@ class DynamoCapture:
     Attributes:
         graph: takes what `read` gives and returns a tuple of tensors.
         inputs: what these inputs are.
-        objects: every Python object that a guard looks at, and what the user calls it, with the line. While they are
-            alive, none of their ids is used again.
+        objects: every Python object that a guard looks at. While they are alive, none of their ids is used again.
         not_overridden: class attributes that were found on a base class: each class that comes before it and has no
             attribute of that name, and the name. Dynamo guards the base class's value alone.
         codes: the code that Dynamo followed, in order.
@@ -245,16 +258,21 @@ def _nothing(*_: object) -> None:
 
 
 def _graph_input(source: Any) -> GraphInput:
-    from torch._dynamo.source import LocalSource, TensorPropertySource
+    from torch._dynamo.source import TensorPropertySource
 
     size_of = None
     if isinstance(source, TensorPropertySource):
         size_of = _spelled(source.base.name), source.idx or 0
-    base: Any = source
-    while getattr(base, "base", None) is not None:
-        base = base.base
-    is_argument = isinstance(base, LocalSource) and base.is_input
-    return GraphInput(_spelled(source.name), base.local_name if is_argument else None, size_of)
+    return GraphInput(_spelled(source.name), _argument_of(source), size_of)
+
+
+def _argument_of(source: Any) -> str | None:
+    """The function's argument that a source begins with, if it begins with one."""
+    from torch._dynamo.source import LocalSource
+
+    while getattr(source, "base", None) is not None:
+        source = source.base
+    return source.local_name if isinstance(source, LocalSource) and source.is_input else None
 
 
 def _spelled(name: str) -> str:
@@ -273,9 +291,9 @@ def _names_of_guards(scope: dict[str, Any], global_scope: dict[str, Any]) -> dic
     return {**_get_closure_vars(), "L": scope, "G": global_scope}
 
 
-def _reached(guards: Any, names: dict[str, Any]) -> list[tuple[Any, str]]:
-    """The objects that guards look at, each once, and what the user calls them, with the line that reads them."""
-    found: dict[int, tuple[Any, str]] = {}
+def _reached(guards: Any, names: dict[str, Any]) -> list[Guarded]:
+    """The objects that guards look at, each once."""
+    found: dict[int, Guarded] = {}
     for guard in guards:
         if not guard.name:
             continue
@@ -284,11 +302,12 @@ def _reached(guards: Any, names: dict[str, Any]) -> list[tuple[Any, str]]:
         except Exception:  # of what is not there, such as an attribute that `hasattr` was asked about
             continue
         if id(value) not in found:
-            found[id(value)] = value, f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
+            name = f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
+            found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source))
     return list(found.values())
 
 
-def _not_overridden(guards: Any, names: dict[str, Any]) -> Iterator[tuple[type, str]]:
+def _not_overridden(guards: Any, names: dict[str, Any]) -> Iterator[tuple[type, Any]]:
     """See `DynamoCapture.not_overridden`."""
     from torch._dynamo.source import TypeDictSource, TypeMROSource
 
@@ -379,12 +398,13 @@ _ADVICE = (
     ),
     (
         r"tp_iternext",
-        "forward takes the next value of an iterator, which a compiled step would not; keep a list and a buffer that counts",
+        "forward takes the next value of an iterator, which a compiled step would not do; keep a list, and a buffer that "
+        "counts",
     ),
     (
         r"Constraints violated",
-        "what forward computes is decided by the number of values of a batch, which is another for each: use operators on "
-        "tensors in place of Python's numbers and branches",
+        "what forward computes is decided by the number of values of a batch, which is another for each: use operators "
+        "on tensors in place of Python's numbers and branches",
     ),
     (r"Observed exception[\s\S]*raised exception (.*)", "forward raises {0}"),
     (

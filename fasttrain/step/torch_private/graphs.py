@@ -95,6 +95,7 @@ def prepare_for_inductor(graph: torch.fx.GraphModule) -> None:
         EngineError: there is an operator that Inductor gets wrong and that is not worth rewriting.
     """
     _spell_out_factors(graph)
+    _make_factors_floats(graph)
     _settle_scalars(graph)
     for node in graph.graph.nodes:
         node.meta = {name: value for name, value in node.meta.items() if name == "custom"}
@@ -123,6 +124,28 @@ def _spell_out_factors(graph: torch.fx.GraphModule) -> None:
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != "alpha"}
 
 
+def _make_factors_floats(graph: torch.fx.GraphModule) -> None:
+    """Turns `x * 0` into `x * 0.0` where x holds floating-point numbers.
+
+    Inductor folds a product with the integer 0 (or False) to 0, also where x is infinite or NaN, and 0 * NaN is NaN. It
+    keeps a product with 0.0.
+    """
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        if not (value.is_floating_point() or value.is_complex()):
+            continue
+        if node.target in _PRODUCTS:
+            node.args = (node.args[0], *[_float_of(each) for each in node.args[1:]])
+        elif node.target in _SUMS_OF_PRODUCTS:
+            node.kwargs = {name: _float_of(each) for name, each in node.kwargs.items()}
+
+
+def _float_of(value: Any) -> Any:
+    return float(value) if isinstance(value, int) else value
+
+
 def _is_of_one_dtype(first: Any, second: Any) -> bool:
     """Where it is not, nothing is fused, and the factor must stay where it is: it is applied in the wider dtype."""
     are_tensors = isinstance(first, torch.fx.Node) and isinstance(second, torch.fx.Node)
@@ -133,6 +156,12 @@ _aten = torch.ops.aten
 
 
 _SCALED_SUMS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor)
+
+
+_PRODUCTS = (_aten.mul.Tensor, _aten.mul_.Tensor, _aten.mul.Scalar, _aten.mul_.Scalar)
+
+
+_SUMS_OF_PRODUCTS = (*_SCALED_SUMS, _aten.addcmul.default, _aten.addcmul_.default)
 
 
 _SCALED_PRODUCTS = (_aten.addmm.default, _aten.baddbmm.default, _aten.addmv.default, _aten.addbmm.default)

@@ -24,6 +24,7 @@ __all__ = [
     "run_backward",
     "scaler_tensors",
     "step_optimizer",
+    "was_compiled_by_user",
     "was_step_taken",
 ]
 
@@ -98,6 +99,12 @@ def scaler_tensors(scaler: torch.amp.GradScaler) -> tuple[Tensor, Tensor] | None
 def was_step_taken(scaler: torch.amp.GradScaler) -> bool:
     """False where the scaler has skipped the last step, or where the last step has made it grow."""
     return bool(scaler._get_growth_tracker())  # HOST READ: eager scaling has read whether to skip already
+
+
+def was_compiled_by_user(module: torch.nn.Module) -> bool:
+    """True of the result of `torch.compile(module)`, and of a module that was compiled by its own `compile()`."""
+    own: Any = module
+    return own._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
