@@ -26,7 +26,14 @@ from fasttrain.device import autocast_dtype
 from fasttrain.errors import EngineError
 from fasttrain.step.spec import StepOutput, StepSpec
 from fasttrain.step.state import StepState, why_not_plain
-from fasttrain.step.torch_private import DynamoCapture, GraphInput, capture_function, global_module_hooks, scope_of
+from fasttrain.step.torch_private import (
+    DynamoCapture,
+    GraphInput,
+    Guarded,
+    capture_function,
+    global_module_hooks,
+    scope_of,
+)
 
 __all__ = ["Capture", "Captured"]
 
@@ -206,7 +213,7 @@ class Capture:
             if (value.shape, value.dtype) != (old.shape, old.dtype):
                 raise EngineError(
                     f"forward replaces the buffer {name!r}, a tensor of shape {list(old.shape)} and type {old.dtype}, "
-                    f"by one of shape {list(value.shape)} and type {value.dtype}: a compiled step needs the same"
+                    f"by one of shape {list(value.shape)} and type {value.dtype}: a compiled step needs both alike"
                 )
         if len(values) > 1:  # one may be the old value of another
             values = [value.clone() for value in values]
@@ -217,7 +224,8 @@ class Capture:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
         codes = {code for code in self._dynamo.codes if not _is_library_code(code)}
         yield from _facts_of_functions(codes)
-        for kind in _classes([value for value, _ in self._dynamo.objects]):
+        yield from _facts_of_new_names(self._dynamo.objects)
+        for kind in _classes([each.value for each in self._dynamo.objects]):
             yield from _facts_of_class(kind, set(self._dynamo.codes))
         for kind, name in self._dynamo.not_overridden:
             yield Fact(f"{kind.__qualname__}.{name}", f"{name!r} not in {{}}.__dict__", (kind,))
@@ -341,7 +349,7 @@ class _Input:
 
 def _refuse_unfit(dynamo: DynamoCapture) -> None:
     """Raises EngineError for what Dynamo follows with other results than Python's."""
-    for value, name in dynamo.objects:
+    for value, name, _ in dynamo.objects:
         if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
             raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
 
@@ -360,6 +368,31 @@ def _facts_of_functions(codes: set[CodeType]) -> Iterator[Fact]:
             reason = f"the code of {function.__qualname__}"
             yield Fact(reason, "{}.__code__ is {}", (function, function.__code__))
             yield Fact(reason, "{}.__defaults__ is {}", (function, function.__defaults__))
+
+
+def _facts_of_new_names(objects: Sequence[Guarded]) -> Iterator[Fact]:
+    """No entry of a dict and no attribute of a class comes or goes.
+
+    Dynamo guards what was found. That a key was not there (`except KeyError`), that a class has no `__bool__`, and that
+    `__getattr__` was asked because there was no such attribute, it does not guard. A batch may hold what it likes: a
+    dict in it that is asked for a key has that guarded.
+    """
+    modules = [each.value for each in objects if isinstance(each.value, nn.Module)]
+    of_modules = {id(table) for module in modules for table in (vars(module), *vars(module).values())}
+    found: dict[int, Fact] = {}
+    for value, name, argument in objects:
+        kind = value if isinstance(value, type) else type(value)
+        for base in kind.__mro__:
+            if not _is_library(base):
+                fact = Fact(f"an attribute of {base.__qualname__}", "len({}.__dict__) == {}", (base, len(vars(base))))
+                found[id(base)] = fact
+        if isinstance(value, dict) and argument != "batch" and id(value) not in of_modules:
+            table: dict[Any, Any] = value
+            found[id(value)] = Fact(f"the number of entries of {name}", "len({}) == {}", (table, len(table)))
+        elif not issubclass(kind, nn.Module) and hasattr(kind, "__getattr__") and hasattr(value, "__dict__"):
+            fact = Fact(f"an attribute of {name}", "len({}.__dict__) == {}", (value, len(vars(value))))
+            found.setdefault(id(value), fact)
+    yield from found.values()
 
 
 def _classes(objects: Sequence[Any]) -> list[type]:

@@ -397,6 +397,31 @@ def in_torch_settings() -> Home:
     )
 
 
+def in_a_key_that_comes_later() -> Home:
+    weights: dict[str, float] = {}
+
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        try:
+            weight = weights["weight"]
+        except KeyError:
+            weight = 1.0
+        return mean_square(model, batch)[0] * weight
+
+    return forward, lambda value: weights.update(weight=value)
+
+
+def behind_getattr() -> Home:
+    class Settings:
+        def __getattr__(self, name: str) -> float:
+            return 1.0
+
+    settings = Settings()
+    return (
+        lambda model, batch: mean_square(model, batch)[0] * settings.weight,
+        lambda value: setattr(settings, "weight", value),
+    )
+
+
 HOMES: dict[str, Callable[[], Home]] = {
     "global": in_a_global,
     "closure": in_a_closure,
@@ -415,6 +440,8 @@ HOMES: dict[str, Callable[[], Home]] = {
     "class": lambda: on_a_class(Task, "class_weight"),
     "base class": lambda: on_a_class(Base, "base_weight"),
     "base class's attribute, set on the class": lambda: on_a_class(Task, "base_weight"),
+    "key that comes later": in_a_key_that_comes_later,
+    "__getattr__": behind_getattr,
     "autograd.Function": in_an_autograd_function,
     "loss module": in_a_loss_module,
     "setting of torch's module": in_torch_settings,
@@ -600,6 +627,7 @@ class Counter:
         self.recent: deque[float] = deque([1.0], maxlen=2)
         self.scales = itertools.cycle([1.0, 2.0, 3.0])
         self.array = np.ones(2)
+        self.scalar = np.float64(2.0)
         self.average = torch.zeros(())
 
 
@@ -676,6 +704,17 @@ def kept_on_the_model(_: Counter, model: Any, batch: Batch) -> Any:
     return loss
 
 
+def kept_on_a_part_of_the_model(_: Counter, model: Any, batch: Batch) -> Any:
+    def keep(module: Any, _inputs: Any, output: Tensor) -> None:
+        module.last = output.detach()
+
+    hook = model.register_forward_hook(keep)
+    try:
+        return mean_square(model, batch)[0]
+    finally:
+        hook.remove()
+
+
 STATE = torch.zeros(1)
 
 
@@ -684,6 +723,10 @@ def kept_in_a_global(_: Counter, model: nn.Module, batch: Batch) -> Any:
     predictions = model(batch[0]) + STATE.detach()
     STATE = predictions.mean(0)
     return F.mse_loss(predictions, batch[1])
+
+
+def read_from_a_numpy_scalar(counter: Counter, model: nn.Module, batch: Batch) -> Any:
+    return mean_square(model, batch)[0] * counter.scalar
 
 
 @functools.lru_cache(None)
@@ -720,8 +763,14 @@ REFUSALS: dict[str, Refusal] = {
         from_an_iterator, "'return .*next.*' in test_capture.py:", lambda counter: next(counter.scales)
     ),
     "numpy array": Refusal(counted_in_numpy, "'counter.array.*' in test_capture.py:", lambda counter: counter.array[0]),
-    "numpy value": Refusal(read_from_numpy, "numpy", lambda counter: counter.array[0]),
+    "numpy value": Refusal(
+        read_from_numpy, "numpy.*'return .* counter.array.0.' in test_capture.py", lambda counter: counter.array[0]
+    ),
+    "numpy scalar": Refusal(
+        read_from_a_numpy_scalar, "forward reads the numpy value .*[.]scalar: make", lambda counter: counter.scalar
+    ),
     "model": Refusal(kept_on_the_model, CHANGES_OBJECTS + "'model.last =", lambda _: 0),
+    "hook": Refusal(kept_on_a_part_of_the_model, "forward ", lambda _: 0),
     "global": Refusal(kept_in_a_global, CHANGES_OBJECTS + "'STATE =", lambda _: STATE.detach()),
     "cache": Refusal(read_through_a_cache, "functools caches the results", lambda _: cached.cache_info().misses),
     "branch": Refusal(branched, "reads the value of a tensor.*'return loss .*if loss.item.* in test_capture.py:"),
@@ -776,6 +825,25 @@ def test_where_a_step_is_refused_auto_goes_on_as_the_plain_loop(name: str, hasty
 
 def is_fake(value: Any) -> bool:
     return type(value) not in (Tensor, nn.Parameter)
+
+
+def test_what_a_closure_or_a_hook_keeps_is_refused() -> None:
+    count, found = 0, {}
+    hooked, [batch] = nn.Linear(4, 1), pairs(1)
+    hooked.register_forward_hook(lambda _m, _i, output: found.update(fc=output.detach()))
+
+    def counting(model: nn.Module, batch: Batch) -> Any:
+        nonlocal count
+        count += 1
+        return mean_square(model, batch)
+
+    for model, forward, line in ((nn.Linear(4, 1), counting, "count .= 1"), (hooked, mean_square, ".*model.batch")):
+        spec = spec_of(model, forward)
+        before = dict(found)
+        with pytest.raises(EngineError, match=f"{CHANGES_OBJECTS}{line}"):
+            trace_step(spec, batch)
+        assert count == 0
+        assert list(map(id, found.values())) == list(map(id, before.values()))
 
 
 def test_hidden_state_in_a_buffer_compiles() -> None:
@@ -905,17 +973,73 @@ def test_what_forward_does_not_read_may_change() -> None:
     assert not isinstance(traced.inputs(pairs(1)[0]), Mismatch)
 
 
-def test_a_replaced_tensor_is_told_by_name_and_taken_up() -> None:
-    model: Any = Holding(torch.tensor(1.0), lambda x, value: x * value)
-    traced = trace_step(spec_of(model, mean_square), pairs(1)[0])
+def tensor_of_the_model() -> tuple[nn.Module, Forward, Callable[[Tensor], Any], str]:
+    model = Holding(torch.tensor(1.0), lambda x, value: x * value)
+    return model, mean_square, lambda value: setattr(model, "value", value), "the tensor model.value"
+
+
+def tensor_in_a_global() -> tuple[nn.Module, Forward, Callable[[Tensor], Any], str]:
+    globals()["STATE"] = torch.zeros(1)
+    forward = lambda model, batch: mean_square(model, batch)[0] * (STATE + 1).sum()  # noqa: E731
+    return nn.Linear(4, 1), forward, lambda value: globals().update(STATE=value), "STATE"
+
+
+def tensor_in_a_closure() -> tuple[nn.Module, Forward, Callable[[Tensor], Any], str]:
+    scale = torch.tensor(1.0)
+
+    def change(value: Tensor) -> None:
+        nonlocal scale
+        scale = value
+
+    return nn.Linear(4, 1), lambda model, batch: mean_square(model, batch)[0] * scale, change, "the tensor "
+
+
+def weight_of_the_loss() -> tuple[nn.Module, Forward, Callable[[Tensor], Any], str]:
+    loss = nn.BCEWithLogitsLoss(weight=torch.tensor(1.0))
+    forward = lambda model, batch: loss(model(batch[0]), batch[1].sigmoid())  # noqa: E731
+    return nn.Linear(4, 1), forward, lambda value: setattr(loss, "weight", value), ".weight"
+
+
+def weight_of_a_teacher() -> tuple[nn.Module, Forward, Callable[[Tensor], Any], str]:
+    teacher = nn.Linear(4, 1).requires_grad_(False)
+    forward = lambda model, batch: F.mse_loss(model(batch[0]), teacher(batch[0]))  # noqa: E731
+
+    def change(value: Tensor) -> None:
+        teacher.bias = nn.Parameter(value.reshape(1), requires_grad=False)
+
+    return nn.Linear(4, 1), forward, change, ".bias"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [tensor_of_the_model, tensor_in_a_global, tensor_in_a_closure, weight_of_the_loss, weight_of_a_teacher],
+)
+def test_a_replaced_tensor_is_told_by_name_and_taken_up(
+    make: Callable[[], tuple[nn.Module, Forward, Callable[[Tensor], Any], str]],
+) -> None:
+    model, forward, change, name = make()
     [batch] = pairs(1)
-    model.value.fill_(2.0)  # a tensor that stays the same one is read anew
-    assert not isinstance(traced.inputs(batch), Mismatch)
-    model.value = torch.tensor(0.5)
-    assert traced.inputs(batch) == Mismatch("the tensor model.value")
-    assert traced.rebind(batch)
-    wanted = mean_square(model, batch)[0].detach()
-    torch.testing.assert_close(run_graph(traced, batch), wanted, rtol=1e-12, atol=1e-12)
+    spec = spec_of(model, forward)
+    traced = trace_step(spec, batch)
+    shape = (1,) if make is tensor_in_a_global else ()
+    for value in (0.5, 3.0):
+        change(torch.full(shape, value))
+        mismatch = traced.inputs(batch)
+        assert isinstance(mismatch, Mismatch)
+        assert name in mismatch.reason
+        assert traced.rebind(batch)
+        wanted = spec.forward(model, batch).loss.detach()
+        torch.testing.assert_close(run_graph(traced, batch), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tensor_that_is_changed_in_place_is_read_anew() -> None:
+    model, forward, _, _ = tensor_of_the_model()
+    [batch] = pairs(1)
+    traced = trace_step(spec_of(model, forward), batch)
+    for value in (0.5, 3.0):
+        vars(model)["value"].fill_(value)
+        wanted = mean_square(model, batch)[0].detach()
+        torch.testing.assert_close(run_graph(traced, batch), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_a_module_that_forward_holds_is_guarded_as_the_model_is() -> None:

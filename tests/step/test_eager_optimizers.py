@@ -45,17 +45,17 @@ class Cautious(optim.SGD):
             super().step(closure)
 
 
-class Hooked(optim.SGD):
-    """Halves each gradient in a hook."""
+def hooked(*args: Any, **kwargs: Any) -> optim.Optimizer:
+    """torch's own, with a hook that halves each gradient."""
+    optimizer = optim.SGD(*args, **kwargs)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_step_pre_hook(lambda *_: self.halve())
-
-    def halve(self) -> None:
-        for group in self.param_groups:
+    def halve(*_: Any) -> None:
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad *= 0.5
+
+    optimizer.register_step_pre_hook(halve)
+    return optimizer
 
 
 class Shrinking(optim.SGD):
@@ -88,30 +88,31 @@ class Noting(optim.SGD):
         self.notes.append(1)
 
 
-class Wrapped(optim.SGD):
-    """Its step is replaced on the object, as wrappers from elsewhere do, by one that shrinks the parameters."""
+def wrapped(*args: Any, **kwargs: Any) -> optim.Optimizer:
+    """torch's own, whose step is replaced on the object, as wrappers from elsewhere do, by one that shrinks."""
+    optimizer = optim.SGD(*args, **kwargs)
+    plain = optimizer.step
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        plain = self.step
+    def step(*args: Any) -> None:
+        plain(*args)
+        with torch.no_grad():
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.mul_(0.9)
 
-        def step(*args: Any) -> None:
-            plain(*args)
-            with torch.no_grad():
-                for parameter in self.param_groups[0]["params"]:
-                    parameter.mul_(0.9)
-
-        self.step = step
+    optimizer.step = step
+    return optimizer
 
 
-OPTIMIZERS_OF_THEIR_OWN: dict[str, tuple[type[optim.Optimizer], str]] = {
-    "a count in the state": (Counting, "keeps 'count' as a Python value"),
-    "a count in the groups": (CountingInGroup, "changes its parameter groups"),
-    "a look at values": (Cautious, "step of Cautious cannot be traced"),
-    "a hook": (Hooked, "it has hooks"),
-    "a count in an attribute": (Shrinking, "Shrinking changes its attribute 'calls'"),
-    "a list": (Noting, "Noting changes its attribute 'notes'"),
-    "a step of the object": (Wrapped, "its step was replaced on the object"),
+NOT_TORCHS = "it is not one of torch's own"
+
+OPTIMIZERS_OF_THEIR_OWN: dict[str, tuple[Any, str]] = {
+    "a count in the state": (Counting, NOT_TORCHS),
+    "a count in the groups": (CountingInGroup, NOT_TORCHS),
+    "a look at values": (Cautious, NOT_TORCHS),
+    "a hook": (hooked, "it has hooks"),
+    "a count in an attribute": (Shrinking, NOT_TORCHS),
+    "a list": (Noting, NOT_TORCHS),
+    "a step of the object": (wrapped, "its step was replaced on the object"),
 }
 
 

@@ -10,7 +10,7 @@ from fasttrain.step.torch_private.cuda import (
     reserve_workspace,
     without_cudnn_tf32,
 )
-from fasttrain.step.torch_private.dynamo import DynamoCapture, GraphInput, capture_function, scope_of
+from fasttrain.step.torch_private.dynamo import DynamoCapture, GraphInput, Guarded, capture_function, scope_of
 from fasttrain.step.torch_private.graphs import (
     global_module_hooks,
     has_onednn_lstm,
@@ -51,6 +51,7 @@ __all__ = [
     "Compilation",
     "DynamoCapture",
     "GraphInput",
+    "Guarded",
     "capture_function",
     "compilations",
     "compile_package",

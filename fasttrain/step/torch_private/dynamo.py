@@ -66,6 +66,20 @@ class GraphInput(NamedTuple):
     size_of: tuple[str, int] | None
 
 
+class Guarded(NamedTuple):
+    """A Python object that a guard looks at.
+
+    Attributes:
+        value: the object.
+        name: what the user calls it, with the line that reads it.
+        argument: the function's argument that it is reached through; None: a closure or a global.
+    """
+
+    value: Any
+    name: str
+    argument: str | None
+
+
 class _InputsRead(BaseException):
     """Ends a run of Dynamo's bytecode once it has read the graph's inputs."""
 
@@ -79,8 +93,7 @@ class DynamoCapture:
     Attributes:
         graph: takes what `read` gives and returns a tuple of tensors.
         inputs: what these inputs are.
-        objects: every Python object that a guard looks at, and what the user calls it, with the line. While they are
-            alive, none of their ids is used again.
+        objects: every Python object that a guard looks at. While they are alive, none of their ids is used again.
         not_overridden: class attributes that were found on a base class: each class that comes before it and has no
             attribute of that name, and the name. Dynamo guards the base class's value alone.
         codes: the code that Dynamo followed, in order.
@@ -245,20 +258,26 @@ def _nothing(*_: object) -> None:
 
 
 def _graph_input(source: Any) -> GraphInput:
-    from torch._dynamo.source import LocalSource, TensorPropertySource
+    from torch._dynamo.source import TensorPropertySource
 
     size_of = None
     if isinstance(source, TensorPropertySource):
         size_of = _spelled(source.base.name), source.idx or 0
-    base: Any = source
-    while getattr(base, "base", None) is not None:
-        base = base.base
-    is_argument = isinstance(base, LocalSource) and base.is_input
-    return GraphInput(_spelled(source.name), base.local_name if is_argument else None, size_of)
+    return GraphInput(_spelled(source.name), _argument_of(source), size_of)
+
+
+def _argument_of(source: Any) -> str | None:
+    """The function's argument that a source begins with, if it begins with one."""
+    from torch._dynamo.source import LocalSource
+
+    while getattr(source, "base", None) is not None:
+        source = source.base
+    return source.local_name if isinstance(source, LocalSource) and source.is_input else None
 
 
 def _spelled(name: str) -> str:
     """A source's expression as a user would write it."""
+    name = re.sub(r"___from_numpy\((.*)\)", r"\1", name)
     name = re.sub(r"\b[LG]\['(?:__import_)?(\w+)'\]", lambda match: match[1].replace("_dot_", "."), name)
     name = re.sub(r"\._modules\['([A-Za-z_]\w*)'\]", r".\1", name)
     name = re.sub(r"\._modules\['(\w+)'\]", r"[\1]", name)
@@ -272,9 +291,9 @@ def _names_of_guards(scope: dict[str, Any], global_scope: dict[str, Any]) -> dic
     return {**_get_closure_vars(), "L": scope, "G": global_scope}
 
 
-def _reached(guards: Any, names: dict[str, Any]) -> list[tuple[Any, str]]:
-    """The objects that guards look at, each once, and what the user calls them, with the line that reads them."""
-    found: dict[int, tuple[Any, str]] = {}
+def _reached(guards: Any, names: dict[str, Any]) -> list[Guarded]:
+    """The objects that guards look at, each once."""
+    found: dict[int, Guarded] = {}
     for guard in guards:
         if not guard.name:
             continue
@@ -283,7 +302,8 @@ def _reached(guards: Any, names: dict[str, Any]) -> list[tuple[Any, str]]:
         except Exception:  # of what is not there, such as an attribute that `hasattr` was asked about
             continue
         if id(value) not in found:
-            found[id(value)] = value, f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
+            name = f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
+            found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source))
     return list(found.values())
 
 
@@ -375,6 +395,11 @@ _ADVICE = (
         r"Random\.|random\.",
         "forward draws random numbers from Python's generator, and a compiled step would keep the first ones; draw "
         "them from torch's instead",
+    ),
+    (
+        r"tp_iternext",
+        "forward takes the next value of an iterator, which a compiled step would not do; keep a list, and a buffer that "
+        "counts",
     ),
     (
         r"Constraints violated",
