@@ -1206,16 +1206,6 @@ def test_the_users_own_compiled_functions_and_ours_do_not_meet() -> None:
     assert counter.frame_count == 2
 
 
-def test_a_model_that_the_user_compiled_trains_the_same() -> None:
-    found: list[list[float]] = []
-    for engine in ("eager", "compiled"):
-        torch.manual_seed(0)
-        model: Any = torch.compile(nn.Linear(4, 1), backend="eager")
-        step = TrainStep(model, sgd(model), mean_square, engine=engine)
-        found.append([step(batch).item() for batch in pairs(5)])
-    assert found[0] == pytest.approx(found[1], rel=1e-12)
-
-
 def test_a_capture_holds_in_another_thread() -> None:
     [batch] = pairs(1)
     traced = trace_step(spec_of(Net(), mean_square), batch)
