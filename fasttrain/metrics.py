@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
@@ -411,7 +412,7 @@ def scoring_of(loss: Tensor, predictions: Any, targets: Any) -> Scoring | None:
     for node in nodes:
         name = node.name()
         if has_classes and name in _CROSS_ENTROPIES:
-            ignored.append(node._saved_ignore_index)
+            ignored.append(ctypes.c_int64(node._saved_ignore_index).value)  # torch gives -100 without its sign
         elif not has_classes and name in _BINARY and _is_input_of(node, predictions):
             return Scoring(_BINARY[name])
     return _argmax(ignored) if has_classes and len(nodes) < _MOST_NODES else None
@@ -503,6 +504,7 @@ class LossObserver(TorchFunctionMode):
         super().__init__()
         self._binary: list[tuple[AccuracyRule, Tensor]] = []
         self._ignored: list[int] = []
+        self._casts: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -517,7 +519,10 @@ class LossObserver(TorchFunctionMode):
             target: Tensor = args[1] if len(args) > 1 else kwargs["target"]
             if not target.is_floating_point():  # else they are probabilities of classes, and none is ignored
                 self._ignored.append(args[4] if len(args) > 4 else kwargs.get("ignore_index", -100))
-        return func(*args, **kwargs)
+        result: Any = func(*args, **kwargs)
+        if args and func in _CASTS and isinstance(result, Tensor):
+            self._casts.append((result, args[0]))
+        return result
 
     def scoring(self, predictions: Any, targets: Any) -> Scoring | None:
         """As `scoring_of`."""
@@ -527,6 +532,17 @@ class LossObserver(TorchFunctionMode):
             return _argmax(self._ignored)
         if predictions.shape == targets.shape:
             for rule, scored in self._binary:
-                if _is_same_memory(scored, predictions):
+                if any(_is_same_memory(each, predictions) for each in self._before_casts(scored)):
                     return Scoring(rule)
         return None
+
+    def _before_casts(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor, and what it was before each change of its dtype."""
+        found = [tensor]
+        for result, source in reversed(self._casts):
+            if _is_same_memory(result, found[-1]):
+                found.append(source)
+        return found
+
+
+_CASTS = frozenset({Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16})

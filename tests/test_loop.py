@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasttrain import ConfigError, DataError, FastLoop, resident
+from fasttrain import ConfigError, DataError, EngineError, FastLoop, resident
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import Span
 from fasttrain.data.table import read_reviews
@@ -190,19 +190,20 @@ def test_no_param_group_option_changes() -> None:
     assert after == before
 
 
-@pytest.mark.parametrize("batches", [7, 8])
-def test_accumulated_batches_step_like_one_large_batch(batches: int) -> None:
-    """Four batches of 5 step like one of 20; what is left over at the end steps with its own mean."""
+@pytest.mark.parametrize("batches", [7, 8, 9])
+def test_accumulated_batches_step_as_in_the_usual_loop(batches: int) -> None:
+    """(loss / 4).backward(), a step at each fourth batch and at the last: a short group is divided by 4 too."""
     model, data = classification()
     reference = copy.deepcopy(model)
     x, y = (tensor[: 5 * batches] for tensor in data.tensors)
     loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss(), accumulate=4)
     loop.train(list(zip(x.split(5), y.split(5), strict=True)))
     optimizer = sgd(reference)
-    for xs, ys in zip(x.split(20), y.split(20), strict=True):
-        optimizer.zero_grad()
-        F.cross_entropy(reference(xs), ys).backward()
-        optimizer.step()
+    for number, (xs, ys) in enumerate(zip(x.split(5), y.split(5), strict=True), start=1):
+        (F.cross_entropy(reference(xs), ys) / 4).backward()
+        if number % 4 == 0 or number == batches:
+            optimizer.step()
+            optimizer.zero_grad()
     for got, wanted in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(got, wanted)
 
@@ -222,6 +223,150 @@ def test_clipping(options: dict[str, float]) -> None:
     sgd(reference).step()
     for got, wanted in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_norm_is_that_of_the_models_parameters(accumulate: int) -> None:
+    """Also of those that the optimizer does not have; a weight of the loss alone is trained and not clipped."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.scale * predictions, targets)
+
+    def made() -> tuple[nn.Module, Scaled, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model, loss = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), Scaled()
+        return model, loss, torch.optim.SGD([*model[2].parameters(), loss.scale], lr=0.5)
+
+    x, y = classification()[1].tensors
+    x = torch.randn(len(y), 6, generator=torch.Generator().manual_seed(1))
+    batches = list(zip(x.split(20), y.split(20), strict=True))
+    model, loss, optimizer = made()
+    FastLoop(model, optimizer, loss=loss, clip_norm=0.05, accumulate=accumulate, engine="eager").train(batches)
+    usual, usual_loss, optimizer = made()
+    for number, (xs, ys) in enumerate(batches, start=1):
+        (usual_loss(usual(xs), ys) / accumulate).backward()
+        if number % accumulate == 0 or number == len(batches):
+            nn.utils.clip_grad_norm_(usual.parameters(), 0.05)
+            optimizer.step()
+            usual.zero_grad()
+            optimizer.zero_grad()
+    torch.testing.assert_close(list(model.parameters()), list(usual.parameters()))
+    torch.testing.assert_close(loss.scale, usual_loss.scale)
+    assert all(parameter.grad is None for parameter in (*model.parameters(), loss.scale))
+
+
+@pytest.mark.parametrize("num_rows", [10, 64, 100])
+def test_evaluation_uses_every_row_of_resident_data_once(num_rows: int) -> None:
+    x, y = torch.randn(num_rows, 4), torch.randn(num_rows, 1)
+    model, seen = nn.Linear(4, 1), []
+
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if not model.training:
+            seen.append(batch[0])
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    batches, again = (resident(x, y, batch_size=8, device="cpu", seed=3) for _ in range(2))
+    loop = FastLoop(model, sgd(model), forward, engine="eager")
+    result = loop.evaluate(batches)
+    assert torch.equal(torch.cat(seen), x)
+    assert result.samples == num_rows
+    assert result.loss == pytest.approx(F.mse_loss(model(x), y).item(), rel=1e-6)
+    seen.clear()
+    loop.fit(batches, batches, epochs=2, progress=False)
+    assert torch.equal(torch.cat(seen), torch.cat([x, x]))
+    assert batches.epoch == 2
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(batches, _third(again), strict=True))
+
+
+def _third(batches: Any) -> Any:
+    batches.set_epoch(2)
+    return batches
+
+
+def test_an_empty_batch_counts_for_nothing_in_evaluation() -> None:
+    model, data = classification()
+    x, y = data.tensors
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss(), engine="eager")
+    with_empty = loop.evaluate([(x[:0], y[:0]), (x, y), (x[:0], y[:0])])
+    alone = loop.evaluate([(x, y)])
+    assert (with_empty.loss, with_empty.accuracy) == (alone.loss, alone.accuracy)
+    assert alone.accuracy is not None
+    with pytest.raises(DataError, match="no sample in any"):
+        loop.evaluate([(x[:0], y[:0])])
+
+
+class MacroF1:
+    """From the counts of an epoch."""
+
+    def __init__(self, num_classes: int = 2) -> None:
+        self.counts = torch.zeros(num_classes, num_classes)
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        assert not predictions.requires_grad
+        self.counts.index_put_((targets, predictions.argmax(1)), torch.ones(len(targets)), accumulate=True)
+
+    def compute(self) -> Tensor:
+        hits = self.counts.diagonal()
+        return (2 * hits / (self.counts.sum(0) + self.counts.sum(1))).mean()
+
+    def reset(self) -> None:
+        self.counts.zero_()
+
+
+def test_a_metric_of_the_epoch_is_computed_from_all_batches() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 4), torch.randint(0, 2, (60,))
+    model, f1 = nn.Linear(4, 2), MacroF1()
+    loop = FastLoop(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        loss=nn.CrossEntropyLoss(),
+        engine="eager",
+        metrics={"f1": f1, "loss again": lambda loss, _predictions, _targets: loss},
+    )
+    batches = list(zip(x.split(7), y.split(7), strict=True))
+    wanted = MacroF1()
+    wanted.update(model(x).detach(), y)
+    for _ in range(2):  # a new epoch starts anew
+        for result in (loop.train(batches), loop.evaluate(batches)):
+            assert result.metrics["f1"] == pytest.approx(wanted.compute().item())
+            assert result.metrics["loss again"] == pytest.approx(result.loss)
+            assert list(result.metrics) == ["f1", "loss again"]
+    assert f1.compute() == wanted.compute()
+
+
+def test_a_metric_of_the_epoch_is_refused_where_it_cannot_be_one() -> None:
+    model, data = classification()
+    for metrics, message in (({"f1": 3}, "metric 'f1' is of type int"),):
+        with pytest.raises(ConfigError, match=message):
+            FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss(), metrics=metrics)  # pyright: ignore
+    loop = FastLoop(
+        model, sgd(model), lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), metrics={"f1": MacroF1()}
+    )
+    with pytest.raises(ConfigError, match="forward returned a loss alone"):
+        loop.train([data.tensors])
+
+
+def test_compiled_steps_refuse_a_metric_of_the_epoch() -> None:
+    model, data = classification()
+    loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss(), engine="compiled", metrics={"f1": MacroF1(3)})
+    with pytest.raises(EngineError, match="'f1' is computed from the whole epoch"):
+        loop.train(DataLoader(data, batch_size=16))
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, _ = classification()
+    other = copy.deepcopy(model)
+    with pytest.raises(ConfigError, match="no parameter of the model"):
+        FastLoop(model, sgd(other), loss=nn.CrossEntropyLoss())
+    image = nn.Parameter(torch.zeros(3, 4))
+    FastLoop(model, torch.optim.SGD([image], lr=0.1), lambda model, _: model(image).sum())  # forward names it
+    FastLoop(model, sgd(other), lambda model, batch: model(other(batch[0])).sum())
 
 
 def test_user_metrics() -> None:
@@ -380,6 +525,14 @@ def test_fit_refuses(options: dict[str, Any]) -> None:
     loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss())
     with pytest.raises(ConfigError, match="use 1 or more"):
         loop.fit([data.tensors], progress=False, **options)
+
+
+def test_fit_refuses_a_plateau_of_what_is_to_rise() -> None:
+    model, data = classification()
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
+    with pytest.raises(ConfigError, match='use mode="min"'):
+        FastLoop(model, optimizer, loss=nn.CrossEntropyLoss()).fit([data.tensors], epochs=1, scheduler=scheduler)
 
 
 def test_state_dicts_are_right_at_any_moment() -> None:

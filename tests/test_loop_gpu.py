@@ -1,7 +1,5 @@
 """The loop on CUDA: the textbook's numbers, and no wait in steady state."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,19 +10,11 @@ from fasttrain import FastLoop, TrainStep, resident
 from fasttrain.data.ragged import Ragged
 from fasttrain.reference import train_epoch
 from fasttrain.workloads.onehot import ReviewClassifier, review_forward
+from tests.host_waits import host_waits_are_errors
 
 pytestmark = pytest.mark.gpu
 
 NUM_FEATURES = 500
-
-
-@contextmanager
-def waits_are_errors() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def data(rows: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +78,7 @@ def test_a_step_never_waits(precision: str, options: dict[str, Any]) -> None:
     loop.train(batches)
     steps = iter(batches)
     next(steps)
-    with waits_are_errors():
+    with host_waits_are_errors():
         for batch in steps:
             loop.step(batch)
             loop.step.metrics.read_late()
@@ -102,7 +92,7 @@ def test_an_epoch_of_reviews_never_waits(num_outputs: int) -> None:
     loop = FastLoop(model, torch.optim.Adam(model.parameters(), lr=0.01, fused=True), review_forward)
     batches = resident(reviews(num_outputs), batch_size=32, device="cuda")
     loop.train(batches)
-    with waits_are_errors():
+    with host_waits_are_errors():
         for batch in batches:
             loop.step(batch)
             loop.step.metrics.read_late()

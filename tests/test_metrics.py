@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fasttrain.metrics import LossObserver, RunningMetrics, count_correct
+from fasttrain.metrics import LossObserver, RunningMetrics, Scoring, count_correct, scoring_of
 
 CPU = torch.device("cpu")
 losses = st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(1, 9)), min_size=1, max_size=50)
@@ -65,51 +67,131 @@ def test_argmax_over_the_second_dimension() -> None:
     assert count_correct("argmax", predictions, torch.tensor([[1, 0]])).item() == 2
 
 
-def rule_of(loss: object, predictions: Tensor, targets: Tensor, scored: Tensor | None = None) -> str | None:
-    with LossObserver() as observer:
-        loss(predictions if scored is None else scored, targets)  # pyright: ignore
-    return observer.rule(predictions, targets)
-
-
 LOGITS = torch.tensor([0.5, -1.0, 2.0])
 BINARY = torch.tensor([1.0, 0.0, 1.0])
+SOFT = torch.tensor([0.9, 0.1, 0.5])
+LABELS = torch.tensor([0, 3, 1])
+SEQUENCES, WORDS = torch.randn(2, 4, 5), torch.randint(0, 4, (2, 5))
+ARGMAX = Scoring("argmax", skips_negative=True)
+
+
+def scorings(loss: Any, predictions: Tensor, targets: Tensor, scored: Any = None) -> tuple[Scoring | None, ...]:
+    """As training finds it (by autograd's graph) and as evaluation does (by the calls)."""
+    given = predictions.clone().requires_grad_() * 1.0
+    value = loss(given if scored is None else scored(given), targets)
+    with LossObserver() as observer, torch.no_grad():
+        again = predictions * 1.0
+        loss(again if scored is None else scored(again), targets)
+    return scoring_of(value, given, targets), observer.scoring(again, targets)
+
+
+def weighted(predictions: Tensor, targets: Tensor) -> Tensor:
+    return 0.3 * F.cross_entropy(predictions, targets, label_smoothing=0.1, ignore_index=1) + predictions.mean() / 2
+
+
+def focal(predictions: Tensor, targets: Tensor) -> Tensor:
+    each = F.cross_entropy(predictions, targets, reduction="none")
+    return ((1 - (-each).exp()) ** 2 * each).mean()
+
+
+def gathered(predictions: Tensor, targets: Tensor) -> Tensor:
+    return -predictions.log_softmax(1).gather(1, targets[:, None]).mean()
+
+
+def of_two(predictions: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(predictions, targets, ignore_index=0) + F.cross_entropy(predictions, targets)
 
 
 @pytest.mark.parametrize(
-    ("loss", "predictions", "targets", "rule"),
+    ("loss", "predictions", "targets", "scoring"),
     [
-        (nn.BCEWithLogitsLoss(), LOGITS, BINARY, "logit"),
-        (F.binary_cross_entropy_with_logits, LOGITS[:, None], BINARY[:, None], "logit"),
-        (nn.BCELoss(), LOGITS.sigmoid(), BINARY, "probability"),
-        (nn.CrossEntropyLoss(), torch.randn(3, 4), torch.tensor([0, 3, 1]), "argmax"),
-        (nn.CrossEntropyLoss(), torch.randn(2, 4, 5), torch.randint(0, 4, (2, 5)), "argmax"),
-        (nn.CrossEntropyLoss(), torch.randn(3, 4), torch.tensor([0, -100, 1]), None),
+        (nn.BCEWithLogitsLoss(), LOGITS, BINARY, Scoring("logit")),
+        (F.binary_cross_entropy_with_logits, LOGITS[:, None], BINARY[:, None], Scoring("logit")),
+        (nn.BCEWithLogitsLoss(), LOGITS, SOFT, Scoring("logit")),  # that they are soft shows on the device
+        (nn.BCELoss(), LOGITS.sigmoid(), BINARY, Scoring("probability")),
+        (lambda p, t: F.binary_cross_entropy_with_logits(p.double(), t.double()) * 2, LOGITS, BINARY, Scoring("logit")),
+        (nn.CrossEntropyLoss(), torch.randn(3, 4), LABELS, ARGMAX),
+        (nn.CrossEntropyLoss(), SEQUENCES, WORDS, ARGMAX),
+        (lambda p, t: F.nll_loss(p.log_softmax(1), t), SEQUENCES, WORDS, ARGMAX),
+        (lambda p, t: F.cross_entropy(p.transpose(1, 2).reshape(-1, 4), t.view(-1)), SEQUENCES, WORDS, ARGMAX),
+        (nn.CrossEntropyLoss(), torch.randn(3, 4), torch.tensor([0, -100, 1]), ARGMAX),
+        (nn.CrossEntropyLoss(ignore_index=0), torch.randn(3, 4), LABELS, ARGMAX._replace(ignored=0)),
+        (weighted, torch.randn(3, 4), LABELS, ARGMAX._replace(ignored=1)),
+        (focal, torch.randn(3, 4), LABELS, ARGMAX),
+        (gathered, torch.randn(3, 4), LABELS, Scoring("argmax")),
+        (of_two, torch.randn(3, 4), LABELS, None),
         (nn.MSELoss(), LOGITS, BINARY, None),
-        (nn.BCEWithLogitsLoss(), LOGITS, torch.tensor([0.9, 0.1, 0.5]), None),
         (nn.CrossEntropyLoss(), torch.randn(3, 4), torch.rand(3, 4), None),
         (nn.MSELoss(), torch.randn(3, 1), torch.randn(3, 1), None),
+        (lambda p, t: (p.squeeze(1) - t).square().mean(), torch.randn(3, 1), LABELS, None),
     ],
 )
-def test_the_rule_of_accuracy_follows_from_the_loss(
-    loss: object, predictions: Tensor, targets: Tensor, rule: str | None
+def test_how_a_batch_is_scored_follows_from_its_loss(
+    loss: object, predictions: Tensor, targets: Tensor, scoring: Scoring | None
 ) -> None:
-    assert rule_of(loss, predictions, targets) == rule
+    assert scorings(loss, predictions, targets) == (scoring, scoring)
 
 
 def test_predictions_that_the_loss_did_not_score_have_no_accuracy() -> None:
     """The forward pass hands probabilities out, the loss saw logits: a threshold would be a guess."""
-    assert rule_of(nn.BCEWithLogitsLoss(), LOGITS.sigmoid(), BINARY, scored=LOGITS) is None
+    logits = LOGITS.clone().requires_grad_()
+    loss = F.binary_cross_entropy_with_logits(logits, BINARY)
+    assert scoring_of(loss, logits.sigmoid(), BINARY) is None
+    assert scorings(nn.BCEWithLogitsLoss(), LOGITS.sigmoid(), BINARY, scored=torch.logit) == (None, None)
 
 
-def test_one_output_with_class_indices_is_no_argmax() -> None:
-    assert LossObserver().rule(torch.randn(3, 1), torch.tensor([0, 1, 1])) is None
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_a_view_of_the_scored_logits_counts_as_them(is_detached: bool) -> None:
+    logits = torch.randn(3, 1, requires_grad=True) * 1.0
+    loss = F.binary_cross_entropy_with_logits(logits.squeeze(1), BINARY)
+    given = logits.squeeze()
+    assert scoring_of(loss, given.detach() if is_detached else given, BINARY) == Scoring("logit")
 
 
-def test_a_view_of_the_scored_logits_counts_as_them() -> None:
-    logits = torch.randn(3, 1)
-    with LossObserver() as observer:
-        F.binary_cross_entropy_with_logits(logits.squeeze(1), BINARY)
-    assert observer.rule(logits.squeeze(), BINARY) == "logit"
+def accuracy(batches: list[tuple[Tensor, Tensor]], scoring: Scoring | None, **options: Any) -> float | None:
+    metrics = RunningMetrics("cpu", **options)
+    for predictions, targets in batches:
+        metrics.update(torch.tensor(1.0), predictions, targets, scoring=scoring, weight=max(1, len(targets)))
+    return metrics.compute().accuracy
+
+
+PADDED = [
+    (torch.eye(4), torch.tensor([0, 1, 2, 0])),
+    (torch.eye(4), torch.tensor([0, 0, 3, 1])),
+    (torch.eye(4), torch.tensor([0, -100, 0, -100])),
+]
+
+
+def test_ignored_positions_count_neither_as_right_nor_as_wrong() -> None:
+    assert accuracy(PADDED, ARGMAX, pools_accuracy=True) == pytest.approx(100 * 5 / 10)
+    assert accuracy(PADDED, ARGMAX) == pytest.approx(100 * (3 / 4 + 1 / 4 + 1 / 2) / 3)
+    without_zeros = ARGMAX._replace(ignored=0)
+    assert accuracy(PADDED, without_zeros, pools_accuracy=True) == pytest.approx(100 * 2 / 4)
+    assert accuracy(PADDED, without_zeros) == pytest.approx(100 * (2 / 2 + 0 / 2) / 2)  # the third has no position
+    assert accuracy(PADDED[2:], without_zeros) is None
+
+
+def test_one_batch_without_an_accuracy_leaves_the_epoch_without_one() -> None:
+    hard, soft = (LOGITS, BINARY), (LOGITS, SOFT)
+    assert accuracy([hard, hard], Scoring("logit")) == 100.0
+    assert accuracy([hard, soft, hard], Scoring("logit")) is None
+    assert accuracy([hard, (LOGITS, torch.tensor([1, -1, 1]))], Scoring("logit")) is None
+    assert accuracy([(LOGITS, torch.tensor([1, 0, 1])), (LOGITS, BINARY > 0)], Scoring("logit")) == 100.0
+    assert accuracy(PADDED[:2], Scoring("argmax")) == 50.0
+    assert accuracy(PADDED, Scoring("argmax")) is None, "the loss is not known to ignore negative indices"
+    metrics = RunningMetrics("cpu")
+    metrics.update(torch.tensor(1.0), *hard, scoring=Scoring("logit"))
+    metrics.update(torch.tensor(1.0), LOGITS, torch.randn(3))
+    assert metrics.compute().accuracy is None
+
+
+def test_an_empty_batch_has_no_say() -> None:
+    empty = (torch.randn(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert accuracy([empty, *PADDED[:1], empty], ARGMAX) == 75.0
+    metrics = RunningMetrics("cpu")
+    metrics.update(torch.tensor(2.0), weight=3)
+    metrics.update(torch.tensor(float("nan")), weight=0)
+    assert metrics.compute().loss == 2.0
 
 
 def test_metrics_of_a_users_own_loop_have_the_accuracy_that_is_asked_for() -> None:

@@ -1,6 +1,7 @@
 """A step: the user's forward, loss and optimizer, and the engines that run them.
 
 spec         what a step is made of; what an engine is
+arguments    checks of the objects that a step is made of
 train_step   TrainStep, the public door
 plan         which engine, and why
 eager, torch_compile, compiled, auto, worth  the engines

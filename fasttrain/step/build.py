@@ -21,7 +21,6 @@ import weakref
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,7 +41,14 @@ TIMEOUT_S = 900.0
 """A child that takes longer is ended; large models take minutes."""
 
 MEMORY_SHARE = 0.5
-"""Of the machine's memory, what a child may take."""
+"""The share of the machine's memory that a child may take."""
+
+GPU_CHILD_BYTES = 16 << 30
+"""A child that compiles for a GPU may take at least this much: what CUDA maps into a process counts too, and a virtual
+machine may report little memory at first and more as it is used."""
+
+GPU_COMPILE_THREADS = 4
+"""Processes in which a child compiles the kernels of a program for a GPU; for a CPU it compiles them in its own."""
 
 GPU_BYTES = 2 << 30
 """Of a GPU's memory, what must be free for a child: its CUDA context, and room to try its kernels out."""
@@ -201,7 +207,7 @@ class Build:
         return {
             **os.environ,
             "OMP_NUM_THREADS": str(job.num_threads),
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": str(GPU_COMPILE_THREADS if job.device.type == "cuda" else 1),
             # Inductor's own choices are folders of /tmp that are not private, of its precompiled headers too.
             "TORCHINDUCTOR_CACHE_DIR": str(kept),
             "TMPDIR": str(kept / "tmp"),
@@ -248,10 +254,10 @@ def main(folder: Path) -> int:
     """The child: compiles the job in `folder`, the last line of its output is the reason if it cannot."""
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     os.nice(19)
-    _bound_memory()
     define_operators()
     # From a folder that the parent has just made for itself alone (mode 0700).
     given: GraphJob = unpickle_with_graph((folder / "job").read_bytes())
+    _bound_memory(given.device)
     job = given.unrolled()
     torch.set_num_threads(job.num_threads)
     partial = folder / "partial.pt2"
@@ -271,12 +277,13 @@ def _end_with_the_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _bound_memory() -> None:
-    total: Any = total_bytes(torch.device("cpu"))
+def _bound_memory(device: torch.device) -> None:
+    """Bounds what this process allocates, by the machine's memory as it is now."""
+    total = total_bytes(torch.device("cpu"))
     if total is not None:
         import resource
 
-        bound = int(total * MEMORY_SHARE)
+        bound = max(int(total * MEMORY_SHARE), GPU_CHILD_BYTES if device.type == "cuda" else 0)
         resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
 
 

@@ -18,6 +18,7 @@ from fasttrain.step.recorded import TracedGraph, TracedPart
 from fasttrain.step.snapshot import Snapshot, fits_in_memory
 from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
+from fasttrain.step.torch_private import cudnn_precision, end_failed_capture, reserve_workspace
 from fasttrain.step.trace import Mismatch, TracedStep
 
 __all__ = ["CapturedSpan", "CapturedStep", "CudaLane", "Lane"]
@@ -54,7 +55,8 @@ class Lane(Protocol):
 class CudaLane:
     """Captures in a stream of its own, into a pool of memory that all graphs of an engine share.
 
-    They can share it because they run one after the other, and what one returns is copied before the next begins.
+    They can share it because they run one after the other, and what one returns is copied before the next begins. The
+    workspace that cuBLAS has for the stream is not part of it (see `reserve_workspace`).
 
     Args:
         device: whose.
@@ -81,21 +83,33 @@ class CudaLane:
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream):
+                reserve_workspace(self._device)
                 yield
         finally:
             current.wait_stream(self._stream)  # what was launched there before an error may still run
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See `Lane.capture`."""
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls count: another one may be bringing the next batch meanwhile.
-        capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        try:
-            with torch.cuda.device(self._device), capturing:
-                result = run()
-        except RuntimeError:
-            self._recover()
-            raise
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        refusals: list[BaseException] = []
+
+        def noting_errors() -> Tensor:
+            try:
+                return run()
+            except BaseException as error:
+                refusals.append(error)
+                raise
+
+        with torch.cuda.device(self._device):
+            # Only this thread's calls count: another one may be bringing the next batch meanwhile.
+            mode = "thread_local"
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+                    result = noting_errors()
+            except BaseException as error:
+                self._recover(graph, before)
+                # If CUDA invalidated the capture, its end fails too; the error inside says more.
+                raise refusals.pop() if refusals else error from None
 
         def replay() -> Tensor:
             graph.replay()
@@ -103,13 +117,17 @@ class CudaLane:
 
         return replay
 
-    def _recover(self) -> None:
-        """After a capture that the device refused, torch leaves its generator and the pool as if it went on.
+    def _recover(self, graph: torch.cuda.CUDAGraph, before: torch.cuda.Stream) -> None:
+        """Puts back what torch leaves as if the capture went on, so that training goes on and the next capture works.
 
-        Every random number would fail then, eager's too; the graphs before it hold the generator's old state.
+        Where CUDA invalidated the capture, `capture_end` raises first: the thread stays on the capture stream, the
+        allocator goes on allocating to the pool, and the random generator refuses every draw, eager's too. The graphs
+        before it hold the generator's old state.
         """
-        with torch.cuda.device(self._device):
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        torch.cuda.set_stream(before)
+        device = torch.cuda.current_device()
+        end_failed_capture(graph, device, self._pool)
+        generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
         self._pool = torch.cuda.graph_pool_handle()
         self.failures += 1
@@ -166,7 +184,7 @@ class _CapturedPart:
             for size, stride, dtype, device in part.kinds[self._moving]
         ]
         self._runner = runner
-        self._graph = _Graph(self._step, self._statics, traced.spec, lane, waits)
+        self._graph = _Graph(self._step, self._statics, part, traced.spec, lane, waits)
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Tensor:
@@ -204,7 +222,7 @@ class CapturedSpan:
         num_rows = traced.steps * traced.source.batch_size
         self._rows = torch.zeros(self.calls * num_rows, dtype=torch.int64, device=traced.source.device)
         self._pieces = self._rows.split(num_rows)
-        self._graph = _Graph(self._steps, [self._rows], traced.spec, lane, waits)
+        self._graph = _Graph(self._steps, [self._rows], traced.parts[0], traced.spec, lane, waits)
 
     def run(self, span: Span) -> Tensor | Mismatch:
         """The steps of a span; returns the losses, [steps], a tensor of their own, or why the graph does not hold.
@@ -245,9 +263,12 @@ class CapturedSpan:
 class _Graph:
     """A function of tensors at fixed addresses as a CUDA graph, which is captured anew where they have others.
 
+    A graph also keeps the kernels that cuDNN chose, so it is captured anew where TF32 was turned on or off there.
+
     Args:
         function: of tensors that it may change; beyond them and `own` it changes nothing. It runs to be captured alone.
         own: tensors of its own, which stay where they are.
+        traced: what the function runs.
         spec: of the step.
         lane: of its device.
         waits: is told the seconds that each capture took.
@@ -257,16 +278,18 @@ class _Graph:
         self,
         function: Callable[[list[Tensor]], Tensor],
         own: Sequence[Tensor],
+        traced: TracedGraph,
         spec: StepSpec,
         lane: Lane,
         waits: Waits,
     ) -> None:
         self._function = function
         self._own = own
+        self._uses_cudnn = _uses_cudnn(traced.recorded)
         self._device = spec.device
         self._lane = lane
         self._waits = waits
-        self._addresses: list[int] = []
+        self._captured_for: tuple[list[int], tuple[str, ...]] = [], ()
         self._failures = lane.failures
         self._replay: Callable[[], Tensor] | None = None
 
@@ -282,12 +305,13 @@ class _Graph:
         """
         # By address and not by identity: `parameter.data = other` moves the values and leaves the parameter.
         addresses = [tensor.data_ptr() for tensor in (*tensors, *read)]
-        if self._replay is None or addresses != self._addresses or self._failures != self._lane.failures:
+        wanted = addresses, cudnn_precision() if self._uses_cudnn else ()
+        if self._replay is None or wanted != self._captured_for or self._failures != self._lane.failures:
             self._replay, self._failures = None, self._lane.failures
             begin = time.perf_counter()
             replay = self._captured([tensor.detach() for tensor in tensors])
             self._waits.add(time.perf_counter() - begin)
-            self._replay, self._addresses = replay, addresses
+            self._replay, self._captured_for = replay, wanted
         return self._replay()
 
     def _captured(self, tensors: list[Tensor]) -> Callable[[], Tensor]:
@@ -313,3 +337,8 @@ class _Graph:
                 "the step cannot be captured in a CUDA graph: it waits for the device, or copies from or to the host "
                 f"({first_line(error)}); use engine 'eager' or 'torch-compile'"
             ) from error
+
+
+def _uses_cudnn(graph: torch.fx.GraphModule) -> bool:
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return any("convolution" in name or "cudnn" in name for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fasttrain.step.changes import NOISE_LIMIT, NOISE_SHARE, distance, gradients
 from fasttrain.step.snapshot import Snapshot
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import METRICS, PARAMETERS
+from fasttrain.step.torch_private import without_cudnn_tf32
 
 __all__ = ["compare_steps"]
 
@@ -48,6 +50,8 @@ def compare_steps(
 ) -> tuple[Tensor, str | None]:
     """Runs one step both ways from the same state, and leaves the state as eager made it. Waits for the device.
 
+    On CUDA, both run without TF32 in cuDNN; the setting is put back.
+
     Args:
         tensors: the whole state of the step.
         kinds: of each tensor: those of one kind are judged by the largest change among them.
@@ -66,16 +70,19 @@ def compare_steps(
         Eager's loss, and what differs beyond the tolerance (None if nothing does).
     """
     before = Snapshot.of(tensors, device, spec)
-    tried = _try_program(program, batch, before, tensors, device, spec)
-    if isinstance(tried, str):
-        return eager(batch), tried
-    program_loss, got = tried
-    with gradients_seen(spec, tensors) as seen:
-        loss = eager(batch)
+    # TF32 rounds a convolution's inputs to 10 bits. Both sides may call other kernels of cuDNN, of which some use it.
+    with without_cudnn_tf32() if device.type == "cuda" else nullcontext():
+        tried = _try_program(program, batch, before, tensors, device, spec)
+        if isinstance(tried, str):
+            return eager(batch), tried
+        program_loss, got = tried
+        with gradients_seen(spec, tensors) as seen:
+            loss = eager(batch)
     followed = seen if followed is None else followed
-    gradients = [] if spec is None else [parameter.grad for parameter in spec.with_gradients()]
-    wanted = [*(tensors if current is None else current()), *_or_nothing(gradients)]
-    old, new = [[*each.copies, *_or_nothing(each.gradients)] for each in (before, got)]
+    owners = [] if spec is None else spec.with_gradients()
+    gradients = [parameter.grad for parameter in owners]
+    wanted = [*(tensors if current is None else current()), *_or_zero(gradients, owners)]
+    old, new = [[*each.copies, *_or_zero(each.gradients, owners)] for each in (before, got)]
     kinds = [*kinds, *["gradients"] * len(gradients)]
     precision = None if spec is None else autocast_dtype(spec.precision)
     slack = [0.0] * len(tensors) if slack is None else slack
@@ -124,9 +131,12 @@ def _put_back(batch: Any, given: list[Tensor]) -> None:
                 leaf.copy_(copy)
 
 
-def _or_nothing(gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """No gradient counts as none of it: a tensor of zeros would take memory to say so."""
-    return [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
+def _or_zero(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients; for None a zero of the parameter's dtype on its device, which takes no memory worth naming."""
+    return [
+        parameter.new_zeros(()) if gradient is None else gradient
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]
 
 
 def _difference(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,9 @@ HEADERS = ("cuda.h", "crt/host_defines.h", "nv/target")
 DRIVER = "libcuda.so"
 USUAL_HOME = Path("/usr/local/cuda")
 MAPS = Path("/proc/self/maps")
+
+NVCC_S = 10.0
+"""How long `nvcc` may take to tell where its toolkit is; it takes milliseconds."""
 
 
 def cuda_home() -> Path:
@@ -39,7 +44,7 @@ def cuda_home() -> Path:
 def cuda_environment(folder: Path) -> dict[str, str]:
     """The environment variables by which torch's compiler finds headers and driver.
 
-    Torch's own search goes wrong where `nvcc` is a script in another folder, does not look into wheels, and expects a
+    torch's own search goes wrong where `nvcc` is a script in another folder, does not look into wheels, and expects a
     `libcuda.so`, which most machines have under its full name alone.
 
     Args:
@@ -66,8 +71,21 @@ def _homes() -> Iterator[Path]:
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         yield Path(nvcc).resolve().parents[1]
+        yield from _home_by_nvcc(nvcc)
     wheels = Path(torch.__file__).parents[1] / "nvidia"
     yield from sorted(wheels.glob("cu[0-9]*"), reverse=True)
+
+
+def _home_by_nvcc(nvcc: str) -> Iterator[Path]:
+    """The toolkit's folder as `nvcc` itself tells: where that is a script, the folder is not near the script."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=NVCC_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    # Of the toolkit's settings, which nvcc prints to stderr: "#$ TOP=/opt/cuda/bin/.."
+    for top in re.findall(r"^#\$ TOP=(.+)$", ended.stderr + "\n" + ended.stdout, flags=re.MULTILINE):
+        yield Path(top.strip()).resolve()
 
 
 def _is_toolkit(home: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 
 import pytest
@@ -13,21 +12,12 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.stream import prefetch
+from tests.host_waits import host_waits_are_errors
 
 pytestmark = pytest.mark.gpu
 
 CYCLES_PER_MS = 1_500_000  # of torch.cuda._sleep; clocks of 1 to 2 GHz make it 0.75 to 1.5 ms
 PATIENCE_S = 30
-
-
-@contextmanager
-def host_waits_forbidden() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def numbered(num_batches: int, size: int = 1 << 16) -> list[dict[str, Tensor]]:
@@ -55,7 +45,7 @@ def test_a_slow_device_reads_every_batch_whole(depth: int, pinned: bool) -> None
     loader = prefetch(source, "cuda", depth=depth)
     for _ in range(2):
         sums.zero_()
-        with host_waits_forbidden():
+        with host_waits_are_errors():
             for index, batch in enumerate(loader):
                 torch.cuda._sleep(2 * CYCLES_PER_MS)  # the host runs ahead of the reads that follow
                 add_checksum(sums, index, batch, ramp)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fasttrain import TrainStep
 from fasttrain.device import Choice
@@ -120,6 +120,40 @@ class Memory(TorchDispatchMode):
 
 def _memory(values: Any) -> list[torch.UntypedStorage]:
     return [each.untyped_storage() for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+class OnDevice(Tensor):
+    """A tensor on a stand-in for a GPU: operators refuse other tensors beside it as CUDA's do.
+
+    Only a scalar may be on the host, except in `torch.equal`, which refuses that too.
+
+    Args:
+        inner: holds the values.
+    """
+
+    inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportPrivateUsage]
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnDevice:
+        # "cpu" is what autograd can handle without a GPU; the class tells the device.
+        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device="cpu"
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        on_host = [each for each in tensors if not isinstance(each, OnDevice)]
+        if any(each.dim() or func is torch.ops.aten.equal.default for each in on_host):
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two ({func})")
+        made = {id(each.inner): each for each in tensors if isinstance(each, OnDevice)}
+        inside = lambda value: value.inner if isinstance(value, OnDevice) else value  # noqa: E731
+        result = func(*tree_map(inside, args), **tree_map(inside, kwargs or {}))
+        put = lambda value: made[id(value)] if id(value) in made else OnDevice(value)  # noqa: E731
+        return tree_map(lambda value: put(value) if isinstance(value, Tensor) else value, result)
 
 
 def graphed_step(lane: Recording, **options: Any) -> TrainStep:

@@ -32,7 +32,7 @@ def test_other_optimizers_and_clipping(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [4, 5, 6])
-def test_a_short_last_group_is_averaged_over_its_own_batches(num_steps: int) -> None:
+def test_a_short_last_group_steps_with_what_it_has(num_steps: int) -> None:
     specs = both(MLP, SGD, accumulate=3)
     spec, eager_spec = specs
     traced, eager = trace_step(spec, batches(MLP, 1)[0]), EagerEngine(eager_spec, ASKED)
@@ -44,6 +44,25 @@ def test_a_short_last_group_is_averaged_over_its_own_batches(num_steps: int) -> 
     assert_same(spec, eager_spec)
     assert_same_gradients(spec, eager_spec)
     assert all(parameter.grad is None for parameter in spec.model.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_norm_counts_parameters_that_the_optimizer_does_not_have(accumulate: int) -> None:
+    specs = both(MLP, SGD, accumulate=accumulate, clip_norm=0.05)
+    for each in specs:
+        kept = each.optimizer.param_groups[1]["params"]
+        each.optimizer.param_groups[1]["params"] = kept[-1:]
+        for parameter in kept[:-1]:
+            del each.optimizer.state[parameter]
+    spec, eager_spec = specs
+    data = batches(MLP, 8)
+    traced, eager = trace_step(spec, data[0]), EagerEngine(eager_spec, ASKED)
+    assert len(traced.parts[0].reached) == len(list(spec.model.parameters())) > len(list(spec.trained()))
+    for batch in data:
+        run_graph(traced, batch)
+        eager.step(batch)
+        assert_same_gradients(spec, eager_spec)
+    assert_same(spec, eager_spec)
 
 
 @pytest.mark.parametrize("by_graph", ["0100", "1011", "0010", "1101"])

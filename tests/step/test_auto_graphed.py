@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fasttrain import TrainStep
 from fasttrain.data.resident import ResidentBatches, Span
-from fasttrain.step import auto, capture, launch
+from fasttrain.step import auto, cudagraph, launch
 from fasttrain.step.auto import AutoEngine
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.spec import Engine, StepSpec, run_steps
@@ -92,7 +92,7 @@ def test_a_graph_that_cannot_be_captured_anew_is_left(lane: Recording) -> None:
 
 def test_a_lack_of_memory_is_not_remembered(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as crowded:
-        crowded.setattr(capture, "fits_in_memory", lambda *_: False)
+        crowded.setattr(cudagraph, "fits_in_memory", lambda *_: False)
         step = auto_step(lane)
         assert_as_eager(step, batches(40), rtol=EXACT)
         assert "no memory for two copies" in step.engine.reason

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import pickle
+import resource
 import select
 import signal
 import subprocess
@@ -260,7 +261,9 @@ def test_a_child_for_a_gpu_is_told_where_the_toolkit_is(
     if has_headers:
         build = Build(on_a_gpu())
         package = build.wait()
-        assert f"CUDA_HOME={package.parent}" in package.read_text().splitlines()
+        told = package.read_text().splitlines()
+        assert f"CUDA_HOME={package.parent}" in told
+        assert "TORCHINDUCTOR_COMPILE_THREADS=4" in told
         build.close()
     else:
         with pytest.raises(EngineError, match="no headers"):
@@ -322,6 +325,20 @@ def test_the_child_compiles_within_its_bounds(tmp_path: Path) -> None:
         "open_dims": [[]],
     }
     assert not (tmp_path / "partial.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "total", "bound"),
+    [("cpu", 4 << 30, 2 << 30), ("cuda:0", 4 << 30, 16 << 30), ("cuda:0", 128 << 30, 64 << 30)],
+)
+def test_a_child_for_a_gpu_may_take_more_than_a_small_machine_reports(
+    device: str, total: int, bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda which, bounds: found.append(bounds))
+    monkeypatch.setattr(build_module, "total_bytes", lambda _: total)
+    build_module._bound_memory(torch.device(device))
+    assert found == [(bound, bound)]
 
 
 @pytest.mark.parametrize(("manner", "status"), [("refuse", REFUSED), ("lack", 1)])

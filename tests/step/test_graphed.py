@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from fasttrain import EngineError, TrainStep
 from fasttrain.step import compiled, graphed, replay
-from fasttrain.step.cudagraph import CudaLane
 from tests.step import jobs
 from tests.step.cuda_stand_in import EXACT, Recording, graph_rung, graphed_engine, graphed_step, with_graphs
 from tests.step.jobs import assert_as_eager, batches, everything, run
@@ -299,71 +297,3 @@ def test_what_does_not_fit_in_memory_is_refused(lane: Recording, monkeypatch: py
     step(batches(1)[0])
     with pytest.raises(EngineError, match="no memory for two copies"):
         step(batches(1)[0])
-
-
-class FakeCuda:
-    """What `CudaLane` asks of `torch.cuda`, noted in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        for name in ("Stream", "current_stream", "graph_pool_handle", "stream", "device", "graph", "CUDAGraph"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-
-    def Stream(self, device: torch.device) -> Any:
-        return SimpleNamespace(name="own", wait_stream=lambda other: self.log.append(f"own waits for {other.name}"))
-
-    def current_stream(self, device: torch.device) -> Any:
-        return SimpleNamespace(name="current", wait_stream=lambda other: self.log.append(f"current waits {other.name}"))
-
-    def graph_pool_handle(self) -> str:
-        return "pool"
-
-    def device(self, device: torch.device) -> Any:
-        return self._within(str(device))
-
-    def stream(self, stream: Any) -> Any:
-        return self._within(f"in {stream.name}")
-
-    def graph(self, graph: Any, *, pool: str, stream: Any, capture_error_mode: str) -> Any:
-        return self._within(f"capture in {stream.name} to {pool}, {capture_error_mode}")
-
-    def CUDAGraph(self) -> Any:
-        return SimpleNamespace(replay=lambda: self.log.append("replay"))
-
-    @contextmanager
-    def _within(self, what: str) -> Generator[None]:
-        self.log.append(what)
-        yield
-        self.log.append(f"end of {what}")
-
-
-def test_cuda_warms_up_and_captures_in_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    lane = CudaLane(torch.device("cuda:1"))
-    with lane.aside():
-        cuda.log.append("warm up")
-    aside, cuda.log = cuda.log, []
-    assert aside == ["own waits for current", "in own", "warm up", "end of in own", "current waits own"]
-    replay = lane.capture(lambda: torch.tensor(3.0))
-    capturing = "capture in own to pool, thread_local"
-    assert cuda.log == ["cuda:1", capturing, f"end of {capturing}", "end of cuda:1"]
-    assert replay() is replay()
-    assert cuda.log[-2:] == ["replay", "replay"]
-
-
-def test_after_a_refused_capture_random_numbers_and_memory_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    generator = SimpleNamespace(
-        clone_state=lambda: "a state of its own", graphsafe_set_state=lambda state: cuda.log.append(f"takes {state}")
-    )
-    monkeypatch.setattr(torch.cuda, "default_generators", [None, generator])
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    lane = CudaLane(torch.device("cuda:1"))
-
-    def refused() -> Tensor:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    with pytest.raises(RuntimeError, match="not permitted"):
-        lane.capture(refused)
-    assert "takes a state of its own" in cuda.log
-    assert lane.failures == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,9 +13,12 @@ from torch import Tensor, nn
 from fasttrain import EngineError, FastLoop, TrainStep, resident
 from fasttrain.data.ragged import Ragged
 from fasttrain.step import auto, trial
+from fasttrain.step.cudagraph import CudaLane
 from fasttrain.step.graphed import GraphLauncher
 from fasttrain.step.launch import FROM_STEPS
 from fasttrain.step.replay import ENOUGH_STEPS
+from fasttrain.step.torch_private import without_cudnn_tf32
+from tests.host_waits import host_waits_are_errors
 
 pytestmark = pytest.mark.gpu
 
@@ -33,21 +35,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 @pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    """Without TF32, so that both engines multiply alike."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-@contextmanager
-def waits_are_errors() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+def exact_convolutions() -> Iterator[None]:
+    """Both engines may call other kernels of cuDNN, of which some use TF32."""
+    with without_cudnn_tf32():
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def mlp(dropout: float = 0.0) -> nn.Module:
@@ -183,7 +174,7 @@ def test_another_size_gets_its_own_graph() -> None:
 def test_a_step_never_waits(options: dict[str, Any]) -> None:
     data = batches(30)
     step, _ = trained("graphed", mlp(), OPTIMIZERS["adam"], data, **options)
-    with waits_are_errors():
+    with host_waits_are_errors():
         for batch in data:
             step(batch)
             step.metrics.read_late()
@@ -248,7 +239,7 @@ def test_several_steps_a_launch_give_eagers_numbers_and_never_wait(name: str) ->
     assert step.engine.value == "graphed", step.engine.reason
     assert "steps run as one: measured us a step: one by one" in step.engine.reason
     assert step.span in GraphLauncher.SIZES
-    with waits_are_errors():
+    with host_waits_are_errors():
         for _ in step.run(iter(sources[1])):
             step.metrics.read_late()
 
@@ -263,7 +254,7 @@ def test_auto_ends_on_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     loop.step.settle(given)
     assert loop.step.engine.value == "graphed", loop.step.engine.reason
     assert loop.step.compile_s is not None
-    with waits_are_errors():
+    with host_waits_are_errors():
         for _ in loop.step.run(iter(given)):
             loop.step.metrics.read_late()
     loop.step.close()
@@ -294,3 +285,47 @@ def test_a_forward_that_reads_the_device_is_refused() -> None:
         step(batch)
     net.zero_grad()
     assert torch.isfinite(net(batch[0])).all(), "the device works on"
+
+
+def test_after_a_capture_that_cuda_invalidates_training_goes_on_and_the_next_one_works() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    lane, stream = CudaLane(device), torch.cuda.current_stream()
+    weight = torch.ones(64, 64, device=device)
+    before = lane.capture(lambda: weight @ weight)
+    for failures in (1, 2):
+        with pytest.raises(RuntimeError, match="captur"):
+            lane.capture(lambda: weight * weight.sum().item())
+        assert lane.failures == failures
+        assert torch.cuda.current_stream() == stream
+        assert torch.rand(3, device=device).sum().item() > 0
+    torch.testing.assert_close(before(), weight @ weight)
+    dropped = lane.capture(lambda: F.dropout(weight))
+    assert not torch.equal(dropped().clone(), dropped().clone())
+    _, losses = trained("graphed", mlp(0.5), OPTIMIZERS["adam"], batches(20))
+    _, wanted = trained("eager", mlp(0.5), OPTIMIZERS["adam"], batches(20))
+    assert losses == pytest.approx(wanted, rel=1e-4)
+
+
+def test_graphs_stay_right_where_the_workspaces_of_cublas_are_cleared() -> None:
+    """As CUDA graphs of `torch.compile` clear them; a graph would write to whatever lies there next."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4096, 64), nn.ReLU(), nn.Linear(64, 3)).cuda()
+
+    data = batches(20, 4096)
+    _, wanted = trained("eager", build(), OPTIMIZERS["sgd"], data)
+    step, losses = trained("graphed", build(), OPTIMIZERS["sgd"], data[:10])
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(64)]
+    losses += torch.stack([step(batch) for batch in data[10:]]).tolist()
+    assert losses == pytest.approx(wanted, rel=1e-3)
+    assert all(bool((other == 7.0).all()) for other in others)
+
+
+def test_a_convolution_is_proven_without_tf32_and_then_runs_with_it() -> None:
+    torch.backends.cudnn.allow_tf32 = True  # torch's default; the fixture puts it back
+    step, _ = trained("graphed", cnn(), OPTIMIZERS["adam"], batches(30, 1, 8, 8))
+    assert step.engine.value == "graphed", step.engine.reason
+    assert torch.backends.cudnn.allow_tf32

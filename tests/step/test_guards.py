@@ -155,7 +155,7 @@ CHANGES: list[tuple[Callable[[StepSpec], Any], str]] = [
     (lambda spec: spec.model[0].register_forward_pre_hook(lambda *_: None), "hook"),  # pyright: ignore
     (lambda spec: spec.optimizer.register_step_pre_hook(lambda *_: None), "hook of the optimizer"),
     (lambda spec: spec.metrics.user_metrics.update(more=lambda *_: torch.ones(())), "metrics"),
-    (lambda spec: setattr(spec.metrics, "rule", None), "rule"),
+    (lambda spec: setattr(spec.metrics, "rule", "logit"), "rule"),
     (replace_step, "step was replaced"),
     (lambda spec: setattr(spec.optimizer, "horizon", 10), "attribute of the optimizer"),
     (lambda spec: delattr(spec.optimizer, "horizon"), "attribute of the optimizer"),

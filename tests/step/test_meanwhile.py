@@ -116,6 +116,34 @@ def test_other_errors_of_a_program_stay_as_they_are(graphs: Graphs, monkeypatch:
         loop.train(data())
 
 
+weight: Any = 1.0
+
+
+def weighted(model: nn.Module, batch: Any) -> Tensor:
+    ids, targets, factor = batch
+    return (weight * factor * F.cross_entropy(model(ids), targets, reduction="none")).mean()
+
+
+@pytest.mark.parametrize("where", ["global", "batch"])
+def test_a_number_that_becomes_a_tensor_is_noticed(
+    where: str, graphs: Graphs, hasty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = torch.linspace(0.0, 1.0, 8)
+    losses: list[list[float]] = []
+    for engine in ("eager", "compiled"):
+        monkeypatch.setattr(f"{__name__}.weight", 1.0)
+        torch.manual_seed(0)
+        model = Words()
+        loop = FastLoop(model, torch.optim.SGD(model.parameters(), lr=0.1), weighted, engine=engine)
+        losses.append([loop.train([(*batch, 1.0) for batch in data()]).loss])
+        if where == "global":
+            monkeypatch.setattr(f"{__name__}.weight", many)
+        losses[-1].append(loop.train([(*batch, many if where == "batch" else 1.0) for batch in data()[:8]]).loss)
+    assert graphs.replayed
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][1] != pytest.approx(losses[0][0], rel=0.1)
+
+
 @pytest.mark.parametrize("engine", ["auto", "compiled"])
 def test_a_loop_can_be_copied_before_and_after_it_is_compiled(engine: str, graphs: Graphs, hasty: None) -> None:
     loop = running_by_program(engine, graphs, data())

@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from fasttrain.metrics import RunningMetrics
+from fasttrain.step.eager import EagerEngine
 from fasttrain.step.parity import compare_steps
+from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.state import METRICS, PARAMETERS, StepState
+from tests.step.cuda_stand_in import ASKED, OnDevice
 from tests.step.jobs import batches, everything, train_step
 from tests.step.models import CPU
 
@@ -187,3 +192,55 @@ def test_judging_a_real_step_leaves_no_trace() -> None:
     assert difference is not None
     torch.testing.assert_close(everything(step), wanted, rtol=0, atol=0)
     assert step.metrics.compute().loss == alone.metrics.compute().loss
+
+
+def on_device(metrics: RunningMetrics) -> RunningMetrics:
+    metrics.totals = OnDevice(metrics.totals)
+    metrics._cells = list(metrics.totals.unbind())  # pyright: ignore[reportPrivateUsage]
+    return metrics
+
+
+@pytest.mark.parametrize("is_stepped", [True, False])
+@pytest.mark.parametrize("reached", [True, False])
+def test_gradients_that_are_not_there_yet_are_compared_on_the_device(is_stepped: bool, reached: bool) -> None:
+    """The first batch of a group finds no gradients, and a parameter that the loss does not reach never gets one."""
+    model = nn.Linear(6, 3)
+    for name, parameter in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(OnDevice(parameter.detach())))
+    [first, second] = [tuple(OnDevice(each) for each in batch) for batch in batches(2)]
+    spec = StepSpec(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, foreach=False),
+        forward=normalise_forward(
+            lambda model, batch: F.cross_entropy(
+                F.linear(batch[0], model.weight, model.bias if reached else None), batch[1]
+            ),
+            None,
+        ),
+        device=CPU,
+        precision="fp32",
+        accumulate=2,
+        clip_norm=None,
+        clip_value=None,
+        metrics=on_device(RunningMetrics(CPU)),
+        scaler=None,
+    )
+    eager = EagerEngine(spec, ASKED)
+    run = eager.step if is_stepped else eager.gather
+    state = StepState(spec)
+    for batch in (first, second):
+        _, difference = compare_steps(state.tensors, state.kinds, CPU, run, run, batch, spec)
+        assert difference is None
+
+    def without_gradients(batch: Any) -> Tensor:
+        loss = eager.gather(batch)
+        for parameter in spec.trained():
+            parameter.grad = None
+        return loss
+
+    spec.gathered.count = 0
+    for parameter in spec.trained():
+        parameter.grad = None
+    _, difference = compare_steps(state.tensors, state.kinds, CPU, eager.gather, without_gradients, first, spec)
+    assert difference is not None
+    assert "gradients: a tensor of shape [] stays as it is" in difference

@@ -81,7 +81,12 @@ class Bench:
         self.eager: Any = Eager()
         metrics = SimpleNamespace(count=self._count)
         spec: Any = SimpleNamespace(
-            metrics=metrics, device=CPU, precision="fp32", gathered=Gathered(), trained=lambda: iter(())
+            metrics=metrics,
+            device=CPU,
+            precision="fp32",
+            gathered=Gathered(),
+            trained=lambda: iter(()),
+            with_gradients=list,
         )
         self.programs = Programs(spec, self.eager, self.refuse)
         self.stubs: dict[Any, Any] = {batch: self.add(batch) for batch in batches}

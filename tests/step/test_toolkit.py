@@ -74,6 +74,34 @@ def test_nvcc_and_wheels_are_followed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert cuda_environment(folder_for(tmp_path))["CUDA_HOME"] == str(home)
 
 
+@pytest.mark.parametrize(
+    ("script", "is_found"),
+    [
+        ('echo "#$ _NVVM_BRANCH_=nvvm" >&2; echo "#$ TOP={home}/bin/.." >&2; echo "#$ cicc" >&2', True),
+        ('echo "#$ TOP={home}/bin/.." >&2; exit 1', True),
+        ('echo "$@" | grep -q -e --dryrun || exit 1; echo "#$ TOP={home}/bin/.." >&2', True),
+        ("echo nvcc: not here >&2; exit 127", False),
+        ("exec sleep 60", False),
+    ],
+)
+def test_where_nvcc_is_a_script_it_is_asked(
+    script: str, is_found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder above the script's is no toolkit then."""
+    home = headers(tmp_path / "a toolkit")
+    (home / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{script.format(home=home)}\n")
+    nvcc.chmod(0o700)
+    monkeypatch.setattr(toolkit, "NVCC_S", 5.0 if is_found else 0.5)
+    if is_found:
+        assert cuda_environment(folder_for(tmp_path))["CUDA_HOME"] == str(home)
+    else:
+        with pytest.raises(EngineError, match="none were found"):
+            cuda_environment(folder_for(tmp_path))
+
+
 def test_the_driver_is_linked_under_the_name_that_the_linker_wants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

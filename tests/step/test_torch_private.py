@@ -62,6 +62,28 @@ def test_factors_of_sums_are_spelled_out() -> None:
     torch.testing.assert_close(graph(x, y), step(x, y))
 
 
+def test_a_product_with_an_integer_is_one_with_a_float() -> None:
+    """Inductor folds `x * 0` to 0, also where x is NaN, and leaves `x * 0.0`."""
+
+    def step(x: Tensor, ids: Tensor) -> Tensor:
+        products = [x * 0, 0 * x, x * False, x.mul_(2), x.addcmul(x, x, value=0), x.add(x, alpha=0), 0 / x]
+        return torch.stack(products).sum(0) + ids * 0
+
+    x, ids = torch.tensor([1.0, float("nan"), float("inf")]), torch.tensor([3, 4, 5])
+    graph = private.trace_graph(step, [x, ids], [frozenset(), frozenset()])
+    private.prepare_for_inductor(graph)
+    numbers = [
+        value
+        for node in graph.graph.nodes
+        if node.op == "call_function" and "mul" in str(node.target)
+        for value in (*node.args, *node.kwargs.values())
+        if isinstance(value, int | float)
+    ]
+    assert [type(each) for each in numbers].count(int) == 1, "of the product of integers"
+    assert [type(each) for each in numbers].count(float) == 7
+    torch.testing.assert_close(graph(x.clone(), ids), step(x.clone(), ids), equal_nan=True)
+
+
 def test_scalars_are_settled_before_tensors_use_them() -> None:
     def step(x: Tensor, count: Tensor) -> Tensor:
         return x * (1 - 0.9**count)

@@ -1,9 +1,15 @@
 """Every private torch API that the compiled step needs, in one room, for torch 2.11 to 2.13.
 
 Each has a canary in tests/step: test_torch_private.py, test_torch_objects.py, test_kernels.py, test_small.py,
-test_scratch.py or test_marked.py.
+test_scratch.py, test_marked.py or test_cudagraph.py.
 """
 
+from fasttrain.step.torch_private.cuda import (
+    cudnn_precision,
+    end_failed_capture,
+    reserve_workspace,
+    without_cudnn_tf32,
+)
 from fasttrain.step.torch_private.dynamo import DynamoCapture, GraphInput, Guarded, capture_function, scope_of
 from fasttrain.step.torch_private.graphs import (
     global_module_hooks,
@@ -49,7 +55,9 @@ __all__ = [
     "capture_function",
     "compilations",
     "compile_package",
+    "cudnn_precision",
     "dynamo_error",
+    "end_failed_capture",
     "examples_of",
     "flat_runner",
     "global_module_hooks",
@@ -65,6 +73,7 @@ __all__ = [
     "prepare_for_inductor",
     "recorded_as",
     "reported_as_compiling",
+    "reserve_workspace",
     "run_backward",
     "scaler_tensors",
     "scope_of",
@@ -74,5 +83,6 @@ __all__ = [
     "unpickle_with_graph",
     "was_compiled_by_user",
     "was_step_taken",
+    "without_cudnn_tf32",
     "without_onednn",
 ]
