@@ -192,7 +192,7 @@ def through_numpy(_: Counter, model: nn.Module, batch: Batch) -> Any:
 CHANGES_OBJECTS = "forward changes Python objects.*"
 
 REFUSALS: dict[str, Refusal] = {
-    "counter": Refusal(warmed_up, CHANGES_OBJECTS + "'counter.count [+]= 1' in test_capture_ref:"),
+    "counter": Refusal(warmed_up, CHANGES_OBJECTS + "'counter.count [+]= 1' in test_capture_ref"),
     "counter of the class": Refusal(warmed_up_on_the_class, CHANGES_OBJECTS, lambda _: Counter.count),
     "list": Refusal(kept_in_a_list, CHANGES_OBJECTS + "'counter.values.append", lambda counter: counter.values),
     "dict": Refusal(kept_in_a_dict, CHANGES_OBJECTS + "'counter.kept", lambda counter: counter.kept),
@@ -202,11 +202,9 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "deque": Refusal(from_a_deque, CHANGES_OBJECTS + "'counter.recent", lambda counter: list(counter.recent)),
     "iterator": Refusal(
-        from_an_iterator, "'return .*next.*' in test_capture_ref:", lambda counter: next(counter.scales)
+        from_an_iterator, "'return .*next.*' in test_capture_ref", lambda counter: next(counter.scales)
     ),
-    "numpy array": Refusal(
-        counted_in_numpy, "'counter.array.*' in test_capture_ref:", lambda counter: counter.array[0]
-    ),
+    "numpy array": Refusal(counted_in_numpy, "'counter.array.*' in test_capture_ref", lambda counter: counter.array[0]),
     "numpy value": Refusal(
         read_from_numpy,
         "numpy.*'return .* counter.array.0.' in test_capture_ref",
@@ -219,8 +217,8 @@ REFUSALS: dict[str, Refusal] = {
     "hook": Refusal(kept_on_a_part_of_the_model, "forward ", lambda _: 0),
     "global": Refusal(kept_in_a_global, CHANGES_OBJECTS + "'STATE =", lambda _: STATE.detach()),
     "cache": Refusal(read_through_a_cache, "functools caches the results", lambda _: cached.cache_info().misses),
-    "branch": Refusal(branched, "reads the value of a tensor.*'return loss .*if loss.item.* in test_capture_ref:"),
-    "numpy of a tensor": Refusal(through_numpy, "calls numpy.*float.batch.0..numpy.*' in test_capture_ref:"),
+    "branch": Refusal(branched, "reads the value of a tensor.*'return loss .*if loss.item.* in test_capture_ref"),
+    "numpy of a tensor": Refusal(through_numpy, "calls numpy.*float.batch.0..numpy.*' in test_capture_ref"),
 }
 
 
