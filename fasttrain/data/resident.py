@@ -237,7 +237,7 @@ class ResidentEpoch:
         begin = self._next * self._source.batch_size
         left = (len(self._host_order) - begin) // self._source.batch_size
         steps *= min(times, left // steps)
-        if not steps:
+        if steps <= 0:  # nothing is left; less than nothing after a short last batch
             return None
         rows = slice(begin, begin + steps * self._source.batch_size)
         self._next += steps

@@ -343,3 +343,11 @@ def test_what_is_done_to_a_tensor_later_does_not_reach_its_shape_or_gradients() 
     tensor.requires_grad_()
     tensor.data = torch.zeros(1)
     assert [(batch.tolist(), batch.requires_grad) for (batch,) in batches] == [([0, 1, 2], False), ([3, 4, 5], False)]
+
+
+def test_after_a_short_last_batch_there_is_nothing_to_take() -> None:
+    epoch = iter(resident(torch.arange(11.0), batch_size=4, device="cpu", drop_last=False))
+    assert len(list(epoch)) == 3
+    for times in (1, 4):
+        assert epoch.take(2, times) is None
+    assert list(epoch) == []

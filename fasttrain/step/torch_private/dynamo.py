@@ -398,8 +398,8 @@ _ADVICE = (
     ),
     (
         r"tp_iternext",
-        "forward takes the next value of an iterator, which a compiled step would not do; keep a list, and a buffer that "
-        "counts",
+        "forward takes the next value of an iterator, which a compiled step would not do; keep a list, and a "
+        "buffer that counts",
     ),
     (
         r"Constraints violated",
