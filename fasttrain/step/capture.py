@@ -286,6 +286,7 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
         twin = twins[module] = object.__new__(type(module))
         vars(twin).update(vars(module))
         vars(twin)["_buffers"] = dict(cast("Any", module)._buffers)
+        vars(twin)["_non_persistent_buffers_set"] = set(cast("Any", module)._non_persistent_buffers_set)
         children: dict[str, Any] = cast("Any", module)._modules
         vars(twin)["_modules"] = {
             name: child if child is None else _twin(child, twins) for name, child in children.items()
@@ -346,14 +347,21 @@ def _facts_of_class(kind: type, codes: set[CodeType]) -> Iterator[Fact]:
     for name in dict.fromkeys(name for base in kind.__mro__ for name in vars(base)):
         if not name.isidentifier():
             continue
-        value = next(vars(base)[name] for base in kind.__mro__ if name in vars(base))
+        value = vars(_owner_of(kind, name))[name]
         if name not in own and codes.isdisjoint(_codes_of(value)):
             continue
         reason = f"{kind.__qualname__}.{name}"
         if isinstance(value, classmethod):
             yield Fact(reason, f"{{}}.{name}.__func__ is {{}}", (kind, cast("Any", value).__func__))
-        else:
+        elif isinstance(value, FunctionType | property | staticmethod | functools.cached_property):
             yield Fact(reason, f"{{}}.{name} is {{}}", (kind, getattr(kind, name)))
+        else:  # a descriptor that runs code of its own when the class is asked for it
+            for base in kind.__mro__[: kind.__mro__.index(_owner_of(kind, name)) + 1]:
+                yield Fact(reason, f"{{}}.get({name!r}) is {{}}", (vars(base), vars(base).get(name)))
+
+
+def _owner_of(kind: type, name: str) -> type:
+    return next(base for base in kind.__mro__ if name in vars(base))
 
 
 def _codes_of(value: Any) -> Iterator[CodeType]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from threading import get_ident
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -39,8 +40,12 @@ _OPTIONS: dict[str, Any] = {
     "verbose": False,
 }
 
-_BUFFERS_OF_MODEL = re.compile(r"L\['model'\](\._modules\['[^']+'\])*\._buffers")
-"""The one thing that forward may replace: a buffer, by another tensor."""
+_ATTRIBUTE = r"(\.{0}|\.__dict__\['{0}'\])"  # the second where a class has a __getattr__ of its own
+_BUFFERS_OF_MODEL = re.compile(
+    rf"L\['model'\]({_ATTRIBUTE.format('_modules')}\['[^']+'\])*"
+    rf"({_ATTRIBUTE.format('_buffers')}|{_ATTRIBUTE.format('_non_persistent_buffers_set')})"
+)
+"""The one thing that forward may replace: a buffer, by another tensor. torch then notes again that it is not saved."""
 
 
 class GraphInput(NamedTuple):
@@ -147,6 +152,7 @@ def capture_function(
         stack.enter_context(dynamo_timed("fullgraph_capture"))
         stack.enter_context(set_enable_dynamic(False))
         stack.enter_context(torch_function_mode_stack_state_mgr)
+        stack.enter_context(_no_marks_left())
         for tensor, dim in open_dims:
             _leave_open(tensor, dim, stack)
         try:
@@ -183,6 +189,30 @@ def _leave_open(tensor: Tensor, dim: int, stack: ExitStack) -> None:
             delattr(tensor, name)
 
     stack.callback(forget)
+
+
+@contextmanager
+def _no_marks_left() -> Generator[None]:
+    """Takes back what Dynamo notes on the user's tensors: that the parameters of modules stay where they are."""
+    from torch._dynamo import decorators
+
+    mark, thread = decorators.mark_static_address, get_ident()
+    marked: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def noted(tensor: Any, guard: bool = False) -> None:
+        if get_ident() == thread:
+            marked.append((vars(tensor), dict(vars(tensor))))
+        mark(tensor, guard)
+
+    decorators.mark_static_address = noted
+    try:
+        yield
+    finally:
+        decorators.mark_static_address = mark
+        for own, before in reversed(marked):
+            for name in set(own) - set(before):
+                del own[name]
+            own.update(before)
 
 
 def _imported(name: str) -> Any:
