@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
+from abc import ABCMeta, get_cache_token
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -188,10 +190,18 @@ class Capture:
 
     def _facts(self) -> Iterator[Fact]:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
-        codes = {code for code in self._dynamo.codes if not _is_torchs(code)}
-        yield from _facts_of_functions(codes)
-        for kind in _classes([value for value, _ in self._dynamo.objects]):
-            yield from _facts_of_class(kind, set(self._dynamo.codes))
+        followed = set(self._dynamo.codes)
+        functions = _functions_of({code for code in followed if not _is_torchs(code)})
+        yield from _facts_of_functions(functions)
+        yield from _facts_of_globals(functions)
+        names = _DUNDERS.union(self._dynamo.names, *map(_names_in, followed))
+        kinds = _classes([value for value, _ in self._dynamo.objects])
+        for kind in kinds:
+            yield from _facts_of_class(kind, names, followed)
+        for value, name in self._dynamo.objects:
+            yield from _facts_of_object(value, name, names)
+        if any(isinstance(kind, ABCMeta) for kind in kinds):
+            yield Fact("what is registered with abstract classes", "{}() == {}", (get_cache_token, get_cache_token()))
         for table in global_module_hooks():
             yield Fact("a hook of all modules", "{} == {}", (table, dict(table)))
 
@@ -322,46 +332,98 @@ def _refuse_made_anew(inputs: Sequence[GraphInput], found: Sequence[Any], again:
             raise EngineError(f"forward reads the numpy value {each.name}: make it a Python number or a tensor")
 
 
-def _facts_of_functions(codes: set[CodeType]) -> Iterator[Fact]:
-    """The functions whose code was followed still have that code and these defaults."""
-    for function in gc.get_referrers(*codes) if codes else ():
-        if isinstance(function, FunctionType) and function.__code__ in codes:
-            reason = f"the code of {function.__qualname__}"
-            yield Fact(reason, "{}.__code__ is {}", (function, function.__code__))
-            yield Fact(reason, "{}.__defaults__ is {}", (function, function.__defaults__))
+def _functions_of(codes: set[CodeType]) -> list[FunctionType]:
+    """The functions whose code was followed."""
+    found = gc.get_referrers(*codes) if codes else []
+    return [each for each in found if isinstance(each, FunctionType) and each.__code__ in codes]
+
+
+def _facts_of_functions(functions: Sequence[FunctionType]) -> Iterator[Fact]:
+    """The functions still have that code and these defaults."""
+    for function in functions:
+        reason = f"the code of {function.__qualname__}"
+        yield Fact(reason, "{}.__code__ is {}", (function, function.__code__))
+        yield Fact(reason, "{}.__defaults__ is {}", (function, function.__defaults__))
+
+
+def _facts_of_globals(functions: Sequence[FunctionType]) -> Iterator[Fact]:
+    """A builtin that the functions call is not hidden by a global of its name; nor does a missing global come."""
+    tables = {id(function.__globals__): function.__globals__ for function in functions}
+    for key, table in tables.items():
+        names = {name for each in functions if id(each.__globals__) == key for name in _names_in(each.__code__)}
+        absent = frozenset(names.difference(table))
+        yield Fact("a new global that hides a builtin", "{}.isdisjoint({})", (table.keys(), absent))
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names that code may ask for: of attributes, globals and, as strings, for `getattr`."""
+    yield from code.co_names
+    for value in code.co_consts:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, CodeType):
+            yield from _names_in(value)
+
+
+_DUNDERS = frozenset(
+    name
+    for kind in (object, type, int, float, str, list, dict, property, BaseException, nn.Module, Iterator)
+    for name in (*dir(kind), "__getattr__", "__enter__", "__exit__", "__missing__", "__instancecheck__", "__next__")
+    if name.startswith("__")
+) - {"__dict__", "__doc__", "__module__", "__weakref__", "__annotations__", "__abstractmethods__"}
+"""What Python itself asks classes for."""
 
 
 def _classes(objects: Sequence[Any]) -> list[type]:
-    """The classes, and those of the objects, that may hold code which was followed."""
-    found = {value if isinstance(value, type) else type(value): None for value in objects}
+    """The classes of these objects, these classes, their bases and their metaclasses, which may hold what was read."""
+    found: dict[type, None] = {}
+    for value in objects:
+        kind = value if isinstance(value, type) else type(value)
+        for each in (kind, type(kind)):
+            found.update(dict.fromkeys(each.__mro__))
     return [kind for kind in found if issubclass(kind, nn.Module) or not _is_library(kind)]
 
 
 def _is_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types", "numpy")
+    name = kind.__module__.partition(".")[0]
+    return name in ("torch", "numpy") or (name in sys.stdlib_module_names and name != "__main__")
 
 
-def _facts_of_class(kind: type, codes: set[CodeType]) -> Iterator[Fact]:
-    """The methods and properties that were followed are still what their names mean for objects of a class."""
+def _facts_of_class(kind: type, names: frozenset[str], codes: set[CodeType]) -> Iterator[Fact]:
+    """What a class holds under the names that were asked for is still the same, and nothing has come.
+
+    Dynamo guards a value that it found in a class, but not that no class before that one has it now, nor metaclasses.
+    """
+    table, is_users = vars(kind), not _is_library(kind)
     own = ("forward", "__call__") if issubclass(kind, nn.Module) else ()
-    for name in dict.fromkeys(name for base in kind.__mro__ for name in vars(base)):
-        if not name.isidentifier():
-            continue
-        value = vars(_owner_of(kind, name))[name]
-        if name not in own and codes.isdisjoint(_codes_of(value)):
+    for name, value in table.items():
+        is_followed = name in own or not codes.isdisjoint(_codes_of(value))
+        if not is_followed and not (is_users and name in names):
             continue
         reason = f"{kind.__qualname__}.{name}"
-        if isinstance(value, classmethod):
-            yield Fact(reason, f"{{}}.{name}.__func__ is {{}}", (kind, cast("Any", value).__func__))
-        elif isinstance(value, FunctionType | property | staticmethod | functools.cached_property):
-            yield Fact(reason, f"{{}}.{name} is {{}}", (kind, getattr(kind, name)))
-        else:  # a descriptor that runs code of its own when the class is asked for it
-            for base in kind.__mro__[: kind.__mro__.index(_owner_of(kind, name)) + 1]:
-                yield Fact(reason, f"{{}}.get({name!r}) is {{}}", (vars(base), vars(base).get(name)))
+        if isinstance(value, Tensor):
+            yield Fact(reason, "{} in {}", (name, table))
+        elif isinstance(value, bool | int | float | str | None):
+            yield Fact(reason, "({0}.get({1}) is {2} or {0}.get({1}) == {2})", (table, name, value))
+        else:
+            yield Fact(reason, "{}.get({}) is {}", (table, name, value))
+    if is_users:
+        reason = f"an attribute of {kind.__qualname__}"
+        yield Fact(reason, "{}.__mro__ is {}", (kind, kind.__mro__))
+        yield Fact(reason, "{}.isdisjoint({})", (table.keys(), names.difference(table)))
 
 
-def _owner_of(kind: type, name: str) -> type:
-    return next(base for base in kind.__mro__ if name in vars(base))
+def _facts_of_object(value: Any, name: str, names: frozenset[str]) -> Iterator[Fact]:
+    """An object that answers by a `__getattr__` of its own still does: Dynamo does not look whether it has the attribute."""
+    asked = next((vars(base)["__getattr__"] for base in type(value).__mro__ if "__getattr__" in vars(base)), None)
+    if not isinstance(asked, FunctionType) or asked is nn.Module.__getattr__ or not hasattr(value, "__dict__"):
+        return
+    tables = [vars(value)]
+    if isinstance(value, nn.Module):
+        tables += [vars(value)[each] for each in ("_parameters", "_buffers", "_modules")]
+    for table in tables:
+        absent = names.difference(table)
+        yield Fact(f"a new attribute of {name}", "{}.isdisjoint({})", (table.keys(), absent))
 
 
 def _codes_of(value: Any) -> Iterator[CodeType]:

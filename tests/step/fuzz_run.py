@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,6 @@ class Picture:
             dtype = "any" if path.startswith("opt") and path.endswith("'step']") else str(value.dtype)
             self.leaves[path] = ("tensor", kind.__name__, tuple(value.shape), dtype, value.requires_grad, value.is_leaf)
             self.leaves[path + "#"] = copied
-            self._add(path + ".grad", value.grad if value.is_leaf else None)
             for name, entry in vars(value).items():
                 self._add(f"{path}.{name}", entry)
             hooks = value._backward_hooks
@@ -136,6 +135,10 @@ class Picture:
                 self._attributes(path, value)
         elif isinstance(value, itertools.count):
             self.leaves[path] = ("count", repr(value))
+        elif isinstance(value, torch.Generator):
+            self.leaves[path] = ("generator", hash(value.get_state().numpy().tobytes()))
+        elif kind.__name__ in ("list_iterator", "Queue"):
+            self.leaves[path] = (kind.__name__, repr(value.__reduce__()[2]) if kind.__name__ == "list_iterator" else value.qsize())
         elif isinstance(value, contextvars.ContextVar):
             self._add(path + ".get", value.get(None))
         elif isinstance(value, threading.local):
@@ -309,6 +312,18 @@ class Side:
         return Picture(self.module, {"model": self.env["model"], "opt": self.env["opt"], "opt_state": _optimizer_state(self.env)})
 
 
+def _arguments(side: Side) -> dict[str, Any]:
+    """Those of FastLoop."""
+    given: dict[str, Any] = dict(side.job.options)
+    if "metrics" in given:
+        given["metrics"] = {"metric": side.module.metric}
+    if "loss" in given:
+        given["loss"] = side.module.CRITERION
+    else:
+        given["forward"] = side.env["forward"]
+    return given
+
+
 def _optimizer_state(env: dict[str, Any]) -> Any:
     return [dict(env["opt"].state.get(p, {})) for group in env["opt"].param_groups for p in group["params"]]
 
@@ -337,18 +352,29 @@ def _data(job: Job) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(5, 4, generator=generator, dtype=torch.float64), torch.randn(5, 3, generator=generator, dtype=torch.float64)) for _ in range(count)]
 
 
-def _plain_epoch(side: Side, batches: list[Any]) -> float:
+def _plain_epoch(side: Side, batches: list[Any]) -> tuple[float, float | None]:
     env, job = side.env, side.job
     model, opt, forward = env["model"], env["opt"], env["forward"]
     found = [(module, module.training) for module in model.modules()]
     model.train()
     accumulate = int(str(job.options.get("accumulate", 1)))
     losses: list[Tensor] = []
+    metrics: list[Tensor] = []
+    metric, criterion = side.module.metric, side.module.CRITERION
+    if "loss" in job.options:
+        def forward(model: Any, batch: Any) -> Any:
+            out = model(batch[0])
+            return criterion(out, batch[1]), out, batch[1]
+    if not hasattr(side, "metric"):
+        side.metric = metric
     try:
         for p in [p for group in opt.param_groups for p in group["params"]]:
             p.grad = None
         for number, batch in enumerate(batches, 1):
-            loss = forward(model, batch)[0]
+            loss, out, y = forward(model, batch)
+            if "metrics" in job.options:
+                with torch.no_grad():
+                    metrics.append(side.metric(loss.detach(), out, y).detach())
             (loss / accumulate if accumulate > 1 else loss).backward()
             losses.append(loss.detach())
             if number % accumulate == 0:
@@ -363,7 +389,11 @@ def _plain_epoch(side: Side, batches: list[Any]) -> float:
     finally:
         for module, mode in found:
             module.training = mode
-    return float(torch.stack(losses).mean())
+    return float(torch.stack(losses).mean()), float(torch.stack(metrics).mean()) if metrics else None
+
+
+def _pair(batch: Any) -> list[Tensor]:
+    return [batch["x"], batch["y"]] if isinstance(batch, dict) else list(batch)
 
 
 class _Busy:
@@ -445,7 +475,7 @@ def _run(job: Job, plain: Side, ours: Side) -> Outcome:
             except Exception as error:
                 return Outcome("job", f"{type(error).__name__}: {error}")
     with ours.active():
-        loop = FastLoop(ours.env["model"], ours.env["opt"], ours.env["forward"], **job.options)
+        loop = FastLoop(ours.env["model"], ours.env["opt"], **_arguments(ours))
     data, worst = _data(job), 0.0
     per_step = len(data) // job.steps
     refused = ""
@@ -472,22 +502,26 @@ def _run(job: Job, plain: Side, ours: Side) -> Outcome:
         plain_error = our_error = None
         with plain.active():
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as out:
                     warnings.simplefilter("ignore")
                     expected = _plain_epoch(plain, list(given[0]))
             except Exception as error:
                 plain_error = error
+        plain_out = out.getvalue()
         before = ours.picture()
         with ours.active(), _Busy(ours, job.has_thread) as busy:
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as out:
                     warnings.simplefilter("ignore")
                     result = loop.train(given[1])
             except Exception as error:
                 our_error = error
                 text = "".join(traceback.format_exception(error))
+        our_out = out.getvalue()
         if busy.errors:
             return Outcome("thread", busy.errors[0])
+        if plain_out != our_out:
+            return Outcome("output", f"step {step}: {plain_out!r} and {our_out!r}; {loop.step.engine}")
         if plain_error is not None:
             if our_error is None:
                 return Outcome("no error", f"step {step}: plain raises {type(plain_error).__name__}: {plain_error}")
@@ -502,14 +536,22 @@ def _run(job: Job, plain: Side, ours: Side) -> Outcome:
             if found and len(given[1]) == 1:
                 return Outcome("changed by a refusal", f"step {step}: {our_error}: {found[:6]}")
             return Outcome("refused", str(our_error), worst=worst)
-        distance = relative(torch.tensor(expected, dtype=torch.float64), torch.tensor(result.loss, dtype=torch.float64))
+        if expected[1] is not None:
+            apart = relative(torch.tensor(expected[1], dtype=torch.float64), torch.tensor(result.metrics["metric"], dtype=torch.float64))
+            if not apart <= TOLERANCE:
+                return Outcome("metric", f"step {step}: plain {expected[1]}, ours {result.metrics}; {loop.step.engine}")
+        distance = relative(torch.tensor(expected[0], dtype=torch.float64), torch.tensor(result.loss, dtype=torch.float64))
         if not distance <= TOLERANCE:
-            return Outcome("loss", f"step {step}: plain {expected}, ours {result.loss}; {loop.step.engine}")
+            return Outcome("loss", f"step {step}: plain {expected[0]}, ours {result.loss}; {loop.step.engine}")
         found, apart = differences(plain.picture(), ours.picture())
         worst = max(worst, apart, distance)
         if found:
             return Outcome("objects", f"step {step}: {found[:8]}; {loop.step.engine}")
         one, two = plain.global_state(), ours.global_state()
+        if not job.is_resident:
+            apart_batches = [i for i, (p, o) in enumerate(zip(given[0], given[1])) for a, b in zip(_pair(p), _pair(o)) if not relative(a.detach(), b.detach()) <= TOLERANCE or a.requires_grad != b.requires_grad]
+            if apart_batches:
+                return Outcome("batch", f"step {step}: batches {apart_batches}; {loop.step.engine}")
         if one != two:
             return Outcome("process", f"step {step}: {[(key, one[key], two[key]) for key in one if one[key] != two[key]]}"[:600])
     with ours.active():

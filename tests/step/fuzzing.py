@@ -88,7 +88,7 @@ class Job:
 
 KINDS = {
     "float": Kind(["0.5", "1.5", "2.0", "-1.0", "0.0"], ["{r}", "(2.0 if {r} > 1 else 1.0)", "float({r})", "math.exp({r})", "round({r} * 3)", 'float(f\"\"\"{{{r}:.3f}}\"\"\")']),
-    "int": Kind(["1", "2", "3", "0"], ["{r}", "sum(0.5 for _ in range({r}))", "TABLE[{r}]", "x[{r}].mean()", "x[:, {r}].sum()", "{{1: 0.5, 2: 3.0}}.get({r}, 1.0)", "x.sum(dim={r} % 2).mean()", "(x ** {r}).mean()", "float(len(range({r})))"]),
+    "int": Kind(["1", "2", "3", "0"], ["{r}", "sum(0.5 for _ in range({r}))", "TABLE[{r}]", "x[{r}].mean()", "x[:, {r}].sum()", "{{1: 0.5, 2: 3.0}}.get({r}, 1.0)", "sum(q for q in TABLE[:{r}])", "float(bin({r}).count('1'))", "1.0 * 0.5 ** {r}", "torch.zeros(3, {r} + 1).numel() * 0.1", "(x.roll({r}, 0) * x).mean()", "x.repeat(1, {r} + 1).sum()", "x.sum(dim={r} % 2).mean()", "(x ** {r}).mean()", "float(len(range({r})))"]),
     "bool": Kind(["True", "False", "1", "0"], ["(2.0 if {r} else 1.0)", "{r} * 1.5", "float(not {r})", "(2.0 if {r} is True else 1.0)", "(2.0 if {r} == 1 else 1.0)", "(2.0 if isinstance({r}, bool) else 1.0)", "{{'True': 1.0, '1': 2.0}}.get(str({r}), 3.0)"]),
     "none": Kind(["None", "0.0", "2.5", "''"], ["(1.0 if {r} is None else 2.0)", "({r} or 3.0)", "(1.0 if not {r} else 2.0)", "float(str({r}) == 'None')"]),
     "str": Kind(["'a'", "'b'", "'ab'", "''"], ["{{'a': 1.0, 'b': 2.0}}.get({r}, 3.0)", "float(len({r}))", '{{"k_a": 1.0, "k_b": 2.0}}.get(f\"\"\"k_{{{r}}}\"\"\", 0.5)', "float('a' in {r})", "(2.0 if {r} == 'a' else 1.0)", "(2.0 if {r}.startswith('a') else 1.0)", "{{'A': 3.0}}.get({r}.upper(), 1.0)", "{{'k_a': 1.0}}.get('k_' + {r}, 0.5)", "{{'k_a': 1.0}}.get('k_%s' % {r}, 0.5)", "getattr(TARGET, 'attr_' + {r}, 0.25)"]),
@@ -98,8 +98,8 @@ KINDS = {
     "set": Kind(["{1.0, 2.0}", "{2.0}", "frozenset({1.0, 3.0})", "{1.0, 2.0, 3.0}"], ["float(1.0 in {r})", "float(len({r}))", "sum(sorted({r}))", "float(3.0 in {r})"], ["{r}.add(3.0) if isinstance({r}, set) else None", "{r}.discard(1.0) if isinstance({r}, set) else None", "{r}.clear() if isinstance({r}, set) else None"]),
     "enum": Kind(["Color.RED", "Color.BLUE", "Level.LOW", "Level.HIGH", "Flag.A", "Flag.A | Flag.B"], ["float({r}.value)", "(2.0 if {r} is Color.RED else 1.0)", "(2.0 if {r} == 2 else 1.0)", "{{Color.RED: 2.0}}.get({r}, 1.0)", "float(len(str({r}.name)))", "(2.0 if {r} in (Color.BLUE, Level.HIGH) else 1.0)"]),
     "tensor": Kind(["torch.tensor(2.0)", "torch.tensor(0.5)", "torch.tensor(3.0)", "torch.tensor([1.0, 2.0])", "nn.Parameter(torch.tensor(1.5), requires_grad=False)", "torch.ones(2, 2) * 2"], ["{r}.sum()", "({r} * x.mean()).mean()", "torch.where({r} > 1, 2.0, 1.0).mean()", "{r}.detach().sum()", "torch.clamp({r}, max=1.0).sum()", "float({r}.dim())", "float({r}.shape[0]) if {r}.dim() else 0.5", "(2.0 if {r}.requires_grad else 1.0)", "float({r}.numel())"], ["{r}.fill_(3.0)", "{r}.mul_(2.0)", "setattr({r}, 'data', torch.full_like({r}, 4.0))", "setattr({r}, 'data', torch.ones(3))", "{r}.requires_grad_({r}.is_leaf and False)", "{r}.add_(1)", "{r}.data.add_(1.0)"]),
-    "function": Kind(["double", "negate", "math.sin", "torch.sin", "operator.neg", "abs", "lambda v: v * 4.0", "functools.partial(operator.mul, 3.0)", "F.relu", "nn.ReLU()", "Caller(2.0)", "Caller(3.0).call", "Caller.make"], ["{r}(torch.ones(())) * 1.0 if {r} is not math.sin else 2.5", "{r}(out.mean().detach()) if {r} not in (math.sin,) else 2.5", "float({r} is double)", "(2.0 if callable({r}) and {r} == abs else 1.0)"], ["setattr(double, '__code__', (lambda v: v * 5.0).__code__)", "setattr(double, '__code__', double_again.__code__)", "setattr(Caller, '__call__', lambda self, v: v * 9.0)", "setattr(Caller, 'call', lambda self, v: v * 8.0)", "setattr(Caller, 'make', classmethod(lambda cls, v: v * 7.0))", "setattr(Caller, 'static', staticmethod(lambda v: v * 6.0))", "globals().__setitem__('double', negate)"]),
-    "class": Kind(["Alpha", "Beta", "Gamma", "int", "float", "nn.Linear"], ["float(getattr({r}, 'factor', 0.5))", "(2.0 if {r} is Alpha else 1.0)", "(2.0 if isinstance(THING, {r}) else 1.0)", "(2.0 if issubclass({r}, Alpha) else 1.0)", "float(len({r}.__name__))", "float(getattr({r}(), 'factor', 0.5)) if {r} in (Alpha, Beta, Gamma) else 1.5"], ["setattr(Alpha, 'factor', 4.0)", "setattr(Beta, 'factor', 4.5)", "setattr(Alpha, '__init__', lambda self: setattr(self, 'factor', 8.0))", "globals().__setitem__('THING', Beta())", "setattr(THING, '__class__', Gamma)"]),
+    "function": Kind(["double", "negate", "math.sin", "torch.sin", "operator.neg", "abs", "lambda v: v * 4.0", "functools.partial(operator.mul, 3.0)", "F.relu", "nn.ReLU()", "Caller(2.0)", "Caller(3.0).call", "Caller.make"], ["{r}(torch.ones(())) * 1.0 if {r} is not math.sin else 2.5", "{r}(out.mean().detach()) if {r} not in (math.sin,) else 2.5", "float({r} is double)", "(2.0 if callable({r}) and {r} == abs else 1.0)", "float(len(getattr({r}, '__name__', '')))", "float(len(getattr({r}, '__doc__', None) or ''))"], ["setattr(double, '__code__', (lambda v: v * 5.0).__code__)", "setattr(double, '__code__', double_again.__code__)", "setattr(Caller, '__call__', lambda self, v: v * 9.0)", "setattr(Caller, 'call', lambda self, v: v * 8.0)", "setattr(Caller, 'make', classmethod(lambda cls, v: v * 7.0))", "setattr(Caller, 'static', staticmethod(lambda v: v * 6.0))", "globals().__setitem__('double', negate)"]),
+    "class": Kind(["Alpha", "Beta", "Gamma", "int", "float", "nn.Linear"], ["float(getattr({r}, 'factor', 0.5))", "(2.0 if {r} is Alpha else 1.0)", "(2.0 if isinstance(THING, {r}) else 1.0)", "(2.0 if issubclass({r}, Alpha) else 1.0)", "float(len({r}.__name__))", "float(len({r}.__mro__))", "float(len({r}.__doc__ or ''))", "float(getattr({r}(), 'factor', 0.5)) if {r} in (Alpha, Beta, Gamma) else 1.5"], ["Gamma.__bases__ = (Beta,)", "setattr(Alpha, '__doc__', 'a doc')", "Alpha.__name__ = 'Longer'", "del Gamma.factor", "setattr(Alpha, 'factor', 4.0)", "setattr(Beta, 'factor', 4.5)", "setattr(Alpha, '__init__', lambda self: setattr(self, 'factor', 8.0))", "globals().__setitem__('THING', Beta())", "setattr(THING, '__class__', Gamma)"]),
     "dtype": Kind(["torch.float32", "torch.float64", "torch.int64", "torch.bfloat16"], ["(x * 1.3).to({r}).double().mean()", "torch.full((), 1.7).to({r}).double()", "(2.0 if {r} == torch.float32 else 1.0)", "(2.0 if {r}.is_floating_point else 1.0)", "float({r}.itemsize)", "x.sum(dtype={r}).double()"]),
     "slice": Kind(["slice(0, 2)", "slice(1, None)", "slice(None, None, 2)", "slice(None)"], ["x[:, {r}].sum()", "x[{r}].mean()", "sum(TABLE[{r}])", "float(len(TABLE[{r}]))", "out[..., {r}].mean()"]),
     "complex": Kind(["1 + 2j", "2 + 1j", "0j", "(1 + 0j)"], ["{r}.real", "abs({r})", "{r}.imag", "({r} * {r}).real"]),
@@ -190,7 +190,44 @@ HOMES = {
     "sequence of modules": Home("[c.a{n} for c in {m}.children() if hasattr(c, 'a{n}')][-1]", ["model.act.a{n} = {w}", "model.fc.a{n} = {w}"], init="self.fc.a{n} = {v}"),
     "dunder len": Home("(ident({v}) if len(O{n}) == 2 else EV{n})", ["O{n}.size = 3"], top="O{n} = Sized()\nEV{n} = {v}"),
     "exception": Home("tried{n}()", ["D{n}['k'] = {w}"], top="D{n} = {{}}\ndef tried{n}():\n    try:\n        return D{n}['k']\n    except KeyError:\n        return {v}"),
-    "abc": Home("({v} if isinstance(THING, Registered) else {v})", ["Registered.register(Gamma)"]),
+    "abc": Home("({v} if isinstance(THING, Registered) else ALT{n})", ["ALT{n}_ = None\nglobals()['ALT{n}'] = {w}\nRegistered.register(Gamma)", "globals()['ALT{n}'] = {w}"], top="ALT{n} = {v}"),
+    "instance check": Home("({v} if isinstance(THING, Checked{n}) else ALT{n})", ["globals()['ALT{n}'] = {w}\nCheck{n}.answer = False", "globals()['ALT{n}'] = {w}\nCheck{n}.__instancecheck__ = lambda cls, o: False"], top="ALT{n} = {v}\nclass Check{n}(type):\n    answer = True\n    def __instancecheck__(cls, o):\n        return cls.answer\nclass Checked{n}(metaclass=Check{n}):\n    pass"),
+    "metaclass method": Home("Made{n}.m()", ["Meta{n}.m = lambda cls: {w}", "Meta{n}.m.__code__ = (lambda cls: {w}).__code__", "Made{n}.m = lambda: {w}"], top="class Meta{n}(type):\n    def m(cls):\n        return {v}\nclass Made{n}(metaclass=Meta{n}):\n    pass"),
+    "metaclass property": Home("Made{n}.p", ["Meta{n}.p = property(lambda cls: {w})"], top="class Meta{n}(type):\n    @property\n    def p(cls):\n        return {v}\nclass Made{n}(metaclass=Meta{n}):\n    pass"),
+    "module getattr function": Home("M{n}.lazy", ["M{n}.table['lazy'] = {w}", "M{n}.lazy = {w}"], top="M{n} = types.ModuleType('m{n}')\nM{n}.table = {{'lazy': {v}}}\nM{n}.__getattr__ = lambda name, table=M{n}.table: table[name]"),
+    "reloaded": Home("R{n}.value()", ["exec('def value(): return X', vars(R{n}))\nR{n}.X = {w}", "R{n}.value = lambda: {w}"], top="R{n} = types.ModuleType('m{n}')\nexec('def value(): return X', vars(R{n}))\nR{n}.X = {v}"),
+    "reloaded class": Home("R{n}.K().get()", ["exec('class K:\\n  def get(self): return X', vars(R{n}))\nR{n}.X = {w}", "R{n}.K.get = lambda self: {w}"], top="R{n} = types.ModuleType('m{n}')\nexec('class K:\\n  def get(self): return X', vars(R{n}))\nR{n}.X = {v}"),
+    "shadowed": Home("{m}.s{n}", ["del model.s{n}\nNet.s{n} = {w}", "Net.s{n} = {w}", "Net.s{n} = {w}\nvars(model).pop('s{n}', None)"], cls="s{n} = None", init="self.s{n} = {v}"),
+    "shadowed object": Home("O{n}.v", ["vars(O{n}).pop('v', None)", "Kept{n}.v = property(lambda self: {w})", "Kept{n}.v = {w}"], top="class Kept{n}:\n    v = None\nO{n} = Kept{n}()\nO{n}.v = {v}"),
+    "missing name": Home("late{n}()", ["globals()['LATE{n}'] = {w}"], top="def late{n}():\n    try:\n        return LATE{n}\n    except NameError:\n        return {v}"),
+    "in globals": Home("(LATE{n} if 'LATE{n}' in globals() else {v})", ["globals()['LATE{n}'] = {w}"]),
+    "bases": Home("Low{n}().v", ["Low{n}.__bases__ = (Other{n},)\nOther{n}.v = {w}", "High{n}.v = {w}"], top="class High{n}:\n    v = {v}\nclass Other{n}:\n    v = {v}\nclass Low{n}(High{n}):\n    pass"),
+    "bases of kept": Home("LOW{n}.v", ["Low{n}.__bases__ = (Other{n},)\nOther{n}.v = {w}", "Low{n}.v = {w}", "LOW{n}.__class__ = Other{n}\nOther{n}.v = {w}"], top="class High{n}:\n    v = {v}\nclass Other{n}:\n    v = {v}\nclass Low{n}(High{n}):\n    pass\nLOW{n} = Low{n}()"),
+    "base method": Home("LOW{n}.m()", ["Low{n}.__bases__ = (Other{n},)\nOther{n}.m = lambda self: {w}", "High{n}.m = lambda self: {w}", "LOW{n}.m = lambda: {w}"], top="class High{n}:\n    def m(self):\n        return {v}\nclass Other{n}:\n    def m(self):\n        return {v}\nclass Low{n}(High{n}):\n    pass\nLOW{n} = Low{n}()"),
+    "single dispatch": Home("disp{n}(THING)", ["disp{n}.register(Gamma)(lambda o: {w})", "disp{n}.register(Alpha, lambda o: {w})"], top="@functools.singledispatch\ndef disp{n}(o):\n    return {v}"),
+    "attrgetter": Home("A{n}(O{n})", ["O{n}.value = {w}", "globals()['A{n}'] = operator.attrgetter('other')\nO{n}.other = {w}"], top="O{n} = Caller({v})\nA{n} = operator.attrgetter('value')"),
+    "methodcaller": Home("A{n}(O{n})", ["O{n}.value = {w}", "Caller.get = lambda self: {w}"], top="O{n} = Caller({v})\nA{n} = operator.methodcaller('get')"),
+    "call": Home("O{n}()", ["Kept{n}.__call__ = lambda self: {w}", "O{n}.v = {w}"], top="class Kept{n}:\n    def __init__(self):\n        self.v = {v}\n    def __call__(self):\n        return self.v\nO{n} = Kept{n}()"),
+    "getitem": Home("O{n}[0]", ["Kept{n}.__getitem__ = lambda self, at: {w}", "O{n}.v = {w}"], top="class Kept{n}:\n    def __init__(self):\n        self.v = {v}\n    def __getitem__(self, at):\n        return self.v\nO{n} = Kept{n}()"),
+    "missing": Home("O{n}['gone']", ["Kept{n}.__missing__ = lambda self, key: {w}", "O{n}['gone'] = {w}"], top="class Kept{n}(dict):\n    def __missing__(self, key):\n        return {v}\nO{n} = Kept{n}()"),
+    "default factory": Home("(O{n}['gone'] if 'gone' in O{n} else {v})", ["O{n}['gone'] = {w}"], top="O{n} = defaultdict(lambda: {v})"),
+    "list subclass": Home("O{n}.v", ["O{n}.v = {w}", "Kept{n}.v = {w}\nvars(O{n}).pop('v', None)"], top="class Kept{n}(list):\n    pass\nO{n} = Kept{n}([1.0])\nO{n}.v = {v}"),
+    "dict subclass": Home("O{n}['k']", ["O{n}['k'] = {w}", "Kept{n}.__getitem__ = lambda self, key: {w}"], top="class Kept{n}(dict):\n    def __getitem__(self, key):\n        return super().__getitem__(key)\nO{n} = Kept{n}(k={v})"),
+    "ordered dict": Home("list(O{n}.values())[0]", ["O{n}['a'] = {w}", "O{n}['b'] = {w}\nO{n}.move_to_end('b', last=False)"], top="O{n} = OrderedDict(a={v})"),
+    "autograd function": Home("(Times{n}.apply(out), G{n})[1]", ["globals()['G{n}'] = {w}"], top="G{n} = {v}\nclass Times{n}(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, a):\n        return a * 2\n    @staticmethod\n    def backward(ctx, g):\n        return g * 2"),
+    "module of modules": Home("{m}.child{n}.v", ["model.child{n} = Child{n}()\nmodel.child{n}.v = {w}", "model.child{n}.v = {w}", "Child{n}.v = {w}\nvars(model.child{n}).pop('v', None)"], init="self.child{n} = Child{n}()\nself.child{n}.v = {v}", top="class Child{n}(nn.Module):\n    v = None"),
+    "module dict": Home("{m}.kids{n}['k'].v", ["model.kids{n}['k'].v = {w}", "model.kids{n}['k'] = nn.Identity()\nmodel.kids{n}['k'].v = {w}"], init="self.kids{n} = nn.ModuleDict({{'k': nn.Identity()}})\nself.kids{n}['k'].v = {v}"),
+    "hook of module": Home("hooked{n}({m})", ["G{n}[0] = {w}"], top="G{n} = [{v}]\ndef hooked{n}(model):\n    return G{n}[0]"),
+    "lambda in dict": Home("D{n}['f']()", ["D{n}['f'] = lambda: {w}", "D{n}['f'].__code__ = (lambda: {w}).__code__"], top="D{n} = {{'f': lambda: {v}}}"),
+    "lambda in closure": Home("call{n}()", ["call{n}.__closure__[0].cell_contents = lambda: {w}"], top="def make{n}():\n    inner = lambda: {v}\n    def call():\n        return inner()\n    return call\ncall{n} = make{n}()"),
+    "two closures": Home("calls{n}[1]()", ["calls{n}.reverse()", "calls{n}[1] = lambda: {w}"], top="def make{n}(value):\n    return lambda: value\ncalls{n} = [make{n}({v}), make{n}({v})]"),
+    "string key": Home("getattr(Hold{n}, 'k' + KEY{n})", ["globals()['KEY{n}'] = 'b'\nHold{n}.kb = {w}", "Hold{n}.ka = {w}"], top="KEY{n} = 'a'\nclass Hold{n}:\n    ka = {v}"),
+    "zip": Home("dict(zip(KEYS{n}, VALUES{n}))['a']", ["VALUES{n}[0] = {w}", "KEYS{n}.reverse()\nVALUES{n}[1] = {w}"], top="KEYS{n} = ['a', 'b']\nVALUES{n} = [{v}, {v}]"),
+    "annotations": Home("get_note{n}()", ["Hold{n}.__annotations__['k'] = {w}"], top="class Hold{n}:\n    k: int = 1\nHold{n}.__annotations__['k'] = {v}\ndef get_note{n}():\n    return Hold{n}.__annotations__['k']"),
+    "class with slots": Home("O{n}.v", ["O{n}.v = {w}", "Slot{n}.v = property(lambda self: {w})"], top="class Slot{n}:\n    __slots__ = ('v',)\nO{n} = Slot{n}()\nO{n}.v = {v}"),
+    "args": Home("take{n}(*ARGS{n}, **KW{n})", ["KW{n}['v'] = {w}", "ARGS{n}.append({w})"], top="ARGS{n} = []\nKW{n} = {{'v': {v}}}\ndef take{n}(*args, v=None):\n    return args[0] if args else v"),
+    "config": Home("CFG{n}.train.weight", ["CFG{n}.train.weight = {w}", "CFG{n}.train = types.SimpleNamespace(weight={w})"], top="CFG{n} = types.SimpleNamespace(train=types.SimpleNamespace(weight={v}))"),
+    "trainer": Home("TRAINER{n}.weight_now()", ["TRAINER{n}.weight = {w}", "Trainer{n}.weight_now = lambda self: {w}", "Trainer{n}.default = {w}\nvars(TRAINER{n}).pop('weight', None)"], top="class Trainer{n}:\n    default = {v}\n    def __init__(self):\n        self.weight = {v}\n    def weight_now(self):\n        return getattr(self, 'weight', self.default)\nTRAINER{n} = Trainer{n}()"),
     "weakref": Home("W{n}().value", ["O{n}.value = {w}"], top="O{n} = Caller({v})\nW{n} = weakref.ref(O{n})"),
     "deque": Home("Q{n}[0]", ["Q{n}[0] = {w}", "Q{n}.appendleft({w})"], top="Q{n} = deque([{v}], maxlen=3)"),
     "chain map": Home("Q{n}['a']", ["Q{n}['a'] = {w}", "Q{n}.maps[0]['a'] = {w}"], top="Q{n} = ChainMap({{}}, {{'a': {v}}})"),
@@ -357,7 +394,7 @@ class DictBatch(dict):
 NETS = {
     "mlp": ("self.fc = nn.Linear(4, 6)\nself.act = nn.Tanh()\nself.head = nn.Linear(6, 3)", "h = self.act(self.fc(x))\nout = self.head(h)"),
     "dropout": ("self.fc = nn.Linear(4, 6)\nself.act = nn.Dropout(0.3)\nself.head = nn.Linear(6, 3)", "h = self.act(self.fc(x)).tanh()\nout = self.head(h)"),
-    "batch norm": ("self.fc = nn.Linear(4, 6)\nself.act = nn.BatchNorm1d(6)\nself.head = nn.Linear(6, 3)", "h = self.act(self.fc(x)).tanh()\nout = self.head(h)"),
+    "batch norm": ("self.fc = nn.Linear(4, 6, bias=False)\nself.act = nn.BatchNorm1d(6)\nself.head = nn.Linear(6, 3)", "h = self.act(self.fc(x)).tanh()\nout = self.head(h)"),
     "layer norm": ("self.fc = nn.Linear(4, 6)\nself.act = nn.LayerNorm(6)\nself.head = nn.Linear(6, 3)", "h = F.gelu(self.act(self.fc(x)))\nout = self.head(h)"),
     "sequential": ("self.fc = nn.Linear(4, 6)\nself.act = nn.Tanh()\nself.head = nn.Linear(6, 3)\nself.body = nn.Sequential(self.fc, self.act, nn.Sequential(self.head))", "out = self.body(x)"),
     "list": ("self.fc = nn.Linear(4, 4)\nself.act = nn.Tanh()\nself.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])\nself.head = nn.Linear(4, 3)", "h = self.fc(x)\nfor layer in self.layers:\n    h = h + self.act(layer(h))\nout = self.head(h)"),
@@ -443,6 +480,19 @@ QUIRKS = [
     "loss = loss + torch.where(GLOBAL_TENSOR > 1, 2.0, 1.0).mean()",
     "GLOBAL_TENSOR.add_(0.1)\nloss = loss + GLOBAL_TENSOR.mean()",
     "loss = loss + 0.1 * GLOBAL_MODULE(out).mean()",
+    "x.mul_(0.9)", "y.add_(0.1)\nloss = loss + F.mse_loss(out, y)", "x[0] = 0.0\nloss = loss + x.mean()", "x.requires_grad_()\nloss = loss + model(x).mean()",
+    "loss = loss + torch.rand(3, generator=GENERATOR, dtype=x.dtype).mean()",
+    "loss = loss + 0.01 * next(ITERATOR)", "loss = loss + 0.01 * next(GENERATED)", "list.append(LOG, 1.0)\nloss = loss + 0.01 * len(LOG)", "heapq.heappush(LOG, 1.0)", "operator.setitem(COUNTER, 'n', COUNTER.get('n', 0) + 1)\nloss = loss + 0.01 * COUNTER['n']",
+    "TALLY.update(['a'])\nloss = loss + 0.01 * TALLY['a']", "RING.rotate(1)\nloss = loss + 0.01 * RING[0]", "vars(model)['n'] = vars(model).get('n', 0) + 1\nloss = loss + 0.01 * model.n", "globals()['N'] = globals().get('N', 0) + 1\nloss = loss + 0.01 * N", "Net.count_of_class = getattr(Net, 'count_of_class', 0) + 1\nloss = loss + 0.01 * Net.count_of_class", "forward.calls = getattr(forward, 'calls', 0) + 1\nloss = loss + 0.01 * forward.calls",
+    "loss = loss + 0.01 * bump()", "loss = loss + 0.01 * bump_global()", "loss = loss + 0.01 * BUMPER.next()", "loss = loss + 0.01 * BUMPER.value\nBUMPER.value += 1", "loss = loss + 0.01 * BUMPER.counted",
+    "sys_random.shuffle(SHUFFLED)\nloss = loss + 0.01 * SHUFFLED[0]", "loss = loss + 0.01 * float(np.random.default_rng(3).random())", "print('step')", "sys.stdout.write('step')", "QUEUE.put(1)\nloss = loss + 0.01 * QUEUE.qsize()", "VARIABLE.set(VARIABLE.get() + 1)\nloss = loss + 0.01 * VARIABLE.get()", "os.environ['FUZZ_N'] = str(int(os.environ.get('FUZZ_N', '0')) + 1)\nloss = loss + 0.01 * int(os.environ['FUZZ_N'])",
+    "loss = loss + 0.1 * Scaled.apply(out).mean()", "loss = loss + 0.1 * Backward.apply(out).mean()", "loss = loss + Counted.apply(out).mean()",
+    "loss = loss + torch.utils.checkpoint.checkpoint(lambda t: t.square().mean() * SCALES[0], out, use_reentrant=False)", "loss = loss + torch.vmap(lambda v: v.sum() * SCALES[0])(out).mean()", "loss = loss + allowed(out)", "loss = loss + scripted(out)", "out.register_hook(lambda g: g * SCALES[0])\nloss = loss + out.mean()", "loss.register_hook(lambda g: g * 2)", "out.retain_grad()", "OPT.zero_grad()",
+    "loss = loss + torch.autograd.grad(out.sum(), model.head.weight, create_graph=True)[0].square().mean() if hasattr(model.head, 'weight') else loss",
+    "buffer = io.StringIO()\nbuffer.write('a')\nloss = loss + 0.01 * len(buffer.getvalue())", "with torch.random.fork_rng():\n    loss = loss + torch.rand(()) * 0.1", "loss = loss + 0.1 * torch.get_rng_state()[0].double() / 256", "model.mean_of = loss.detach()", "KEPT.copy_(out.detach().mean())\nloss = loss + KEPT", "KEPT_LIST[0] = KEPT_LIST[0] + out.detach().mean()\nloss = loss + KEPT_LIST[0]", "KEPT_LIST.append(out)", "loss = loss + 0.1 * sum(t.mean() for t in KEPT_LIST)",
+    "loss = loss + 0.1 * float(model.fc.weight._version > 100)", "loss = loss + 0.001 * float(model.head.weight.data_ptr() == 0) if hasattr(model.head, 'weight') else loss", "loss = loss + (0.1 if model.head.weight.grad is None else 0.5) if hasattr(model.head, 'weight') else loss", "loss = loss + 0.01 * len(OPT.state)", "loss = loss + 0.01 * len(OPT.param_groups)", "loss = loss + (model.head.weight - SHADOW).square().mean() if hasattr(model.head, 'weight') and model.head.weight.shape == SHADOW.shape else loss",
+    "loss = loss + 0.1 * sum(p.mean() for p in OPT.param_groups[0]['params'])", "loss = loss + 0.1 * sum(s['exp_avg'].mean() for s in OPT.state.values() if 'exp_avg' in s)", "loss = torch.where(loss > 1e9, loss * float('nan'), loss)", "loss = loss + torch.sqrt((out * 0).sum())", "loss = loss + (out.mean() if threading.current_thread() is threading.main_thread() else 0.0)",
+    "loss = loss + 0.01 * id(model) % 2 * 0", "loss = loss + 0.1 * hash('a') % 2 * 0", "loss = loss + 0.01 * float(cached(2.0))", "loss = loss + 0.01 * LAZY.value", "model.lazy = getattr(model, 'lazy', None) or 2.0\nloss = loss * model.lazy", "loss = loss + functools.reduce(operator.add, [p.sum() for p in model.parameters()]) * 0.01", "loss = loss + 0.01 * int(x.shape[0] * 1.5)", "loss = loss + 0.1 * torch.tensor(SCALES).sum()", "loss = loss + 0.1 * torch.as_tensor(ARRAY).sum()", "loss = loss + 0.1 * torch.from_numpy(ARRAY).sum()", "loss = loss + 0.1 * float(ARRAY[0])", "loss = loss + 0.1 * SHARED.sum()\nARRAY[0] += 1",
 ]
 
 QUIRK_TOP = '''
@@ -456,6 +506,95 @@ torch.manual_seed(99)
 GLOBAL_MODULE = nn.Linear(3, 2).requires_grad_(False)
 def h_of(model, x):
     return torch.ones(5, 6, dtype=x.dtype) * x.mean()
+import heapq, io, queue
+GENERATOR = torch.Generator().manual_seed(11)
+ITERATOR = iter([float(i) for i in range(1000)])
+GENERATED = (float(i) for i in range(1000))
+TALLY = collections.Counter()
+RING = deque([1.0, 2.0, 3.0])
+SHUFFLED = [1.0, 2.0, 3.0, 4.0]
+QUEUE = queue.Queue()
+VARIABLE = contextvars.ContextVar('fuzz', default=0)
+SCALES = [2.0, 3.0]
+ARRAY = np.array([1.0, 2.0])
+SHARED = torch.from_numpy(ARRAY)
+KEPT = torch.zeros(())
+KEPT_LIST = [torch.zeros(())]
+SHADOW = torch.ones(3, 6)
+N = 0
+METRIC = {'scale': 2.0}
+def metric(loss, out, y):
+    return (out - y).abs().mean() * METRIC['scale']
+class Criterion(nn.SmoothL1Loss):
+    pass
+CRITERION = Criterion()
+def make_bump():
+    count = 0
+    def bump():
+        nonlocal count
+        count += 1
+        return count
+    return bump
+bump = make_bump()
+def bump_global():
+    global N
+    N += 1
+    return N
+class Bumper:
+    def __init__(self):
+        self.value = 0
+    def next(self):
+        self.value += 1
+        return self.value
+    @property
+    def counted(self):
+        self.value += 1
+        return self.value
+BUMPER = Bumper()
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        return a * SCALES[0]
+    @staticmethod
+    def backward(ctx, g):
+        return g * SCALES[1]
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        ctx.scale = SCALES[0]
+        ctx.save_for_backward(a)
+        return a.square()
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0] * ctx.scale * double(1.0)
+class Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        return a * 1.0
+    @staticmethod
+    def backward(ctx, g):
+        COUNTER['backward'] = COUNTER.get('backward', 0) + 1
+        return g * COUNTER['backward']
+@torch.compiler.allow_in_graph
+def allowed(t):
+    return t.mean() * SCALES[0]
+@torch.jit.ignore
+def _ignored(t):
+    return t
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    @torch.jit.script
+    def scripted(t):
+        return t.mean() * 2
+@functools.lru_cache
+def cached(v):
+    return v * SCALES[0]
+class LazyValue:
+    @functools.cached_property
+    def value(self):
+        return SCALES[0]
+LAZY = LazyValue()
 def time_like():
     return float(len(LOG))
 '''
@@ -502,10 +641,13 @@ MODEL_CHANGES = [
     "globals()['model_copy'] = copy.deepcopy(model)", "globals()['model_copy'] = copy.copy(model)", "copy.deepcopy(opt)", "globals()['pickled'] = len(__import__('pickle').dumps(model.state_dict()))",
     "torch.set_default_dtype(torch.float32)", "torch.set_num_threads(2)", "torch.use_deterministic_algorithms(True)", "torch.autograd.set_detect_anomaly(True)", "torch.set_grad_enabled(True)",
     "sys_random.seed(3); np.random.seed(3); torch.manual_seed(4)", "globals()['GLOBAL_TENSOR'] = torch.full((3,), 4.0)", "GLOBAL_TENSOR.fill_(5.0)", "GLOBAL_MODULE.weight.data.fill_(1.0)", "GLOBAL_MODULE.register_forward_hook(lambda m, i, o: o * 3)", "GLOBAL_MODULE.weight.requires_grad_(True)", "globals()['GLOBAL_MODULE'] = nn.Linear(3, 2).double().requires_grad_(False)", "GLOBAL_MODULE.bias = None",
-    "LOG.append(1.0)", "COUNTER['n'] = 50", "for p in model.parameters():\n    p.grad = torch.ones_like(p)", "model.zero_grad()", "model.to(memory_format=torch.preserve_format)",
+    "LOG.append(1.0)", "COUNTER['n'] = 50", "SCALES[0] = 7.0", "SCALES[1] = 8.0", "SCALES[:] = [5.0, 6.0]", "globals()['SCALES'] = [9.0, 9.5]", "ARRAY[0] = 5.0", "globals()['ARRAY'] = np.array([4.0])", "Scaled.forward = staticmethod(lambda ctx, a: a * 11.0)", "Backward.backward = staticmethod(lambda ctx, g: g * 12.0)", "Scaled.backward = staticmethod(lambda ctx, g: g * 13.0)", "BUMPER.value = 100", "Bumper.next = lambda self: 40", "VARIABLE.set(9)", "KEPT.fill_(3.0)", "KEPT_LIST.append(torch.ones(()))", "globals()['KEPT_LIST'] = [torch.ones(())]", "SHADOW.copy_(torch.full((3, 6), 0.5))", "globals()['SHADOW'] = torch.zeros(3, 6)", "GENERATOR.manual_seed(5)", "for p in model.parameters():\n    p.grad = torch.ones_like(p)", "model.zero_grad()", "model.to(memory_format=torch.preserve_format)",
     "nn.Tanh.forward = lambda self, x: torch.sigmoid(x)", "F.mse_loss = lambda a, b: (a - b).abs().mean()", "torch.tanh = torch.sigmoid", "nn.Linear.forward = lambda self, x: F.linear(x, self.weight, self.bias) * 1.5", "F.linear = lambda x, w, b=None: x @ w.t()",
     "F.gelu = torch.relu", "nn.Dropout.forward = lambda self, x: x * 0.5", "nn.Module.__call__ = lambda self, *a, **k: self.forward(*a, **k) * 1.2", "nn.Module.named_parameters.__defaults__ = ('x', True, True)",
-    "math.exp = math.sin",
+    "math.exp = math.sin", "globals()['sum'] = lambda *a: 5.0", "globals()['float'] = lambda *a: 7.0", "globals()['len'] = lambda *a: 4", "globals()['getattr'] = lambda *a: 0.75", "globals()['isinstance'] = lambda *a: True", "globals()['range'] = lambda *a: [1, 2]", "globals()['max'] = min", "globals()['list'] = tuple", "globals()['hasattr'] = lambda *a: False", "globals()['next'] = lambda *a: 0.5", "globals()['abs'] = lambda v: 3.0", "globals()['F'] = types.SimpleNamespace(**{**vars(torch.nn.functional), 'mse_loss': lambda a, b: (a - b).abs().sum()})", "globals()['ident'] = lambda v: (v, v)[0]", "globals()['math'] = types.SimpleNamespace(exp=math.cos, sin=math.sin, isnan=math.isnan, copysign=math.copysign)",
+    "model.mid.weight.data = model.fc.weight.data if hasattr(model, 'mid') else model.head.weight.data", "model.layers[0].weight.data = model.fc.weight.data", "model.layers[0].weight.data = model.layers[1].weight.data", "model.layers[0].weight = model.layers[1].weight", "model.head.bias.data = model.head.weight.data[:, 0]", "model.mean.data = model.fc.bias.data", "GLOBAL_TENSOR.data = model.head.bias.data", "opt.state[model.head.weight] = {}", "model.fc.weight.data = model.fc.weight.data.t().contiguous().t()", "model.head.weight.data = model.head.weight.data.float()",
+    "metric.__code__ = (lambda loss, out, y: out.sum()).__code__", "METRIC['scale'] = 3.0", "globals()['METRIC'] = {'scale': 4.0}",
+    "CRITERION.label_smoothing = 0.1", "CRITERION.weight = torch.tensor([1.0, 2.0, 3.0])", "CRITERION.reduction = 'sum'", "CRITERION.forward = lambda o, t: (o - t).square().mean() * 2", "type(CRITERION).forward = lambda self, o, t: (o - t).square().mean() * 3", "CRITERION.beta = 0.3", "CRITERION.register_forward_hook(lambda m, i, o: o * 2)",
     "model.fc.bias = None", "del model.fc.bias\nmodel.fc.bias = None", "model.fc.register_parameter('bias', None)", "model.head.in_features = 99", "model.fc.padding = (0,); model.fc.kernel_size = (1,)", "model.act.momentum = 0.9", "model.act.eps = 0.5", "model.act.track_running_stats = False", "model.act.reset_running_stats() if hasattr(model.act, 'reset_running_stats') else None", "model.act.running_mean = torch.ones(6)", "model.act.num_batches_tracked = None",
     "model.act.normalized_shape = (6,)", "model.act.inplace = True", "model.fc.flatten_parameters() if hasattr(model.fc, 'flatten_parameters') else None", "model.apply(lambda m: m.__dict__.__setitem__('tag', 1))", "model.requires_grad_(False); model.requires_grad_(True)", "model.share_memory()", "OwnSGD.damp = 0.5", "opt.damp = 0.25", "OwnSGD.step = lambda self, closure=None: None", "OwnAdam.damp = 0.5",
     "opt.__class__ = torch.optim.SGD if isinstance(opt, OwnSGD) else opt.__class__", "opt.step = lambda closure=None: None", "type(opt).step = type(opt).step", "opt.param_groups[0]['params'] = list(opt.param_groups[0]['params'])", "opt.param_groups.append(opt.param_groups.pop())", "opt.zero_grad = lambda set_to_none=True: None",
@@ -527,6 +669,10 @@ def patched_linear(self, x):
 def model_head(x):
     return x[:, :3] * 2
 '''
+
+
+NAMES = ["SCALES", "ARRAY", "SHARED", "GLOBAL_TENSOR", "GLOBAL_MODULE", "COUNTER", "LOG", "Scaled", "Backward", "BUMPER", "Bumper", "VARIABLE", "KEPT", "KEPT_LIST", "SHADOW", "GENERATOR", "named_buffers", "requires_grad"]
+"""Of the quirks: what changes go with them."""
 
 
 def indented(text: str, by: int) -> str:
@@ -589,6 +735,9 @@ def draw_job(seed: int) -> Job:
         quirk = rng.choice(QUIRKS)
         in_forward.append(quirk)
         traits.append("quirk")
+        related = [each for each in MODEL_CHANGES if any(name in quirk and name in each for name in NAMES)]
+        if related and rng.random() < 0.6:
+            changes.append(Change(rng.randrange(2, steps), rng.choice(related)))
     for _ in range(rng.choice([0, 0, 1, 1, 2]) if top else rng.choice([1, 2])):
         changes.append(Change(rng.randrange(2, steps), rng.choice(MODEL_CHANGES)))
     changes.sort(key=lambda change: change.step)
@@ -602,6 +751,10 @@ def draw_job(seed: int) -> Job:
         options["clip_norm"] = 0.5
     if rng.random() < 0.05:
         options["clip_value"] = 0.05
+    if rng.random() < 0.15:
+        options["metrics"] = "metric"
+    if rng.random() < 0.1 and not in_forward and not needs_dict:
+        options["loss"] = "CRITERION"
     return Job(seed, source, changes, steps, options, is_resident, rng.random() < 0.05, traits)
 
 

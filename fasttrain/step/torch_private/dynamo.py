@@ -78,6 +78,7 @@ class DynamoCapture:
         objects: every Python object that a guard looks at, and what the user calls it, with the line. While they are
             alive, none of their ids is used again.
         codes: the code that Dynamo followed, in order.
+        names: the attributes and keys that guards ask for.
     """
 
     def __init__(self, function: FunctionType, output: Any, guards: Any, scope: dict[str, Any]) -> None:
@@ -89,6 +90,7 @@ class DynamoCapture:
         sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
         self.objects = _reached(captured.output_graph.guards, scope, function.__globals__)
+        self.names = {name for guard in captured.output_graph.guards for name in re.findall(r"\w+", guard.name)}
         self._backend_id: str = output.backend_input.backend_id
         names: dict[str, Any] = {
             **function.__globals__,
