@@ -13,9 +13,10 @@ import gc
 import os
 import sys
 from abc import ABCMeta, get_cache_token
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -198,8 +199,12 @@ class Capture:
         kinds = _classes([value for value, _ in self._dynamo.objects])
         for kind in kinds:
             yield from _facts_of_class(kind, names, followed)
+        may_catch = any(code.co_exceptiontable for code in followed if not _is_torchs(code))
         for value, name in self._dynamo.objects:
-            yield from _facts_of_object(value, name, names)
+            yield from _facts_of_object(value, name, names, may_catch=may_catch)
+        if not {"environ", "getenv"}.isdisjoint(names):
+            environment: dict[Any, Any] = vars(os.environ)["_data"]
+            yield Fact("the environment", "{} == {}", (environment, dict(environment)))
         if any(isinstance(kind, ABCMeta) for kind in kinds):
             yield Fact("what is registered with abstract classes", "{}() == {}", (get_cache_token, get_cache_token()))
         for table in global_module_hooks():
@@ -320,9 +325,18 @@ class _Input:
 
 def _refuse_unfit(dynamo: DynamoCapture) -> None:
     """Raises EngineError for what Dynamo follows with other results than Python's."""
+    asks_for_classes = any({"isinstance", "issubclass"}.intersection(code.co_names) for code in dynamo.codes)
     for value, name in dynamo.objects:
+        if asks_for_classes and isinstance(value, type) and _answers_itself(type(value)):
+            raise EngineError(f"forward asks for instances of {name}, whose class answers by code that is not followed")
         if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
             raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
+
+
+def _answers_itself(kind: type) -> bool:
+    """Whether classes of this metaclass answer `isinstance` or `issubclass` by code of the user's."""
+    asked = (getattr(kind, "__instancecheck__", None), getattr(kind, "__subclasscheck__", None))
+    return any(isinstance(each, FunctionType) and not _is_library(kind) for each in asked)
 
 
 def _refuse_made_anew(inputs: Sequence[GraphInput], found: Sequence[Any], again: Sequence[Any]) -> None:
@@ -413,17 +427,22 @@ def _facts_of_class(kind: type, names: frozenset[str], codes: set[CodeType]) -> 
         yield Fact(reason, "{}.isdisjoint({})", (table.keys(), names.difference(table)))
 
 
-def _facts_of_object(value: Any, name: str, names: frozenset[str]) -> Iterator[Fact]:
-    """An object that answers by a `__getattr__` of its own still does: Dynamo does not look whether it has the attribute."""
-    asked = next((vars(base)["__getattr__"] for base in type(value).__mro__ if "__getattr__" in vars(base)), None)
-    if not isinstance(asked, FunctionType) or asked is nn.Module.__getattr__ or not hasattr(value, "__dict__"):
+def _facts_of_object(value: Any, name: str, names: frozenset[str], *, may_catch: bool) -> Iterator[Fact]:
+    """What an object was found to lack has not come.
+
+    Dynamo does not look for it again where the class answers by a `__getattr__` of its own, nor (`may_catch`) where the
+    user's code catches the error.
+    """
+    if type(value) in (dict, list, OrderedDict, defaultdict) and may_catch:
+        yield Fact(f"the length of {name}", "len({}) == {}", (value, len(value)))
+    if isinstance(value, type | ModuleType) or not hasattr(value, "__dict__"):
         return
-    tables = [vars(value)]
-    if isinstance(value, nn.Module):
-        tables += [vars(value)[each] for each in ("_parameters", "_buffers", "_modules")]
-    for table in tables:
-        absent = names.difference(table)
-        yield Fact(f"a new attribute of {name}", "{}.isdisjoint({})", (table.keys(), absent))
+    asked = next((vars(base)["__getattr__"] for base in type(value).__mro__ if "__getattr__" in vars(base)), None)
+    if may_catch or (isinstance(asked, FunctionType) and asked is not nn.Module.__getattr__):
+        own = vars(value)
+        tables = [own, *(own[each] for each in ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module))]
+        for table in tables:
+            yield Fact(f"a new attribute of {name}", "{}.isdisjoint({})", (table.keys(), names.difference(table)))
 
 
 def _codes_of(value: Any) -> Iterator[CodeType]:

@@ -131,7 +131,7 @@ class Picture:
         elif isinstance(value, random.Random):
             self.leaves[path] = ("random", hash(value.getstate()))
         elif isinstance(value, types.ModuleType):
-            if value.__name__ == "fuzz_home" or re.fullmatch(r"m\d", value.__name__):
+            if value.__name__ == "fuzz_home" or re.search(r"_m\d$", value.__name__):
                 self._attributes(path, value)
         elif isinstance(value, itertools.count):
             self.leaves[path] = ("count", repr(value))
@@ -306,7 +306,8 @@ class Side:
         return None
 
     def close(self) -> None:
-        sys.modules.pop(self.name, None)
+        for name in [name for name in sys.modules if name.startswith(self.name)]:
+            del sys.modules[name]
 
     def picture(self) -> Picture:
         return Picture(self.module, {"model": self.env["model"], "opt": self.env["opt"], "opt_state": _optimizer_state(self.env)})
