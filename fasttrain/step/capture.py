@@ -325,6 +325,8 @@ class _Input:
 
 def _refuse_unfit(dynamo: DynamoCapture) -> None:
     """Raises EngineError for what Dynamo follows with other results than Python's."""
+    if nn.Module.__call__ is not nn.Module._wrapped_call_impl:  # pyright: ignore[reportPrivateUsage]
+        raise EngineError("torch.nn.Module.__call__ was replaced, which a compiled step would not notice")
     asks_for_classes = any({"isinstance", "issubclass"}.intersection(code.co_names) for code in dynamo.codes)
     for value, name in dynamo.objects:
         if asks_for_classes and isinstance(value, type) and _answers_itself(type(value)):
