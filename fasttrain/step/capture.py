@@ -2,8 +2,8 @@
 
 Dynamo follows the user's code without running it and guards every Python value that it reads. Three things are left to
 this module: tensors are inputs of the graph and are read anew before each step; classes and functions whose code was
-followed must still be the same; and what a graph cannot repeat (side effects, numpy, Python's random numbers) is refused
-with the user's line.
+followed must still be the same; and what a graph cannot repeat (side effects, numpy, Python's random numbers) is
+refused with the user's line.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from abc import ABCMeta, get_cache_token
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple, cast
@@ -196,7 +197,8 @@ class Capture:
         yield from _facts_of_functions(functions)
         yield from _facts_of_globals(functions)
         names = _DUNDERS.union(self._dynamo.names, *map(_names_in, followed))
-        kinds = _classes([value for value, _ in self._dynamo.objects])
+        # Dynamo does not guard a class that a closure holds.
+        kinds = _classes([*(value for value, _ in self._dynamo.objects), *_named_in(functions)])
         for kind in kinds:
             yield from _facts_of_class(kind, names, followed)
         may_catch = any(code.co_exceptiontable for code in followed if not _is_torchs(code))
@@ -328,9 +330,13 @@ def _refuse_unfit(dynamo: DynamoCapture) -> None:
     if nn.Module.__call__ is not nn.Module._wrapped_call_impl:  # pyright: ignore[reportPrivateUsage]
         raise EngineError("torch.nn.Module.__call__ was replaced, which a compiled step would not notice")
     asks_for_classes = any({"isinstance", "issubclass"}.intersection(code.co_names) for code in dynamo.codes)
-    for value, name in dynamo.objects:
+    named = _named_in(_functions_of({code for code in dynamo.codes if not _is_torchs(code)}))
+    for value in (*named, *(value for value, _ in dynamo.objects)):
         if asks_for_classes and isinstance(value, type) and _answers_itself(type(value)):
-            raise EngineError(f"forward asks for instances of {name}, whose class answers by code that is not followed")
+            raise EngineError(
+                f"forward asks for instances of {value.__qualname__}, whose class answers by code that is not followed"
+            )
+    for value, name in dynamo.objects:
         if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
             raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
 
@@ -360,6 +366,10 @@ def _facts_of_functions(functions: Sequence[FunctionType]) -> Iterator[Fact]:
         reason = f"the code of {function.__qualname__}"
         yield Fact(reason, "{}.__code__ is {}", (function, function.__code__))
         yield Fact(reason, "{}.__defaults__ is {}", (function, function.__defaults__))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # nothing in it yet
+                if callable(cell.cell_contents):
+                    yield Fact(f"what {name} is", "{}.cell_contents is {}", (cell, cell.cell_contents))
 
 
 def _facts_of_globals(functions: Sequence[FunctionType]) -> Iterator[Fact]:
@@ -369,6 +379,17 @@ def _facts_of_globals(functions: Sequence[FunctionType]) -> Iterator[Fact]:
         names = {name for each in functions if id(each.__globals__) == key for name in _names_in(each.__code__)}
         absent = frozenset(names.difference(table))
         yield Fact("a new global that hides a builtin", "{}.isdisjoint({})", (table.keys(), absent))
+
+
+def _named_in(functions: Sequence[FunctionType]) -> Iterator[Any]:
+    """What functions name: what they close over, and globals."""
+    for function in functions:
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):
+                yield cell.cell_contents
+        for name in _names_in(function.__code__):
+            if name in function.__globals__:
+                yield function.__globals__[name]
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
