@@ -1,7 +1,7 @@
 """What a traced step depends on besides its inputs, and the check before every step that it has not changed.
 
-This module guards the optimizer, its parameter groups and state, the gradients and the metrics. Dynamo guards the Python
-values that forward reads (see `capture`).
+This module guards the optimizer, its parameter groups and state, the gradients and the metrics. Dynamo guards the
+Python values that forward reads (see `capture`).
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ class Guards:
         state = [*spec.model.parameters(), *spec.model.buffers()]
         places = list(map(Tensor.data_ptr, state)) if all(each.layout is strided for each in state) else []
         if places:
-            self._facts.add(
-                "where a parameter is in memory", "list(map({}, {})) == {}", Tensor.data_ptr, state, places
-            )
+            self._facts.add("where a parameter is in memory", "list(map({}, {})) == {}", Tensor.data_ptr, state, places)
         for fact in capture.facts:
             self._facts.add(fact.reason, fact.expression, *fact.objects)
         _other_facts(spec, self._facts)

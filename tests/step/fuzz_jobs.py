@@ -1,4 +1,5 @@
 # ruff: noqa: E501
+# fmt: off
 """Random training jobs as Python source: `python -m tests.step.fuzzing SEED` prints one, runs it both ways and compares.
 
 A job is a module of its own: a model, an optimizer and a forward that read Python values from drawn homes, and a schedule
@@ -410,7 +411,7 @@ NETS = {
     "list": ("self.fc = nn.Linear(4, 4)\nself.act = nn.Tanh()\nself.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])\nself.head = nn.Linear(4, 3)", "h = self.fc(x)\nfor layer in self.layers:\n    h = h + self.act(layer(h))\nout = self.head(h)"),
     "conv": ("self.fc = nn.Conv1d(1, 2, 3, padding=1)\nself.act = nn.Tanh()\nself.head = nn.Linear(8, 3)", "h = self.act(self.fc(x.unsqueeze(1))).flatten(1)\nout = self.head(h)"),
     "gru": ("self.fc = nn.GRU(2, 3, batch_first=True)\nself.act = nn.Tanh()\nself.head = nn.Linear(3, 3)", "h = self.act(self.fc(x.view(-1, 2, 2))[0][:, -1])\nout = self.head(h)"),
-    "attention": ("self.fc = nn.Linear(4, 4)\nself.act = nn.MultiheadAttention(4, 2, batch_first=True)\nself.head = nn.Linear(4, 3)", "h = self.fc(x).unsqueeze(0)\nh = self.act(h, h, h, need_weights=False)[0].squeeze(0)\nout = self.head(h)"),
+    "attention": ("self.fc = nn.Linear(4, 4)\nself.act = nn.MultiheadAttention(4, 2, batch_first=True, bias=False)\nself.head = nn.Linear(4, 3)", "h = self.fc(x).unsqueeze(0)\nh = self.act(h, h, h, need_weights=False)[0].squeeze(0)\nout = self.head(h)"),
     "buffer": ("self.fc = nn.Linear(4, 6)\nself.act = nn.Tanh()\nself.register_buffer('mean', torch.zeros(6))\nself.register_buffer('count', torch.zeros((), dtype=torch.int64), persistent=False)\nself.head = nn.Linear(6, 3)", "h = self.fc(x)\nself.mean.mul_(0.9).add_(h.detach().mean(0), alpha=0.1)\nself.count += 1\nout = self.head(self.act(h - self.mean))"),
     "replaced buffer": ("self.fc = nn.Linear(4, 6)\nself.act = nn.Tanh()\nself.register_buffer('mean', torch.zeros(6))\nself.head = nn.Linear(6, 3)", "h = self.fc(x)\nself.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)\nout = self.head(self.act(h - self.mean))"),
     "tied": ("self.fc = nn.Linear(4, 4)\nself.act = nn.Tanh()\nself.mid = nn.Linear(4, 4)\nself.mid.weight = self.fc.weight\nself.head = nn.Linear(4, 3)", "h = self.act(self.mid(self.act(self.fc(x))))\nout = self.head(h)"),

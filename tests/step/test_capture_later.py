@@ -1,6 +1,4 @@
-"""What forward was found without comes later, or stands in a place that Dynamo does not guard: the trace does not hold."""
-
-# ruff: noqa: B010
+"""What forward did not find comes later, or is in a place that Dynamo does not guard: the trace does not hold."""
 
 from __future__ import annotations
 
@@ -209,5 +207,5 @@ def test_memory_that_two_parameters_come_to_share_is_noticed() -> None:
 def test_a_replaced_call_of_all_modules_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, batch = weighted(lambda: 1.0)
     monkeypatch.setattr(nn.Module, "__call__", lambda self, *given: 2 * self.forward(*given))
-    with pytest.raises(EngineError, match="Module.__call__ was replaced"):
+    with pytest.raises(EngineError, match=r"Module\.__call__ was replaced"):
         trace_step(spec, batch)

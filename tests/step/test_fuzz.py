@@ -1,4 +1,4 @@
-"""Random jobs, trained by a plain loop and by FastLoop: the same numbers and objects, or a refusal that gives its reason."""
+"""Random jobs, trained by a plain loop and by FastLoop: the same numbers and objects, or a refusal with its reason."""
 
 from __future__ import annotations
 
