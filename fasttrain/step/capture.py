@@ -11,9 +11,13 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
+from abc import ABCMeta, get_cache_token
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,7 +33,6 @@ from fasttrain.step.state import StepState, why_not_plain
 from fasttrain.step.torch_private import (
     DynamoCapture,
     GraphInput,
-    Guarded,
     capture_function,
     global_module_hooks,
     scope_of,
@@ -222,13 +225,23 @@ class Capture:
 
     def _facts(self) -> Iterator[Fact]:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
-        codes = {code for code in self._dynamo.codes if not _is_library_code(code)}
-        yield from _facts_of_functions(codes)
-        yield from _facts_of_new_names(self._dynamo.objects)
-        for kind in _classes([each.value for each in self._dynamo.objects]):
-            yield from _facts_of_class(kind, set(self._dynamo.codes))
-        for kind, name in self._dynamo.not_overridden:
-            yield Fact(f"{kind.__qualname__}.{name}", f"{name!r} not in {{}}.__dict__", (kind,))
+        followed = set(self._dynamo.codes)
+        functions = _functions_of({code for code in followed if not _is_library_code(code)})
+        yield from _facts_of_functions(functions)
+        yield from _facts_of_globals(functions)
+        names = _DUNDERS.union(self._dynamo.names, *map(_names_in, followed))
+        # Dynamo does not guard a class that a closure holds.
+        kinds = _classes([*(each.value for each in self._dynamo.objects), *_named_in(functions)])
+        for kind in kinds:
+            yield from _facts_of_class(kind, names, followed)
+        may_catch = any(code.co_exceptiontable for code in followed if not _is_library_code(code))
+        for value, name, _ in self._dynamo.objects:
+            yield from _facts_of_object(value, name, names, may_catch=may_catch)
+        if not {"environ", "getenv"}.isdisjoint(names):
+            environment: dict[Any, Any] = vars(os.environ)["_data"]
+            yield Fact("the environment", "{} == {}", (environment, dict(environment)))
+        if any(isinstance(kind, ABCMeta) for kind in kinds):
+            yield Fact("what is registered with abstract classes", "{}() == {}", (get_cache_token, get_cache_token()))
         for table in global_module_hooks():
             if table:
                 yield Fact("a hook of all modules", "tuple({}.values()) == {}", (table, tuple(table.values())))
@@ -326,6 +339,7 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
         twin = twins[module] = object.__new__(type(module))
         vars(twin).update(vars(module))
         vars(twin)["_buffers"] = dict(cast("Any", module)._buffers)
+        vars(twin)["_non_persistent_buffers_set"] = set(cast("Any", module)._non_persistent_buffers_set)
         children: dict[str, Any] = cast("Any", module)._modules
         vars(twin)["_modules"] = {
             name: child if child is None else _twin(child, twins) for name, child in children.items()
@@ -349,9 +363,24 @@ class _Input:
 
 def _refuse_unfit(dynamo: DynamoCapture) -> None:
     """Raises EngineError for what Dynamo follows with other results than Python's."""
+    if nn.Module.__call__ is not nn.Module._wrapped_call_impl:  # pyright: ignore[reportPrivateUsage]
+        raise EngineError("torch.nn.Module.__call__ was replaced, which a compiled step would not notice")
+    asks_for_classes = any({"isinstance", "issubclass"}.intersection(code.co_names) for code in dynamo.codes)
+    named = _named_in(_functions_of({code for code in dynamo.codes if not _is_library_code(code)}))
+    for value in (*named, *(each.value for each in dynamo.objects)):
+        if asks_for_classes and isinstance(value, type) and _answers_itself(type(value)):
+            raise EngineError(
+                f"forward asks for instances of {value.__qualname__}, whose class answers by code that is not followed"
+            )
     for value, name, _ in dynamo.objects:
         if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
             raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
+
+
+def _answers_itself(kind: type) -> bool:
+    """Whether classes of this metaclass answer `isinstance` or `issubclass` by code of the user's."""
+    asked = (getattr(kind, "__instancecheck__", None), getattr(kind, "__subclasscheck__", None))
+    return any(isinstance(each, FunctionType) and not _is_library(kind) for each in asked)
 
 
 def _refuse_made_anew(inputs: Sequence[GraphInput], found: Sequence[Any], again: Sequence[Any]) -> None:
@@ -361,66 +390,119 @@ def _refuse_made_anew(inputs: Sequence[GraphInput], found: Sequence[Any], again:
             raise EngineError(f"forward reads the numpy value {each.name}: make it a Python number or a tensor")
 
 
-def _facts_of_functions(codes: set[CodeType]) -> Iterator[Fact]:
-    """The functions whose code was followed still have that code and these defaults."""
-    for function in gc.get_referrers(*codes) if codes else ():
-        if isinstance(function, FunctionType) and function.__code__ in codes:
-            reason = f"the code of {function.__qualname__}"
-            yield Fact(reason, "{}.__code__ is {}", (function, function.__code__))
-            yield Fact(reason, "{}.__defaults__ is {}", (function, function.__defaults__))
+def _functions_of(codes: set[CodeType]) -> list[FunctionType]:
+    """The functions whose code was followed."""
+    found = gc.get_referrers(*codes) if codes else []
+    return [each for each in found if isinstance(each, FunctionType) and each.__code__ in codes]
 
 
-def _facts_of_new_names(objects: Sequence[Guarded]) -> Iterator[Fact]:
-    """No entry of a dict and no attribute of a class comes or goes.
+def _facts_of_functions(functions: Sequence[FunctionType]) -> Iterator[Fact]:
+    """The functions still have that code and these defaults."""
+    for function in functions:
+        reason = f"the code of {function.__qualname__}"
+        yield Fact(reason, "{}.__code__ is {}", (function, function.__code__))
+        yield Fact(reason, "{}.__defaults__ is {}", (function, function.__defaults__))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # nothing in it yet
+                if callable(cell.cell_contents):
+                    yield Fact(f"what {name} is", "{}.cell_contents is {}", (cell, cell.cell_contents))
 
-    Dynamo guards what was found. That a key was not there (`except KeyError`), that a class has no `__bool__`, and that
-    `__getattr__` was asked because there was no such attribute, it does not guard. A batch may hold what it likes: a
-    dict in it that is asked for a key has that guarded.
-    """
-    modules = [each.value for each in objects if isinstance(each.value, nn.Module)]
-    of_modules = {id(table) for module in modules for table in (vars(module), *vars(module).values())}
-    found: dict[int, Fact] = {}
-    for value, name, argument in objects:
-        kind = value if isinstance(value, type) else type(value)
-        for base in kind.__mro__:
-            if not _is_library(base):
-                fact = Fact(f"an attribute of {base.__qualname__}", "len({}.__dict__) == {}", (base, len(vars(base))))
-                found[id(base)] = fact
-        if isinstance(value, dict) and argument != "batch" and id(value) not in of_modules:
-            table: dict[Any, Any] = value
-            found[id(value)] = Fact(f"the number of entries of {name}", "len({}) == {}", (table, len(table)))
-        elif not issubclass(kind, nn.Module) and hasattr(kind, "__getattr__") and hasattr(value, "__dict__"):
-            fact = Fact(f"an attribute of {name}", "len({}.__dict__) == {}", (value, len(vars(value))))
-            found.setdefault(id(value), fact)
-    yield from found.values()
+
+def _facts_of_globals(functions: Sequence[FunctionType]) -> Iterator[Fact]:
+    """A builtin that the functions call is not hidden by a global of its name; nor does a missing global come."""
+    tables = {id(function.__globals__): function.__globals__ for function in functions}
+    for key, table in tables.items():
+        names = {name for each in functions if id(each.__globals__) == key for name in _names_in(each.__code__)}
+        absent = frozenset(names.difference(table))
+        yield Fact("a new global that hides a builtin", "{}.isdisjoint({})", (table.keys(), absent))
+
+
+def _named_in(functions: Sequence[FunctionType]) -> Iterator[Any]:
+    """What functions name: what they close over, and globals."""
+    for function in functions:
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):
+                yield cell.cell_contents
+        for name in _names_in(function.__code__):
+            if name in function.__globals__:
+                yield function.__globals__[name]
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names that code may ask for: of attributes, globals and, as strings, for `getattr`."""
+    yield from code.co_names
+    for value in code.co_consts:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, CodeType):
+            yield from _names_in(value)
+
+
+_DUNDERS = frozenset(
+    name
+    for kind in (object, type, int, float, str, list, dict, property, BaseException, nn.Module, Iterator)
+    for name in (*dir(kind), "__getattr__", "__enter__", "__exit__", "__missing__", "__instancecheck__", "__next__")
+    if name.startswith("__")
+) - {"__dict__", "__doc__", "__module__", "__weakref__", "__annotations__", "__abstractmethods__"}
+"""What Python itself asks classes for."""
 
 
 def _classes(objects: Sequence[Any]) -> list[type]:
-    """The classes, and those of the objects, that may hold code which was followed."""
-    found = {value if isinstance(value, type) else type(value): None for value in objects}
+    """The classes of these objects, these classes, their bases and their metaclasses, which may hold what was read."""
+    found: dict[type, None] = {}
+    for value in objects:
+        kind = value if isinstance(value, type) else type(value)
+        for each in (kind, type(kind)):
+            found.update(dict.fromkeys(cast("tuple[type, ...]", each.__mro__)))
     return [kind for kind in found if issubclass(kind, nn.Module) or not _is_library(kind)]
 
 
 def _is_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types", "numpy") or (
-        kind.__module__.startswith("fasttrain.step")
-    )
+    name = kind.__module__.partition(".")[0]
+    is_own = kind.__module__.startswith("fasttrain.step")
+    return is_own or name in ("torch", "numpy") or (name in sys.stdlib_module_names and name != "__main__")
 
 
-def _facts_of_class(kind: type, codes: set[CodeType]) -> Iterator[Fact]:
-    """The methods and properties that were followed are still what their names mean for objects of a class."""
+def _facts_of_class(kind: type, names: frozenset[str], codes: set[CodeType]) -> Iterator[Fact]:
+    """What a class holds under the names that were asked for is still the same, and nothing has come.
+
+    Dynamo guards a value that it found in a class, but not that no class before that one has it now, nor metaclasses.
+    """
+    table, is_users = vars(kind), not _is_library(kind)
     own = ("forward", "__call__") if issubclass(kind, nn.Module) else ()
-    for name in dict.fromkeys(name for base in kind.__mro__ for name in vars(base)):
-        if not name.isidentifier():
-            continue
-        value = next(vars(base)[name] for base in kind.__mro__ if name in vars(base))
-        if name not in own and codes.isdisjoint(_codes_of(value)):
+    for name, value in table.items():
+        is_followed = name in own or not codes.isdisjoint(_codes_of(value))
+        if not is_followed and not (is_users and name in names):
             continue
         reason = f"{kind.__qualname__}.{name}"
-        if isinstance(value, classmethod):
-            yield Fact(reason, f"{{}}.{name}.__func__ is {{}}", (kind, cast("Any", value).__func__))
+        if isinstance(value, Tensor):
+            yield Fact(reason, "{} in {}", (name, table))
+        elif isinstance(value, bool | int | float | str | None):
+            yield Fact(reason, "({0}.get({1}) is {2} or {0}.get({1}) == {2})", (table, name, value))
         else:
-            yield Fact(reason, f"{{}}.{name} is {{}}", (kind, getattr(kind, name)))
+            yield Fact(reason, "{}.get({}) is {}", (table, name, value))
+    if is_users:
+        reason = f"an attribute of {kind.__qualname__}"
+        yield Fact(reason, "{}.__mro__ is {}", (kind, kind.__mro__))
+        yield Fact(reason, "{}.isdisjoint({})", (table.keys(), names.difference(table)))
+
+
+def _facts_of_object(value: Any, name: str, names: frozenset[str], *, may_catch: bool) -> Iterator[Fact]:
+    """What an object was found to lack has not come.
+
+    Dynamo does not look for it again where the class answers by a `__getattr__` of its own, nor (`may_catch`) where the
+    user's code catches the error.
+    """
+    if type(value) in (dict, list, OrderedDict, defaultdict) and may_catch:
+        yield Fact(f"the length of {name}", "len({}) == {}", (value, len(value)))
+    if isinstance(value, type | ModuleType) or not hasattr(value, "__dict__"):
+        return
+    asked = next((vars(base)["__getattr__"] for base in type(value).__mro__ if "__getattr__" in vars(base)), None)
+    if may_catch or (isinstance(asked, FunctionType) and asked is not nn.Module.__getattr__):
+        own = vars(value)
+        tables = [own, *(own[each] for each in ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module))]
+        for table in tables:
+            yield Fact(f"a new attribute of {name}", "{}.isdisjoint({})", (table.keys(), names.difference(table)))
 
 
 def _codes_of(value: Any) -> Iterator[CodeType]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
 
-from torch import Tensor, get_default_dtype, is_grad_enabled
+from torch import Tensor, get_default_dtype, is_grad_enabled, strided
 
 from fasttrain.step.capture import Capture
 from fasttrain.step.options import GroupOptions
@@ -53,6 +53,11 @@ class Guards:
             self._facts.add("a gradient that was there before the step", "{}.grad is None", parameter)
         for parameter in {id(each): each for each in (*spec.model.parameters(), *spec.trained())}.values():
             self._facts.add("a hook of a gradient", NO_GRADIENT_HOOKS, parameter)
+        # `.data` may have been given memory that another tensor has, which the trace has checked.
+        state = [*spec.model.parameters(), *spec.model.buffers()]
+        places = list(map(Tensor.data_ptr, state)) if all(each.layout is strided for each in state) else []
+        if places:
+            self._facts.add("where a parameter is in memory", "list(map({}, {})) == {}", Tensor.data_ptr, state, places)
         for fact in capture.facts:
             self._facts.add(fact.reason, fact.expression, *fact.objects)
         _other_facts(spec, self._facts)

@@ -190,6 +190,7 @@ class TracedStep:
         if guards.mismatch() is not None or state.signature != self._signature or not guards.agree(self._guards):
             return False
         with suppress(EngineError):
+            state.refuse_overlaps()
             if self._capture.bind(state, batch):
                 for part, others in zip(self.parts, self._others, strict=True):
                     for place, number in enumerate(others):

@@ -8,9 +8,10 @@ import ast
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from threading import get_ident
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -46,10 +47,12 @@ _WARNINGS = (
 )
 """Of what Dynamo does itself while it captures. Other warnings, and those of other threads, are shown as ever."""
 
+_ATTRIBUTE = r"(\.{0}|\.__dict__\['{0}'\])"  # the second where a class has a __getattr__ of its own
 _BUFFERS_OF_MODEL = re.compile(
-    r"L\['model'\](?:(?:\._modules|\.__dict__\['_modules'\])\['[^']+'\])*(?:\._buffers|\.__dict__\['_buffers'\])"
+    rf"L\['model'\]({_ATTRIBUTE.format('_modules')}\['[^']+'\])*"
+    rf"({_ATTRIBUTE.format('_buffers')}|{_ATTRIBUTE.format('_non_persistent_buffers_set')})"
 )
-"""The one thing that forward may replace: a buffer, by another tensor. Dynamo has two spellings for it."""
+"""The one thing that forward may replace: a buffer, by another tensor. torch then notes again that it is not saved."""
 
 
 class GraphInput(NamedTuple):
@@ -94,9 +97,8 @@ class DynamoCapture:
         graph: takes what `read` gives and returns a tuple of tensors.
         inputs: what these inputs are.
         objects: every Python object that a guard looks at. While they are alive, none of their ids is used again.
-        not_overridden: class attributes that were found on a base class: each class that comes before it and has no
-            attribute of that name, and the name. Dynamo guards the base class's value alone.
         codes: the code that Dynamo followed, in order.
+        names: the attributes and keys that guards ask for.
     """
 
     def __init__(self, function: FunctionType, output: Any, guards: Any, scope: dict[str, Any]) -> None:
@@ -107,9 +109,8 @@ class DynamoCapture:
         self._manager: Any = guards.guard_manager
         sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
-        scopes = _names_of_guards(scope, function.__globals__)
-        self.objects = _reached(captured.output_graph.guards, scopes)
-        self.not_overridden = list(dict.fromkeys(_not_overridden(captured.output_graph.guards, scopes)))
+        self.objects = _reached(captured.output_graph.guards, _names_of_guards(scope, function.__globals__))
+        self.names = {name for guard in captured.output_graph.guards for name in re.findall(r"\w+", guard.name)}
         self._backend_id: str = output.backend_input.backend_id
         names: dict[str, Any] = {
             **function.__globals__,
@@ -187,6 +188,7 @@ def capture_function(
         stack.enter_context(warnings.catch_warnings())
         for message in _WARNINGS:
             warnings.filterwarnings("ignore", message)
+        stack.enter_context(_no_marks_left())
         for tensor, dim in open_dims:
             _leave_open(tensor, dim, stack)
         try:
@@ -242,6 +244,30 @@ def _leave_open(tensor: Tensor, dim: int, stack: ExitStack) -> None:
             delattr(tensor, name)
 
     stack.callback(forget)
+
+
+@contextmanager
+def _no_marks_left() -> Generator[None]:
+    """Takes back what Dynamo notes on the user's tensors: that the parameters of modules stay where they are."""
+    from torch._dynamo import decorators
+
+    mark, thread = decorators.mark_static_address, get_ident()
+    marked: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def noted(tensor: Any, guard: bool = False) -> None:
+        if get_ident() == thread:
+            marked.append((vars(tensor), dict(vars(tensor))))
+        mark(tensor, guard)
+
+    decorators.mark_static_address = noted
+    try:
+        yield
+    finally:
+        decorators.mark_static_address = mark
+        for own, before in reversed(marked):
+            for name in set(own) - set(before):
+                del own[name]
+            own.update(before)
 
 
 def _imported(name: str) -> Any:
@@ -305,25 +331,6 @@ def _reached(guards: Any, names: dict[str, Any]) -> list[Guarded]:
             name = f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
             found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source))
     return list(found.values())
-
-
-def _not_overridden(guards: Any, names: dict[str, Any]) -> Iterator[tuple[type, Any]]:
-    """See `DynamoCapture.not_overridden`."""
-    from torch._dynamo.source import TypeDictSource, TypeMROSource
-
-    for guard in guards:
-        chain = [guard.originating_source]
-        while (base := getattr(chain[-1], "base", None)) is not None:
-            chain.append(base)
-        # type(x).__mro__[1].name, or dict(type(x).__mro__[1].__dict__)['name'], and what is below it.
-        for at, each in enumerate(chain):
-            at_name = at - 3 if at > 2 and isinstance(chain[at - 2], TypeDictSource) else at - 2
-            if not isinstance(each, TypeMROSource) or at_name < 0:
-                continue
-            name = getattr(chain[at_name], "index", getattr(chain[at_name], "member", None))
-            for kind in eval(each.name, names)[: chain[at - 1].index]:
-                if name not in vars(kind):
-                    yield kind, name
 
 
 def _described(part: str) -> str:

@@ -1,0 +1,211 @@
+"""What forward did not find comes later, or is in a place that Dynamo does not guard: the trace does not hold."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fasttrain.errors import EngineError
+from fasttrain.step.spec import StepSpec
+from fasttrain.step.trace import Mismatch, trace_step
+from tests.step.models import CASES, OPTIMIZERS, Case, started, with_forward
+
+pytestmark = pytest.mark.usefixtures("in_double")
+
+MLP, SGD = CASES["mlp"], OPTIMIZERS["sgd-momentum"]
+
+Home = tuple[Callable[[], Any], Callable[[], None]]
+
+
+def shadowed_in_a_class() -> Home:
+    class Base:
+        weight = 1.0
+
+    class Derived(Base):
+        pass
+
+    kept = Derived()
+    return lambda: kept.weight, lambda: setattr(Derived, "weight", 2.0)
+
+
+def other_bases() -> Home:
+    class Base:
+        def weight(self) -> float:
+            return 1.0
+
+    class Other(Base):
+        def weight(self) -> float:
+            return 2.0
+
+    class Derived(Base):
+        pass
+
+    kept = Derived()
+    return lambda: kept.weight(), lambda: setattr(Derived, "__bases__", (Other,))
+
+
+def of_a_metaclass() -> Home:
+    class Meta(type):
+        weight = 1.0
+
+    class Made(metaclass=Meta):
+        pass
+
+    return lambda: Made.weight, lambda: setattr(Meta, "weight", 2.0)
+
+
+def method_of_a_metaclass() -> Home:
+    class Meta(type):
+        def weight(cls) -> float:
+            return 1.0
+
+    class Made(metaclass=Meta):
+        pass
+
+    return lambda: Made.weight(), lambda: setattr(Meta, "weight", lambda _: 2.0)
+
+
+def answered_by_getattr() -> Home:
+    class Answering:
+        def __getattr__(self, name: str) -> float:
+            return 1.0
+
+    kept = Answering()
+    return lambda: kept.weight, lambda: setattr(kept, "weight", 2.0)
+
+
+def caught_key() -> Home:
+    table: dict[str, float] = {}
+
+    def read() -> float:
+        try:
+            return table["weight"]
+        except KeyError:
+            return 1.0
+
+    return read, lambda: table.update(weight=2.0)
+
+
+def caught_attribute() -> Home:
+    class Empty:
+        pass
+
+    kept: Any = Empty()
+
+    def read() -> float:
+        try:
+            return kept.weight
+        except AttributeError:
+            return 1.0
+
+    return read, lambda: setattr(kept, "weight", 2.0)
+
+
+def environment() -> Home:
+    return lambda: float(os.environ.get("FASTTRAIN_TEST_WEIGHT", "1")), lambda: os.environ.update(
+        FASTTRAIN_TEST_WEIGHT="2"
+    )
+
+
+def registered() -> Home:
+    class Abstract(abc.ABC):  # noqa: B024
+        pass
+
+    class Plain:
+        pass
+
+    kept = Plain()
+    return lambda: 2.0 if isinstance(kept, Abstract) else 1.0, lambda: Abstract.register(Plain) and None
+
+
+def hidden_builtin() -> Home:
+    return lambda: float(abs(-1)), lambda: globals().update(abs=lambda _: 2.0)
+
+
+HOMES = [shadowed_in_a_class, other_bases, of_a_metaclass, method_of_a_metaclass, answered_by_getattr, caught_key,
+         caught_attribute, environment, registered, hidden_builtin]  # fmt: skip
+
+
+def weighted(read: Callable[[], Any]) -> tuple[StepSpec, Any]:
+    spec, batch = started(MLP, SGD)
+    return with_forward(spec, lambda model, batch: MLP.loss(model(batch[0]), batch[1]) * read()), batch
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_what_comes_later_is_noticed(home: Callable[[], Home], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTTRAIN_TEST_WEIGHT", raising=False)
+    monkeypatch.setitem(globals(), "abs", None)
+    del globals()["abs"]
+    read, change = home()
+    spec, batch = weighted(read)
+    traced = trace_step(spec, batch)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    assert read() == 1.0
+    try:
+        change()
+        assert read() == 2.0
+        assert isinstance(traced.inputs(batch), Mismatch)
+    finally:
+        os.environ.pop("FASTTRAIN_TEST_WEIGHT", None)
+        globals().pop("abs", None)
+
+
+def test_a_class_that_answers_isinstance_itself_is_refused() -> None:
+    class Meta(type):
+        def __instancecheck__(cls, instance: object) -> bool:
+            return True
+
+    class Checked(metaclass=Meta):
+        pass
+
+    spec, batch = weighted(lambda: 2.0 if isinstance(1.0, Checked) else 1.0)
+    with pytest.raises(EngineError, match="answers by code that is not followed"):
+        trace_step(spec, batch)
+
+
+class Saving(nn.Module):
+    """Replaces a buffer that is not saved, and answers for attributes that it does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.fc(x)
+
+
+def test_a_trace_leaves_no_note_on_parameters_and_a_buffer_that_is_not_saved_may_be_replaced() -> None:
+    spec, batch = started(Case(Saving, MLP.inputs, MLP.targets, MLP.loss), SGD)
+    trace_step(spec, batch)
+    assert all(not vars(tensor) for tensor in (*spec.model.parameters(), *spec.model.buffers()))
+    assert spec.model._non_persistent_buffers_set == {"count"}
+
+
+def test_memory_that_two_parameters_come_to_share_is_noticed() -> None:
+    build: Any = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))  # noqa: E731
+    spec, batch = started(Case(build, MLP.inputs, MLP.targets, MLP.loss), SGD)
+    traced = trace_step(spec, batch)
+    first, second, _ = spec.model.children()
+    first.weight.data = second.weight.data
+    assert isinstance(traced.inputs(batch), Mismatch)
+    assert not traced.rebind(batch)
+    first.weight.data = second.weight.data.clone()
+    assert traced.rebind(batch)
+
+
+def test_a_replaced_call_of_all_modules_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, batch = weighted(lambda: 1.0)
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *given: 2 * self.forward(*given))
+    with pytest.raises(EngineError, match=r"Module\.__call__ was replaced"):
+        trace_step(spec, batch)
