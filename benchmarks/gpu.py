@@ -147,7 +147,8 @@ def second_call(earlier: Sequence[dict[str, Any]]) -> list[Group]:
 
 def tests() -> list[str]:
     """The tests that need a GPU, by path, in four processes; warnings are no errors here."""
-    marked = [path for path in sorted(Path("tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    paths = sorted((REPOSITORY / "tests").rglob("test_*.py"))
+    marked = [path.relative_to(REPOSITORY) for path in paths if "mark.gpu" in path.read_text("utf-8")]
     spread = ["-n", "4"] if importlib.util.find_spec("xdist") is not None else []
     return [*pytest_command(), "-m", "gpu", "-k", "not copies_run_while", *spread, *map(str, marked)]
 
@@ -612,7 +613,6 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_USAGE
     archive = None if archive is None else archive.resolve()
     earlier = [] if archive is None else read_lines(archive / "results.jsonl")
-    os.chdir(REPOSITORY)
     groups = first_call() if options.call == 1 else second_call(earlier)
     if options.stage:
         groups = [Group(group.seconds, [s for s in group.stages if s.name in options.stage]) for group in groups]

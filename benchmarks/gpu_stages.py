@@ -343,11 +343,16 @@ class TimedArm:
         seconds, host_s = on_device(lambda: done.extend(self.launches(steps) for _ in range(epochs)))
         self.turns.append((seconds, host_s, sum(done)))
 
-    def two_launches(self) -> None:
-        """For a trace."""
+    def two_launches(self) -> Callable[[], None]:
+        """What runs two launches of an epoch whose first one, which gathers the batches, is over."""
         epoch = iter(self.batches)
-        for _ in range(2):
-            self._launch(epoch)
+        self._launch(epoch)
+
+        def run() -> None:
+            for _ in range(2):
+                self._launch(epoch)
+
+        return run
 
     def _launch(self, epoch: Any) -> Tensor | None:
         span = epoch.take(self.spec.size) if self.spec.size is not None else None
@@ -442,11 +447,12 @@ def tell_syncs(workload: str, arm: TimedArm) -> None:
     """How often two launches wait for the device."""
     if DEVICE.type != "cuda":
         return
+    launches = arm.two_launches()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            arm.two_launches()
+            launches()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     found = [str(each.message)[:200] for each in caught if "synchroniz" in str(each.message).lower()]
@@ -460,11 +466,11 @@ def trace(workload: str, arm: TimedArm) -> None:
 
     is_cuda = DEVICE.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    arm.two_launches()
+    launches = arm.two_launches()
     if is_cuda:
         torch.cuda.synchronize()
     with profile(activities=activities) as profiler:
-        arm.two_launches()
+        launches()
         if is_cuda:
             torch.cuda.synchronize()
     name = f"{STAGE}-{arm.spec.label.replace(' ', '-')}.json"
