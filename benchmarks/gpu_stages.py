@@ -231,7 +231,10 @@ def variant_in_use(variant: str, *, compiles: bool) -> Iterator[None]:
 
 @contextmanager
 def foreach_in_use(is_wanted: bool) -> Iterator[None]:
-    """Has the optimizer's step traced with `foreach`, which the library turns off."""
+    """Has the optimizer's step traced with `foreach`, which the library turns off.
+
+    With a learning rate in a tensor torch's optimizers ask for `capturable` besides.
+    """
     if not is_wanted:
         yield
         return
@@ -241,7 +244,7 @@ def foreach_in_use(is_wanted: bool) -> Iterator[None]:
 
     def with_foreach(self: Any, *given: Any) -> dict[str, Any]:
         group = before(self, *given)
-        return {**group, "foreach": True} if "foreach" in group else group
+        return {**group, "foreach": True, "capturable": True} if "foreach" in group else group
 
     OptimizerStep._group = with_foreach
     try:
