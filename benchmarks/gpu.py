@@ -311,6 +311,7 @@ class Running:
     def __init__(self, stage: Stage, check: Check, seconds: float) -> None:
         self.stage = stage
         self.how = ""
+        self.is_over = False
         self.begin = time.time()
         self.compilers: set[str] = set()
         self._work = check.work
@@ -364,6 +365,7 @@ class Running:
                 os.kill(process, signal.SIGKILL)
         self.process.wait()
         shutil.rmtree(self._scratch, ignore_errors=True)
+        self.is_over = True
 
 
 def processes_of(leader: int, mark: bytes) -> list[int]:
@@ -486,26 +488,36 @@ class Check:
                 self._ended(stage.name, "no time was left", 0.0, 0)
             return dict.fromkeys((stage.name for stage in group.stages), "no time was left")
         running: list[Running] = []
-        seconds: dict[str, float] = {}
         reason = "interrupted: the check was ended"
         try:
-            running += [Running(stage, self, min(left_s, max(planned_s, LEAST_S))) for stage in group.stages]
-            while (alive := [each for each in running if each.look()]) and time.time() < deadline:
-                time.sleep(LOOK_S)
-                for each in running:
-                    if each not in alive:
-                        seconds.setdefault(each.stage.name, time.time() - each.begin)
+            for stage in group.stages:
+                running.append(Running(stage, self, min(left_s, max(planned_s, LEAST_S))))
+            self._wait(running, deadline)
             reason = f"interrupted after {time.time() - running[0].begin:.0f} s"
         finally:
-            for each in running:
+            left = [each for each in running if not each.is_over]
+            for each in left:
                 each.interrupt(reason)
             until = time.time() + GRACE_S
-            for each in running:
-                each.end(until)
-                took_s = seconds.get(each.stage.name, time.time() - each.begin)
-                self._ended(each.stage.name, each.how, took_s, len(each.compilers))
+            for each in left:
+                self._end(each, until)
             self.archive.write()
         return {each.stage.name: each.how for each in running}
+
+    def _wait(self, running: Sequence[Running], deadline: float) -> None:
+        """Waits until all have ended, or the deadline; notes each one's end, and keeps what it has made, at once."""
+        alive = list(running)
+        while alive and time.time() < deadline:
+            time.sleep(LOOK_S)
+            for each in [each for each in alive if not each.look()]:
+                alive.remove(each)
+                self._end(each, time.time())
+                if alive:
+                    self.archive.write()
+
+    def _end(self, running: Running, until: float) -> None:
+        running.end(until)
+        self._ended(running.stage.name, running.how, time.time() - running.begin, len(running.compilers))
 
     def _ended(self, name: str, how: str, seconds: float, compilers: int) -> None:
         programs = {path.stem for path in self.work.glob("cache/**/programs/*.pt2")}

@@ -98,7 +98,7 @@ def pytest_runtest_logreport(report: Any) -> None:
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # its reports come to the main process too
     if is_worker or (report.when != "call" and report.outcome == "passed"):
         return
-    text = str(report.longrepr)[-3000:] if report.longrepr else None
+    text = str(report.longrepr)[-3000:] if report.outcome == "failed" else None
     tell("test", test=report.nodeid, how=report.outcome, seconds=round(report.duration, 2), text=text)
 
 
@@ -405,25 +405,10 @@ def variants(workload: str) -> None:
 def measure(workload: str, specs: Sequence[ArmSpec]) -> None:
     """Makes arms, compares their losses with the first one's, lets them take turns, and traces them."""
     until = time.time() + left_s() - TRACE_S
-    arms: list[TimedArm] = []
-    for spec in specs:
-        if spec.engine == "graphed" and DEVICE.type != "cuda":
-            tell("skipped", what=spec.label, reason="CUDA graphs need a CUDA device")
-            continue
-        if arms and time.time() > until - 1:
-            tell("skipped", what=spec.label, reason="no time was left")
-            continue
-        with told_if_it_fails(f"{workload}: {spec.label}"):
-            begin = time.perf_counter()
-            arm = TimedArm(workload, spec)
-            seconds = time.perf_counter() - begin
-            tell("arm", workload=workload, arm=spec.label, ready_s=seconds, engine=str(arm.step.engine))
-            arms.append(arm)
-            agreed = check_losses(running_means(arm.losses), running_means(arms[0].losses), arm.tolerance)
-            tell("losses", workload=workload, arm=spec.label, largest_difference=agreed, first=arm.losses[:20])
+    arms = made_arms(workload, specs, until)
     rounds = 0
     while arms and (rounds < LEAST_ROUNDS or time.time() < until) and left_s() > 1:
-        for arm in list(arms):
+        for arm in arms:
             with told_if_it_fails(f"{workload}: {arm.spec.label}: a turn"):
                 arm.turn()
         rounds += 1
@@ -434,6 +419,27 @@ def measure(workload: str, specs: Sequence[ArmSpec]) -> None:
         with told_if_it_fails(f"{workload}: {arm.spec.label}: trace"):
             tell_syncs(workload, arm)
             trace(workload, arm)
+
+
+def made_arms(workload: str, specs: Sequence[ArmSpec], until: float) -> list[TimedArm]:
+    """The arms that can be made here by then; each one's losses are compared with the first one's."""
+    arms: list[TimedArm] = []
+    for spec in specs:
+        if spec.engine == "graphed" and DEVICE.type != "cuda":
+            tell("skipped", workload=workload, what=spec.label, reason="CUDA graphs need a CUDA device")
+            continue
+        if arms and time.time() > until - 1:
+            tell("skipped", workload=workload, what=spec.label, reason="no time was left")
+            continue
+        with told_if_it_fails(f"{workload}: {spec.label}"):
+            begin = time.perf_counter()
+            arm = TimedArm(workload, spec)
+            seconds = time.perf_counter() - begin
+            tell("arm", workload=workload, arm=spec.label, ready_s=seconds, engine=str(arm.step.engine))
+            arms.append(arm)
+            agreed = check_losses(running_means(arm.losses), running_means(arms[0].losses), arm.tolerance)
+            tell("losses", workload=workload, arm=spec.label, largest_difference=agreed, first=arm.losses[:20])
+    return arms
 
 
 def tell_times(workload: str, arms: Sequence[TimedArm], kind: str) -> None:
