@@ -537,7 +537,10 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     eager = {each["workload"]: each["step_us"] for each in timed if each["arm"] == "eager"}
     for each in timed:
         workload = each["workload"]
-        lines.append(f"{workload} {each['arm']}: {each['step_us']:.1f} us a step (n={each['n']})")
+        told = "" if each["agrees"] else "; its losses are not those of the first arm"
+        lines.append(f"{workload} {each['arm']}: {each['step_us']:.1f} us a step (n={each['n']}){told}")
+        if not each["agrees"]:
+            continue
         if workload not in best or each["step_us"] < best[workload]["step_us"]:
             best[workload] = each
     lines.append("workload: predicted us, measured us (fastest arm), times eager")

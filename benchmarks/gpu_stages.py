@@ -300,11 +300,13 @@ class TimedArm:
     Attributes:
         losses: of the first steps from the job's start, after it was decided what runs the steps.
         turns: seconds on the device and on the host, and steps, of each turn.
+        agrees: whether the losses are those of the first arm.
     """
 
     def __init__(self, workload: str, spec: ArmSpec) -> None:
         self.spec = spec
         self.turns: list[tuple[float, float, int]] = []
+        self.agrees = False
         with variant_in_use(spec.variant, compiles=False), launches_of(spec.size):
             job, precision = job_of(workload, spec.variant)
             model = job.model()
@@ -438,6 +440,7 @@ def made_arms(workload: str, specs: Sequence[ArmSpec], until: float) -> list[Tim
             tell("arm", workload=workload, arm=spec.label, ready_s=seconds, engine=str(arm.step.engine))
             arms.append(arm)
             agreed = check_losses(running_means(arm.losses), running_means(arms[0].losses), arm.tolerance)
+            arm.agrees = True
             tell("losses", workload=workload, arm=spec.label, largest_difference=agreed, first=arm.losses[:20])
     return arms
 
@@ -449,7 +452,8 @@ def tell_times(workload: str, arms: Sequence[TimedArm], kind: str) -> None:
             steps = [seconds / count * 1e6 for seconds, _, count in arm.turns]
             host = [seconds / count * 1e6 for _, seconds, count in arm.turns]
             figures = {"step_us": statistics.median(steps), "host_us": statistics.median(host), "n": len(steps)}
-            tell(kind, workload=workload, arm=arm.spec.label, **figures, all_us=[round(each, 3) for each in steps])
+            named = {"workload": workload, "arm": arm.spec.label, "agrees": arm.agrees}
+            tell(kind, **named, **figures, all_us=[round(each, 3) for each in steps])
 
 
 def tell_syncs(workload: str, arm: TimedArm) -> None:
