@@ -208,14 +208,19 @@ def job_of(workload: str, variant: str = "") -> tuple[Job, str]:
     return job, "bf16" if workload.endswith("-bf16") or variant == "bf16" else "fp32"
 
 
+def cache_of(workload: str, variant: str) -> Path:
+    """Where the programs of a variant are kept."""
+    return WORK / "cache" / "variants" / f"{workload}-{variant}"
+
+
 @contextmanager
-def variant_in_use(variant: str, *, compiles: bool) -> Iterator[None]:
+def variant_in_use(workload: str, variant: str, *, compiles: bool) -> Iterator[None]:
     """Has programs traced, and (if `compiles`) compiled, in a variant, with a cache of its own; "" changes nothing."""
     if not variant:
         yield
         return
     kept, path = os.environ["XDG_CACHE_HOME"], list(sys.path)
-    os.environ["XDG_CACHE_HOME"] = str(WORK / "cache" / "variants" / variant)
+    os.environ["XDG_CACHE_HOME"] = str(cache_of(workload, variant))
     try:
         with tempfile.TemporaryDirectory() as folder, foreach_in_use(variant == "foreach"):
             if compiles and variant in CHILD_SETTINGS:
@@ -255,7 +260,7 @@ def foreach_in_use(is_wanted: bool) -> Iterator[None]:
 
 def programs(workload: str, variant: str = "") -> None:
     """Has all programs of a workload compiled, so that no measurement waits for a compiler."""
-    with variant_in_use(variant, compiles=True):
+    with variant_in_use(workload, variant, compiles=True):
         job, precision = job_of(workload, variant)
         begin = time.perf_counter()
         arm = LoopArm(job, engine="graphed" if DEVICE.type == "cuda" else "compiled", precision=precision)
@@ -307,7 +312,7 @@ class TimedArm:
         self.spec = spec
         self.turns: list[tuple[float, float, int]] = []
         self.agrees = False
-        with variant_in_use(spec.variant, compiles=False), launches_of(spec.size):
+        with variant_in_use(workload, spec.variant, compiles=False), launches_of(spec.size):
             job, precision = job_of(workload, spec.variant)
             model = job.model()
             optimizer = job.optimizer(model)
@@ -429,6 +434,9 @@ def made_arms(workload: str, specs: Sequence[ArmSpec], until: float) -> list[Tim
     for spec in specs:
         if spec.engine == "graphed" and DEVICE.type != "cuda":
             tell("skipped", workload=workload, what=spec.label, reason="CUDA graphs need a CUDA device")
+            continue
+        if spec.variant and not list(cache_of(workload, spec.variant).glob("**/*.pt2")):
+            tell("skipped", workload=workload, what=spec.label, reason="its programs were not compiled")
             continue
         if arms and time.time() > until - 1:
             tell("skipped", workload=workload, what=spec.label, reason="no time was left")

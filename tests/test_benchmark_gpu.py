@@ -258,7 +258,7 @@ def test_a_variant_has_programs_of_its_own(variant: str, tmp_path: Path, monkeyp
     gpu_stages.programs("mlp", variant)
     assert graphs.builds == 2
     assert (sys.path, os.environ["XDG_CACHE_HOME"]) == (path, home)
-    assert len(list((tmp_path / "cache" / "variants" / variant).glob("fasttrain/programs/*.pt2"))) == 2
+    assert len(list((tmp_path / "cache" / "variants" / f"mlp-{variant}").glob("fasttrain/programs/*.pt2"))) == 2
 
 
 def test_arms_are_compared_timed_and_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,11 +286,16 @@ def test_an_arm_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(gpu_stages, "WORK", tmp_path)
     monkeypatch.setenv("FASTTRAIN_CHECK_RESULTS", str(results))
     monkeypatch.setenv("FASTTRAIN_CHECK_UNTIL", str(time.time() + 5))
-    specs = [gpu_stages.ArmSpec("bad", "no such engine"), gpu_stages.ArmSpec("eager", "eager")]
+    specs = [
+        gpu_stages.ArmSpec("bad", "no such engine"),
+        gpu_stages.ArmSpec("eager", "eager"),
+        gpu_stages.ArmSpec("combo", "compiled", None, "combo"),  # would compile what is measured without its variant
+    ]
     gpu_stages.measure("mlp", specs)
     told = [(each["kind"], each.get("arm", each.get("what"))) for each in gpu.read_lines(results)]
     assert ("error", "mlp: bad") in told
     assert ("step", "eager") in told
+    assert ("skipped", "combo") in told
 
 
 def test_kernels_and_the_gaps_between_them_are_counted() -> None:
