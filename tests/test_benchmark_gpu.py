@@ -20,6 +20,9 @@ import torch
 
 from benchmarks import gpu, gpu_stages
 from benchmarks.gpu import Archive, Check, Group, Stage
+from fasttrain import FastLoop
+from fasttrain.measure.bench.losses import check_losses, running_means
+from tests.step.cuda_stand_in import Recording, with_graphs
 from tests.step.fakes import Graphs
 
 SLOW = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
@@ -296,6 +299,28 @@ def test_an_arm_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: 
     assert ("error", "mlp: bad") in told
     assert ("step", "eager") in told
     assert ("skipped", "combo") in told
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_graphs_are_made_of_as_many_steps_as_an_arm_says(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = Recording(Graphs(monkeypatch, tmp_path))
+
+    def loop(*given: Any, engine: str, **options: Any) -> FastLoop:
+        made = FastLoop(*given, engine="eager", **options)
+        if engine == "graphed":
+            with_graphs(made.step, lane)
+        return made
+
+    monkeypatch.setattr(gpu_stages, "FastLoop", loop)
+    eager = gpu_stages.TimedArm("mlp", gpu_stages.ArmSpec("eager", "eager"))
+    arm = gpu_stages.TimedArm("mlp", gpu_stages.ArmSpec("graph", "graphed", size))
+    check_losses(running_means(arm.losses), running_means(eager.losses), arm.tolerance)
+    before, captures, num_steps = lane.launches, lane.captures, len(arm.batches)
+    assert arm.launches(num_steps) == num_steps
+    assert lane.launches - before == num_steps // size + num_steps % size
+    assert lane.captures == captures
 
 
 def test_kernels_and_the_gaps_between_them_are_counted() -> None:
