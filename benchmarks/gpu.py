@@ -139,9 +139,9 @@ def second_call(earlier: Sequence[dict[str, Any]]) -> list[Group]:
     return [
         Group(10, [inner("probe", "probe")]),
         *[group for group in again if group.stages],
-        Group(90, programs),
-        *[Group(14, [inner(f"variants-{workload}", "variants", workload)]) for workload in VARIANTS],
-        Group(90, [inner("bench-reviews-2", "bench", "reviews", "2")]),
+        Group(80, programs),
+        *[Group(22, [inner(f"variants-{workload}", "variants", workload)]) for workload in VARIANTS],
+        Group(80, [inner("bench-reviews-2", "bench", "reviews", "2")]),
     ]
 
 
