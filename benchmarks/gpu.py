@@ -1,167 +1,667 @@
-"""The whole check on a machine with a CUDA GPU, in under nine minutes: the gpu tests, the benchmarks, the profiles.
+"""Checks and measures fasttrain on a machine with one CUDA GPU, within a budget of minutes.
 
-    python -m benchmarks.gpu [--out FOLDER]
+A GPU is often lent for minutes, on a machine without a network. So the check runs in two calls, each of which fits in
+ten minutes; whatever cuts a call off, what came before is on disk.
 
-Each part has a bound on its time and runs whether or not the one before it failed. The tests, and the compilers of all
-programs that the benchmarks need, run side by side; what is timed runs alone. A benchmark that meets its bound keeps
-the blocks that it has. Records (small JSON files), profiles and what the parts said go to FOLDER; commit the
-records under benchmarks/results/ and the profiles under profiles/. Real data is found through $FASTTRAIN_DATA.
+1. Where there is a network, in the root of a checkout: `python -m benchmarks.gpu pack`. It puts the data into `.data/`
+   and the wheels that the other machine may lack into `.whl/`; git ignores both folders. Copy the checkout with them.
+2. On the machine with the GPU, in the root of the checkout, about 7 minutes:
+   `python -m benchmarks.gpu --call 1 --out OUT`
+3. Read `OUT/results.jsonl` and mend what failed. Keep OUT as `.data/call-1`.
+4. On that machine again, about 5 minutes: `python -m benchmarks.gpu --call 2 --out OUT2 --archive .data/call-1`.
+   It runs what failed again, tries variants of the compiled programs, and measures reviews in two blocks. The compiled
+   programs come from the archive.
+
+A rehearsal on a machine without a GPU: `python -m benchmarks.gpu --call 1 --out OUT --device cpu --budget-s 1800`. With
+`--sabotage STAGE=fail`, `hang` or `deaf` a stage fails, hangs, or hangs and ignores Ctrl-C.
+
+OUT holds at most 8 files: `results.jsonl`, one JSON object a line, written at once; `check.tar.gz` with logs, records
+and profiles; `programs-N.tar` with the compiled programs; an archive has at most 16 MiB. The archives are rewritten
+after each group of stages. `--budget-s` scales the deadlines of all stages; `--stage NAME` runs only some. Settings of
+the GPU and its driver are left as they are; TF32 is off (NVIDIA_TF32_OVERRIDE=0).
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import importlib.metadata
 import importlib.util
+import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+import uuid
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
+from benchmarks.places import REPOSITORY, log
 
-from fasttrain.workloads.job import JOBS
+DATA = ("reviews_lite.csv.gz", "mnist_t10k.npz", "tinyshakespeare.txt")
+WHEELS = ("tyro", "docstring-parser", "typeguard")
+"""Of pure Python, for the command line: what else it needs comes with torch."""
 
-ARMS = ("textbook", "tuned", "eager", "compiled", "graphed", "auto")
-WORKLOADS = tuple(JOBS)
-PROFILED = ("textbook", "auto")
+WORKLOADS = ("reviews", "mlp", "cnn", "chars", "chars-bf16")
 
-FIRST_S, BENCH_S, PROFILE_S = 200.0, 60.0, 25.0
-TOTAL_S = 520.0
-TEST_PROCESSES = 6
-"""Of the tests, where pytest-xdist is there: nearly all of their time is the compiler's."""
-GRACE_S = 10.0
-"""An interrupted part has so long to write what it has."""
+VARIANTS = {
+    "reviews": ("pdl",),
+    "mlp": ("combo", "foreach", "pdl"),
+    "cnn": ("cudnn-norm", "contiguous", "bf16"),
+    "chars": ("combo", "foreach"),
+}
+"""Of the compiled program, by workload; see `gpu_stages.VARIANTS`."""
+
+PREDICTED_US = {
+    "reviews": (15, 20),
+    "mlp": (40, 50),
+    "cnn": (140, 180),
+    "chars": (800, 1000),
+    "chars-bf16": (350, 450),
+}
+"""Of a step of the fastest arm on an H200, as predicted before the first run."""
+
+TARGETS = (
+    "reviews: 6 to 8 million samples a second",
+    "reviews, mlp: 15 times the eager loop over resident tensors, 500 times the textbook",
+    "cnn with bf16 and channels_last, chars: 3 times the fp32 textbook",
+    "no host sync in steady state",
+)
+
+MARGIN_S = 12.0
+"""Of the budget, kept for the last stage's end and the last archive."""
+
+GRACE_S = 4.0
+"""An interrupted stage has so long to write what it has."""
+
+LEAST_S = 2.0
+"""With less time left before its deadline, a stage is not started."""
+
+LOOK_S = 0.2
+
+MOST_FILES, MOST_BYTES, MOST_TOTAL_BYTES = 8, 16 << 20, 60 << 20
+"""Of the folder that is kept: files, bytes of an archive, bytes of all."""
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-class Part(NamedTuple):
-    """A command, and the seconds that it may take."""
+class Stage(NamedTuple):
+    """A process: the arguments of Python."""
 
     name: str
-    limit_s: float
-    command: list[str]
+    arguments: list[str]
 
 
-def parts(out: Path) -> list[list[Part]]:
-    """What is run, in this order; the parts of one list side by side."""
-    python = [sys.executable, "-m"]
-    spread = ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") is not None else []
-    first = [Part("tests", FIRST_S, [*python, "pytest", "-q", "-m", "gpu", *spread, "tests"])]
-    first += [Part(f"programs-{name}", FIRST_S, [*python, "benchmarks.programs", name, "cuda"]) for name in WORKLOADS]
-    found = [first]
-    for workload in WORKLOADS:
-        options = ["--workload", workload, "--device", "cuda"]
-        design = ["--arms", *ARMS, "--blocks", "3", "--warmup-s", "0.3", "--timed-s", "0.5"]
-        record = ["--out", str(out / f"{workload}-cuda.json")]
-        found.append([Part(workload, BENCH_S, [*python, "fasttrain", "bench", *options, *design, *record])])
-    for workload in WORKLOADS:
-        for arm in PROFILED:
-            options = ["--workload", workload, "--engine", arm, "--device", "cuda", "--out", str(out / "profiles")]
-            name = f"profile-{workload}-{arm}"
-            found.append([Part(name, PROFILE_S, [*python, "fasttrain", "profile", *options])])
-    return found
+class Group(NamedTuple):
+    """Stages that run side by side, and the seconds that they have, before these are scaled to the budget."""
+
+    seconds: float
+    stages: list[Stage]
 
 
-def run_beside(wanted: Sequence[Part], out: Path, limit_s: float) -> dict[str, str]:
-    """Runs parts side by side, the output of each in `out`/<name>.txt; says of each how it ended.
+def inner(name: str, *arguments: str) -> Stage:
+    """A stage of `gpu_stages`."""
+    return Stage(name, ["-m", "benchmarks.gpu_stages", *arguments])
+
+
+def first_call() -> list[Group]:
+    """The stages of the first call, in order."""
+    programs = [inner(f"programs-{name}", "programs", name) for name in WORKLOADS]
+    return [
+        Group(15, [inner("probe", "probe")]),
+        Group(135, [*programs, Stage("tests", tests())]),
+        Group(12, [Stage("overlap", overlap())]),
+        Group(10, [inner("ceilings", "ceilings")]),
+        *[Group(28, [inner(f"headline-{name}", "headline", name)]) for name in WORKLOADS],
+        Group(65, [inner("bench-reviews", "bench", "reviews", "1")]),
+        Group(50, [inner("bench-mlp", "bench", "mlp", "1")]),
+    ]
+
+
+def second_call(earlier: Sequence[dict[str, Any]]) -> list[Group]:
+    """The stages of the second call: what failed in the first, the variants, and reviews once more.
 
     Args:
-        wanted: what to run.
-        out: where their output goes.
-        limit_s: after so long, or after its own limit, a part is interrupted.
+        earlier: results of the first call.
     """
-    begin = time.perf_counter()
-    ended: dict[str, str] = {}
-    with ExitStack() as opened:
-        logs = [opened.enter_context((out / f"{part.name}.txt").open("wb")) for part in wanted]
-        children = [start(part.command, log) for part, log in zip(wanted, logs, strict=True)]
-        opened.callback(end, children)  # Ctrl-C reaches this process alone
-        for part, child in zip(wanted, children, strict=True):
-            bound_s = min(part.limit_s, limit_s)
-            try:
-                code = child.wait(max(0.0, begin + bound_s - time.perf_counter()))
-            except subprocess.TimeoutExpired:
-                interrupt(child)
-                ended[part.name] = f"interrupted after {bound_s:.0f} s"
-            else:
-                how = "ok" if code == 0 else f"exit code {code}"
-                ended[part.name] = f"{how}, within {time.perf_counter() - begin:.0f} s"
-            print(f"{part.name}: {ended[part.name]} (see {out / part.name}.txt)", flush=True)
-    return ended
+    failed = {each["stage"] for each in earlier if each["kind"] == "stage" and each["how"] != "ok"} - {"probe"}
+    again = [Group(group.seconds, [each for each in group.stages if each.name in failed]) for group in first_call()]
+    variants = [(workload, name) for workload, names in VARIANTS.items() for name in names]
+    programs = [inner(f"programs-{workload}-{name}", "programs", workload, name) for workload, name in variants]
+    return [
+        Group(10, [inner("probe", "probe")]),
+        *[group for group in again if group.stages],
+        Group(80, programs),
+        *[Group(22, [inner(f"variants-{workload}", "variants", workload)]) for workload in VARIANTS],
+        Group(80, [inner("bench-reviews-2", "bench", "reviews", "2")]),
+    ]
 
 
-def start(command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
-    """Starts a command in a session of its own, in which Ctrl-C can be heard."""
-    # One thread in the tests and the profiles too, as the arms of a benchmark have.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # A shell has what it starts in the background ignore Ctrl-C, and a child inherits that, but no handler.
-    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+def tests() -> list[str]:
+    """The tests that need a GPU, by path, in four processes; warnings are no errors here."""
+    paths = sorted((REPOSITORY / "tests").rglob("test_*.py"))
+    marked = [path.relative_to(REPOSITORY) for path in paths if "mark.gpu" in path.read_text("utf-8")]
+    spread = ["-n", "4"] if importlib.util.find_spec("xdist") is not None else []
+    return [*pytest_command(), "-m", "gpu", "-k", "not copies_run_while", *spread, *map(str, marked)]
+
+
+def overlap() -> list[str]:
+    """The one test that measures times: alone."""
+    return [*pytest_command(), "-k", "copies_run_while", "tests/data/test_stream_gpu.py"]
+
+
+def pytest_command() -> list[str]:
+    """Of pytest, which appends each outcome to the results."""
+    plugins = ["-p", "benchmarks.gpu_stages", "-p", "no:cacheprovider"]
+    if not importlib.metadata.entry_points(group="pytest11", name="fasttrain"):
+        plugins += ["-p", "fasttrain.measure.pytest_plugin"]
+    return ["-m", "pytest", "-q", "-W", "default", *plugins]
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON object as a line, which is on disk when this returns; several processes may do so."""
+    line = json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n"
+    descriptor = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
     try:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        os.write(descriptor, line)
+        os.fsync(descriptor)
     finally:
-        signal.signal(signal.SIGINT, found)
+        os.close(descriptor)
 
 
-def interrupt(child: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C, and the end of it all where that does not help."""
-    child.send_signal(signal.SIGINT)
-    try:
-        child.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        for process in session_of(child.pid):
-            with suppress(ProcessLookupError):  # it ended meanwhile
-                os.kill(process, signal.SIGKILL)
-        child.wait()
-
-
-def end(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Interrupts those that still run."""
-    for child in children:
-        if child.poll() is None:
-            interrupt(child)
-
-
-def session_of(leader: int) -> list[int]:
-    """Ids of the processes of a part, which is a session: each process of a benchmark is in a group of its own."""
-    found: list[int] = []
-    for name in os.listdir("/proc"):
-        with suppress(ValueError, ProcessLookupError):  # no process, or one that has ended meanwhile
-            process = int(name)
-            if os.getsid(process) == leader:
-                found.append(process)
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results of a file; a line that was cut off is left out."""
+    found: list[dict[str, Any]] = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
     return found
 
 
-def run_parts(wanted: Sequence[Sequence[Part]], out: Path, total_s: float) -> dict[str, str]:
-    """Runs parts while there is time, those of one list side by side; says of each how it ended."""
-    begin = time.perf_counter()
-    ended: dict[str, str] = {}
-    for beside in wanted:
-        left_s = total_s - (time.perf_counter() - begin)
-        if left_s > 1.0:
-            ended |= run_beside(beside, out, left_s)
-        else:
-            ended |= dict.fromkeys((part.name for part in beside), "no time was left")
-    return ended
+class Archive:
+    """What is kept of the work folder: `check.tar.gz` for all but programs, `programs-N.tar` for these.
+
+    Args:
+        out: where the archives go.
+        work: what they are of.
+        tell: is told what does not fit.
+        most_bytes: of an archive.
+    """
+
+    def __init__(
+        self, out: Path, work: Path, tell: Callable[[dict[str, Any]], None], most_bytes: int = MOST_BYTES
+    ) -> None:
+        self._out = out
+        self._work = work
+        self._tell = tell
+        self._most_bytes = most_bytes
+        self._bins: list[list[tuple[str, bytes]]] = []
+        self._known: set[str] = set()
+        self._left_out: set[str] = set()
+
+    def write(self) -> None:
+        """Writes anew the archives whose content has changed, each at once."""
+        for number in self._take_programs():
+            self._replace(f"programs-{number}.tar", lambda tar, held=self._bins[number]: _add_all(tar, held), "w")
+        files = sorted((file for file in self._kept() if file.is_file()), key=lambda file: file.stat().st_size)
+        while not self._replace("check.tar.gz", lambda tar: _add_files(tar, files, self._work), "w:gz"):
+            self._leave_out(str(files.pop().relative_to(self._work)), "too large for an archive")
+
+    def _kept(self) -> Iterable[Path]:
+        return (file for name in ("logs", "records", "profiles") for file in (self._work / name).rglob("*"))
+
+    def _take_programs(self) -> set[int]:
+        """Puts new programs into the archives; returns the numbers of those that changed."""
+        changed: set[int] = set()
+        names = (*self._work.glob("cache/**/programs/*.pt2"), *self._work.glob("cache/**/programs/*.json"))
+        for file in sorted((file for file in names if str(file) not in self._known), key=lambda f: f.stat().st_mtime):
+            self._known.add(str(file))
+            name = f"{file.relative_to(self._work)}.gz"
+            try:
+                packed = gzip.compress(file.read_bytes(), 6)
+            except FileNotFoundError:
+                continue
+            number = self._bin_for(len(packed) + 2048)
+            if number is None:
+                self._leave_out(name, "no archive has room for it")
+                continue
+            self._bins[number].append((name, packed))
+            changed.add(number)
+        return changed
+
+    def _bin_for(self, num_bytes: int) -> int | None:
+        sizes = [sum(len(content) + 2048 for _, content in held) for held in self._bins]
+        most = self._most_bytes - (64 << 10)
+        if sum(sizes) + num_bytes > MOST_TOTAL_BYTES - self._most_bytes or num_bytes > most:
+            return None
+        for number, size in enumerate(sizes):
+            if size + num_bytes <= most:
+                return number
+        if len(self._bins) >= MOST_FILES - 2:
+            return None
+        self._bins.append([])
+        return len(self._bins) - 1
+
+    def _replace(self, name: str, fill: Callable[[tarfile.TarFile], None], mode: Any) -> bool:
+        """Writes an archive in place of an older one; False: it would be too large, and the older one stays."""
+        with tempfile.TemporaryDirectory(dir=self._work) as scratch:
+            made = Path(scratch, name)
+            with tarfile.open(made, mode) as tar:
+                fill(tar)
+            if made.stat().st_size > self._most_bytes:
+                return False
+            shutil.copyfile(made, self._out / f".{name}")  # the folders may be of two file systems
+            os.replace(self._out / f".{name}", self._out / name)
+        return True
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            self._tell({"kind": "left out", "file": name, "reason": reason})
+
+
+def _add_all(tar: tarfile.TarFile, held: Iterable[tuple[str, bytes]]) -> None:
+    for name, content in held:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+
+
+def _add_files(tar: tarfile.TarFile, files: Iterable[Path], work: Path) -> None:
+    for file in files:
+        with suppress(FileNotFoundError):
+            tar.add(file, str(file.relative_to(work)))
+
+
+def restore_programs(archive: Path, work: Path) -> int:
+    """Brings the programs of an earlier call back; returns how many there are."""
+    count = 0
+    for path in sorted(archive.glob("programs-*.tar")):
+        with tarfile.open(path) as tar:
+            for entry in tar.getmembers():
+                target = work / entry.name.removesuffix(".gz")
+                content = tar.extractfile(entry)
+                if content is None or work.resolve() not in target.resolve().parents:
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                target.write_bytes(gzip.decompress(content.read()))
+                count += target.suffix == ".pt2"
+    for folder in work.glob("cache/**/"):
+        folder.chmod(0o700)  # code is loaded from there
+    return count
+
+
+class Running:
+    """A stage that runs, in a session of its own.
+
+    Args:
+        stage: which.
+        check: whose.
+        seconds: that it may take.
+    """
+
+    def __init__(self, stage: Stage, check: Check, seconds: float) -> None:
+        self.stage = stage
+        self.how = ""
+        self.is_over = False
+        self.begin = time.time()
+        self.compilers: set[str] = set()
+        self._work = check.work
+        self._mark = f"FASTTRAIN_CHECK_MARK={uuid.uuid4().hex}"
+        self._scratch = check.work / "tmp" / stage.name
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        variables = check.variables(stage.name, self._scratch, self.begin + seconds)
+        variables.update([self._mark.split("=")])
+        # A shell has what it starts in the background ignore Ctrl-C, and a child inherits that, but no handler.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with (check.work / "logs" / f"{stage.name}.txt").open("ab") as output:
+                self.process = subprocess.Popen(
+                    [sys.executable, *check.command(stage)],
+                    cwd=REPOSITORY,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=variables,
+                    start_new_session=True,
+                )
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def look(self) -> bool:
+        """Whether it still runs; keeps the logs of the compilers that it has started."""
+        for folder in self._scratch.glob("fasttrain-build-*"):
+            self.compilers.add(folder.name)
+            kept = self._work / "logs" / f"{self.stage.name}-{folder.name}.txt"
+            if not kept.exists():
+                with suppress(OSError):
+                    os.link(folder / "log", kept)  # stays when the folder goes
+        if not self.how and self.process.poll() is not None:
+            code = self.process.returncode
+            self.how = "ok" if code == 0 else f"exit code {code}"
+        return not self.how
+
+    def interrupt(self, reason: str) -> None:
+        """Ctrl-C, if it still runs."""
+        if self.look():
+            self.how = reason
+            with suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGINT)
+
+    def end(self, until: float) -> None:
+        """Waits for it until then, and ends it and all that it has started."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, until - time.time()))
+        for process in processes_of(self.process.pid, self._mark.encode()):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self.is_over = True
+
+
+def processes_of(leader: int, mark: bytes) -> list[int]:
+    """Ids of the processes of a stage: of its session, and those in other sessions that have inherited its mark."""
+    found: list[int] = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            if os.getsid(int(name)) == leader or mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                found.append(int(name))
+    return [each for each in found if each != os.getpid()]
+
+
+SABOTAGE = {
+    "fail": "raise SystemExit(3)",
+    "hang": "import time; time.sleep(86400)",
+    "deaf": "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(86400)'], start_new_session=True)\n"
+    "time.sleep(86400)",
+}
+
+
+class Check:
+    """One call of the check.
+
+    Args:
+        out: what is kept of it.
+        work: a folder for all that it makes.
+        budget_s: seconds that it may take.
+        device: "cuda" or "cpu".
+        data: the folder of data, if there is one.
+        sabotage: stages that are to fail, and how.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        work: Path,
+        budget_s: float,
+        *,
+        device: str = "cuda",
+        data: Path | None = None,
+        sabotage: dict[str, str] | None = None,
+    ) -> None:
+        self.begin = time.time()
+        self.out = out
+        self.work = work
+        self.results = out / "results.jsonl"
+        self._budget_s = budget_s
+        self._device = device
+        self._data = data
+        self._sabotage = sabotage or {}
+        self._site = work / "site"
+        self._programs: set[str] = set()
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("logs", "records", "profiles", "cache", "tmp", "site"):
+            (work / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.archive = Archive(out, work, self.tell)
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Appends a result."""
+        append_line(self.results, {**record, "t": round(time.time() - self.begin, 1)})
+
+    def unpack_wheels(self, folder: Path) -> list[str]:
+        """Makes packages of pure Python importable for the stages; returns the names of their files."""
+        wheels = sorted(folder.glob("*-none-any.whl"))
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as packed:
+                packed.extractall(self._site)
+        return [wheel.name for wheel in wheels]
+
+    def command(self, stage: Stage) -> list[str]:
+        """What Python is given for a stage."""
+        how = self._sabotage.get(stage.name)
+        return stage.arguments if how is None else ["-c", SABOTAGE[how]]
+
+    def variables(self, stage: str, scratch: Path, until: float) -> dict[str, str]:
+        """The environment of a stage."""
+        paths = [str(self._site), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        data = {} if self._data is None else {"FASTTRAIN_DATA": str(self._data)}
+        return {
+            **os.environ,
+            **threads,
+            **data,
+            "NVIDIA_TF32_OVERRIDE": "0",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(scratch),
+            "XDG_CACHE_HOME": str(self.work / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
+            "FASTTRAIN_CHECK_STAGE": stage,
+            "FASTTRAIN_CHECK_RESULTS": str(self.results.resolve()),
+            "FASTTRAIN_CHECK_WORK": str(self.work),
+            "FASTTRAIN_CHECK_DEVICE": self._device,
+            "FASTTRAIN_CHECK_BEGIN": str(self.begin),
+            "FASTTRAIN_CHECK_UNTIL": str(until),
+        }
+
+    def run(self, groups: Sequence[Group]) -> bool:
+        """Runs all groups, each until its deadline; returns whether all stages ended well.
+
+        Deadlines are fixed from the start: what one group does not use, those after it may.
+        """
+        scale = (self._budget_s - MARGIN_S) / sum(group.seconds for group in groups)
+        planned_s, is_well = 0.0, True
+        for group in groups:
+            planned_s += group.seconds
+            ended = self._run_group(group, self.begin + scale * planned_s, scale * group.seconds)
+            is_well = is_well and all(how == "ok" for how in ended.values())
+            if "probe" in ended and ended["probe"] != "ok" and "probe" not in self._sabotage:
+                log("the probe failed: nothing else can run here; see results.jsonl")
+                return False
+        return is_well
+
+    def _run_group(self, group: Group, deadline: float, planned_s: float) -> dict[str, str]:
+        """Runs the stages of a group side by side; returns how each ended."""
+        left_s = deadline - time.time()
+        if left_s < LEAST_S:
+            for stage in group.stages:
+                self._ended(stage.name, "no time was left", 0.0, 0)
+            return dict.fromkeys((stage.name for stage in group.stages), "no time was left")
+        running: list[Running] = []
+        reason = "interrupted: the check was ended"
+        try:
+            for stage in group.stages:
+                running.append(Running(stage, self, min(left_s, max(planned_s, LEAST_S))))
+            self._wait(running, deadline)
+            reason = f"interrupted after {time.time() - running[0].begin:.0f} s"
+        finally:
+            left = [each for each in running if not each.is_over]
+            for each in left:
+                each.interrupt(reason)
+            until = time.time() + GRACE_S
+            for each in left:
+                self._end(each, until)
+            self.archive.write()
+        return {each.stage.name: each.how for each in running}
+
+    def _wait(self, running: Sequence[Running], deadline: float) -> None:
+        """Waits until all have ended, or the deadline; notes each one's end, and keeps what it has made, at once."""
+        alive = list(running)
+        while alive and time.time() < deadline:
+            time.sleep(LOOK_S)
+            for each in [each for each in alive if not each.look()]:
+                alive.remove(each)
+                self._end(each, time.time())
+                if alive:
+                    self.archive.write()
+
+    def _end(self, running: Running, until: float) -> None:
+        running.end(until)
+        self._ended(running.stage.name, running.how, time.time() - running.begin, len(running.compilers))
+
+    def _ended(self, name: str, how: str, seconds: float, compilers: int) -> None:
+        programs = {path.stem for path in self.work.glob("cache/**/programs/*.pt2")}
+        new, self._programs = sorted(programs - self._programs), programs | self._programs
+        seconds = round(seconds, 1)
+        record = {"kind": "stage", "stage": name, "how": how, "seconds": seconds, "compilers": compilers}
+        self.tell({**record, "new_programs": new})
+        log(f"{time.time() - self.begin:6.1f} s  {name}: {how}, {seconds} s, {compilers} compilers")
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """A short table: how stages ended, and what was predicted beside what was measured."""
+    lines = [f"{each['stage']}: {each['how']}" for each in results if each["kind"] == "stage" and each["how"] != "ok"]
+    lines += [f"test failed: {each['test']}" for each in results if each["kind"] == "test" and each["how"] == "failed"]
+    timed = [each for each in results if each["kind"] == "step"]
+    best: dict[str, dict[str, Any]] = {}
+    eager = {each["workload"]: each["step_us"] for each in timed if each["arm"] == "eager"}
+    for each in timed:
+        workload = each["workload"]
+        told = "" if each["agrees"] else "; its losses are not those of the first arm"
+        lines.append(f"{workload} {each['arm']}: {each['step_us']:.1f} us a step (n={each['n']}){told}")
+        if not each["agrees"]:
+            continue
+        if workload not in best or each["step_us"] < best[workload]["step_us"]:
+            best[workload] = each
+    lines.append("workload: predicted us, measured us (fastest arm), times eager")
+    for workload, (low, high) in PREDICTED_US.items():
+        found = best.get(workload)
+        measured = "not measured"
+        if found is not None:
+            ratio = eager[workload] / found["step_us"] if workload in eager else None
+            measured = f"{found['step_us']:.1f} ({found['arm']}), {'-' if ratio is None else f'{ratio:.2f}x'}"
+        lines.append(f"{workload}: {low} to {high}, {measured}")
+    for each in (each for each in results if each["kind"] == "bench"):
+        rate = f"{each['samples_per_s']:,.0f} samples/s" if each.get("samples_per_s") else each.get("refused")
+        lines.append(f"{each['stage']} {each['arm']}: {rate}")
+    lines += [f"target: {each}" for each in TARGETS]
+    return "\n".join(lines)
+
+
+def recompiled(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Stages that measure, and had something compiled all the same though the stage of programs had ended well."""
+    stages = {each["stage"]: each for each in results if each["kind"] == "stage"}
+    found: list[str] = []
+    for name, each in stages.items():
+        kind, _, workload = name.partition("-")
+        before = stages.get(f"programs-{workload.removesuffix('-2')}")
+        if kind in ("headline", "bench") and before is not None and before["how"] == "ok" and each["compilers"]:
+            found.append(name)
+    return found
+
+
+def pack(data: Path) -> int:
+    """Fills `.data/` and `.whl/`; returns the exit code."""
+    (REPOSITORY / ".data").mkdir(exist_ok=True)
+    missing = [name for name in DATA if not (data / name).is_file()]
+    for name in DATA:
+        if name not in missing:
+            shutil.copyfile(data / name, REPOSITORY / ".data" / name)
+    if missing:
+        log(f"{data} has no {', '.join(missing)}: name the folder of data with --data")
+        return EXIT_USAGE
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    (REPOSITORY / ".data" / "commit").write_text(commit + "\n", "utf-8")
+    shutil.rmtree(REPOSITORY / ".whl", ignore_errors=True)
+    options = ["--no-deps", "--only-binary=:all:", "--quiet", "-d", str(REPOSITORY / ".whl")]
+    return subprocess.run([sys.executable, "-m", "pip", "download", *options, *WHEELS], check=False).returncode
+
+
+def data_folder(given: Path | None) -> Path | None:
+    """Where the data is: the given folder, `.data`, `$FASTTRAIN_DATA` or `shared/data` beside the checkout."""
+    usual = [REPOSITORY / ".data", os.environ.get("FASTTRAIN_DATA"), REPOSITORY.parent / "shared" / "data"]
+    folders = [given] if given is not None else [Path(each) for each in usual if each]
+    return next((each.resolve() for each in folders if (each / DATA[0]).is_file()), None)
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, formatter_class=raw)
+    parser.add_argument("command", nargs="?", choices=("run", "pack"), default="run")
+    parser.add_argument("--call", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="empty folder for what is kept")
+    parser.add_argument("--budget-s", type=float, help="seconds in all; by default what the call needs")
+    parser.add_argument("--stage", action="append", help="run only this stage; may be repeated")
+    parser.add_argument("--data", type=Path, help="folder of data; by default .data, then $FASTTRAIN_DATA")
+    parser.add_argument(
+        "--archive", type=Path, help="what an earlier call has left; by default .data/call-1 for call 2"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
+    parser.add_argument("--sabotage", action="append", default=[], metavar="STAGE=HOW", help=", ".join(SABOTAGE))
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs all parts; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder for records, profiles and output")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("this machine has no CUDA device that torch can use", file=sys.stderr)
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    ended = run_parts(parts(options.out), options.out, TOTAL_S)
-    return 0 if all(how.startswith("ok") for how in ended.values()) else 1
+    """Runs the check; returns the exit code: 0 if all stages ended well."""
+    options = parsed(arguments)
+    if options.command == "pack":
+        return pack(options.data or data_folder(None) or REPOSITORY.parent / "shared" / "data")
+    options.out = options.out.resolve()
+    if (options.out / "results.jsonl").exists():
+        log(f"{options.out} holds the results of an earlier call: give --out an empty folder")
+        return EXIT_USAGE
+    archive = options.archive or (REPOSITORY / ".data" / "call-1" if options.call == 2 else None)
+    if archive is not None and not (archive / "results.jsonl").is_file():
+        log(f"{archive} holds no results of an earlier call: name its folder with --archive")
+        return EXIT_USAGE
+    archive = None if archive is None else archive.resolve()
+    earlier = [] if archive is None else read_lines(archive / "results.jsonl")
+    groups = first_call() if options.call == 1 else second_call(earlier)
+    if options.stage:
+        groups = [Group(group.seconds, [s for s in group.stages if s.name in options.stage]) for group in groups]
+        groups = [group for group in groups if group.stages]
+    if not groups:
+        log(f"there is no stage {', '.join(options.stage)} in this call")
+        return EXIT_USAGE
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as work:
+        return run_check(options, Path(work), groups, archive)
+
+
+def run_check(options: argparse.Namespace, work: Path, groups: list[Group], archive: Path | None) -> int:
+    """Runs groups of stages; returns the exit code."""
+    budget_s = options.budget_s or sum(group.seconds for group in groups) + MARGIN_S
+    data = data_folder(options.data)
+    sabotage = dict(each.split("=") for each in options.sabotage)
+    check = Check(options.out, work, budget_s, device=options.device, data=data, sabotage=sabotage)
+    restored = 0 if archive is None else restore_programs(archive, work)
+    commit = REPOSITORY / ".data" / "commit"
+    about = {"call": options.call, "device": options.device, "budget_s": budget_s, "data": data, "restored": restored}
+    about["wheels"] = check.unpack_wheels(REPOSITORY / ".whl")
+    about["packed_commit"] = commit.read_text("utf-8").strip() if commit.is_file() else None
+    check.tell({"kind": "begin", **about, "unix_time": check.begin})
+    code = EXIT_FAILED
+    try:
+        code = 0 if check.run(groups) else EXIT_FAILED
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    results = read_lines(check.results)
+    seconds = round(time.time() - check.begin, 1)
+    check.tell({"kind": "end", "code": code, "seconds": seconds, "compiled_again": recompiled(results)})
+    print(summary(results))
+    return code
 
 
 if __name__ == "__main__":

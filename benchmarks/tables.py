@@ -64,8 +64,11 @@ date. Measure on a machine that does nothing else.
 - `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.
 - `python -m tests.step.errors`: how far compiled steps are from exact ones, beside eager steps; writes
   `results/errors-cpu.json`.
-- `python -m benchmarks.gpu`: on a machine with a CUDA GPU, in under nine minutes: its tests, six arms of each workload
-  in 3 blocks, and profiles; what does not fit into the time is left out.
+- `python -m benchmarks.gpu`: checks and measures fasttrain on a machine with one CUDA GPU in two calls of 8 and 5
+  minutes. `python -m benchmarks.gpu pack` first puts data and wheels into `.data/` and `.whl/`, which travel with the
+  checkout; then, on that machine, `python -m benchmarks.gpu --call 1 --out OUT`, and after its results were read
+  `python -m benchmarks.gpu --call 2 --out OUT2 --archive OUT`. Each result is one line of `OUT/results.jsonl`, written
+  at once. `python -m benchmarks.gpu --help` says more; `--device cpu` rehearses it without a GPU.
 - `python -m benchmarks.tables`: writes this file and the table in the top README; with `--check` it writes nothing and
   exits with 1 if they are not up to date.
 
@@ -81,7 +84,8 @@ An arm is flagged where more work than cores was there before the rounds (load),
 core (waited) or used one in the others' turns (awake), where memory came back from the disk (swapped), or where CPU or
 GPU were slowed down (throttled); the rounds of such a block are repeated, up to two times.
 
-All processes of a benchmark share one cache of compiled programs, empty at first: "compile" is what an arm's first
+All processes of a benchmark share one cache of compiled programs, empty at first (with `--keep-cache` the user's own,
+which is kept; the record notes it): "compile" is what an arm's first
 process waited (another engine may have filled the cache by then), and the median of the later ones. Peak memory is the
 process's on the CPU, with the job's data, and that of torch's allocator on CUDA. All processes of a block are there at
 once: with every peer that takes 7 GB.

@@ -1,14 +1,10 @@
-"""Peers train the same numbers, whole commands are measured as said, and the GPU check keeps its bounds."""
+"""Peers train the same numbers, and whole commands are measured as said."""
 
 import contextlib
 import importlib
 import importlib.util
 import json
 import os
-import signal
-import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import commands, first_step, gpu, programs
+from benchmarks import commands, first_step
 from benchmarks.children import Ran
 from benchmarks.peers import NAMES, native
 from benchmarks.records import times_better
@@ -32,7 +28,6 @@ from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.job import Job, load_job
 from fasttrain.workloads.mlp import mlp_job
 from fasttrain.workloads.review_job import ReviewJob, review_job
-from tests.step.fakes import Graphs
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -176,97 +171,6 @@ def test_frameworks_train_the_same_numbers(name: str, monkeypatch: pytest.Monkey
         assert process.started.agreement is not None
         assert process.started.agreement < 1e-5
         assert process.slice(0.05, 0).steps >= 1
-
-
-def part(code: str, limit_s: float = 60.0) -> gpu.Part:
-    return gpu.Part("part", limit_s, [sys.executable, "-c", code])
-
-
-def alone(wanted: gpu.Part, out: Path, limit_s: float) -> str:
-    return gpu.run_beside([wanted], out, limit_s)[wanted.name]
-
-
-SLOW = "try:\n import time; time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
-
-
-def test_each_part_of_the_gpu_check_keeps_its_bound(tmp_path: Path) -> None:
-    begin = time.perf_counter()
-    assert alone(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
-    assert (tmp_path / "part.txt").read_text() == "kept\n"
-    assert time.perf_counter() - begin < 10
-    ended = gpu.run_parts([[part("raise SystemExit(3)"), part("", 0.5)]], tmp_path, 1e-9)
-    assert ended == {"part": "no time was left"}
-    assert alone(part("raise SystemExit(3)"), tmp_path, 60.0).startswith("exit code 3, ")
-
-
-def test_a_part_keeps_what_it_has_where_the_check_runs_in_the_background(tmp_path: Path) -> None:
-    found = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what ends in &
-    try:
-        assert alone(part(SLOW), tmp_path, 4.0) == "interrupted after 4 s"
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, found)
-    assert (tmp_path / "part.txt").read_text() == "kept\n"
-
-
-def test_what_a_part_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
-    block = "import time; time.sleep(120)"
-    deaf = (
-        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        f"print(subprocess.Popen([sys.executable, '-c', {block!r}], process_group=0).pid, flush=True); time.sleep(60)"
-    )
-    assert alone(part(deaf), tmp_path, 2.0) == "interrupted after 2 s"
-    started = Path("/proc", (tmp_path / "part.txt").read_text().strip(), "stat")
-    deadline = time.perf_counter() + 10.0
-    while started.exists() and started.read_text().split()[2] != "Z":  # it ends when it gets round to it
-        assert time.perf_counter() < deadline
-        time.sleep(0.01)
-
-
-def test_ctrl_c_ends_all_parts_that_run_side_by_side(tmp_path: Path) -> None:
-    wanted = [gpu.Part(name, 60.0, [sys.executable, "-c", SLOW]) for name in ("first", "second")]
-    threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-    begin = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run_beside(wanted, tmp_path, 60.0)
-    assert time.perf_counter() - begin < 30
-    assert [(tmp_path / f"{name}.txt").read_text() for name in ("first", "second")] == ["kept\n"] * 2
-
-
-def test_parts_of_the_gpu_check_run_side_by_side(tmp_path: Path) -> None:
-    """Each waits for what the other one writes."""
-    meet = (
-        "import pathlib, sys, time; mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
-        "while not other.exists(): time.sleep(0.01)"
-    )
-    files = [str(tmp_path / name) for name in ("a", "b")]
-    both = [
-        gpu.Part(name, 60.0, [sys.executable, "-c", meet, *order])
-        for name, order in (("first", files), ("second", files[::-1]))
-    ]
-    ended = gpu.run_parts([both, [part("raise SystemExit(3)")]], tmp_path, 60.0)
-    assert [how.split(",")[0] for how in ended.values()] == ["ok", "ok", "exit code 3"]
-    assert list(ended) == ["first", "second", "part"]
-
-
-def test_the_gpu_check_fits_in_nine_minutes(tmp_path: Path) -> None:
-    first, *alone = gpu.parts(tmp_path)
-    assert gpu.TOTAL_S + gpu.GRACE_S < 540
-    assert [each.name for each in first] == ["tests", *(f"programs-{name}" for name in gpu.WORKLOADS)]
-    assert [each.name for [each] in alone[:4]] == list(gpu.WORKLOADS)
-    assert max(each.limit_s for each in first) + sum(each.limit_s for [each] in alone[:4]) < gpu.TOTAL_S
-
-
-def test_all_programs_of_a_workload_are_compiled_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # what follows compiles nothing that others may use
-    graphs = Graphs(monkeypatch, tmp_path)
-    assert programs.main(["mlp", "cpu"]) == 0
-    assert graphs.builds == 2
-    assert graphs.launched > 0
-    assert capsys.readouterr().out.startswith("compiled: asked for")
 
 
 class FakePlace(commands.Place):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,9 @@ from fasttrain.measure.files import write_text
 from fasttrain.measure.verdict.stats import Noise
 
 __all__ = ["Bench"]
+
+KEPT_CACHE = "compiled programs were shared with the user's cache (--keep-cache): compile times are not of a cold start"
+"""The note of a record that was measured with `--keep-cache`."""
 
 MOST_FLAGGED = 0.25
 """What an arm against itself tells is kept, if no more than this share of the processes was flagged."""
@@ -81,6 +85,10 @@ class Bench:
     seed: int = 0
     """Of the order of the arms in each block."""
 
+    keep_cache: bool = False
+    """Use the user's cache of compiled programs, and add to it. Without this option the arms share a cache that is
+    empty at first and is removed at the end: each benchmark compiles everything again."""
+
     out: Path | None = None
     """File of the record, JSON; by default bench-WORKLOAD-DEVICE.json in this folder."""
 
@@ -102,7 +110,7 @@ class Bench:
         known = noise_with(before, self.workload)
         plan = replace(plan, noise=None if known is None else known[1])
         self._check(plan, device)
-        with fresh_caches() as variables:
+        with nullcontext({}) if self.keep_cache else fresh_caches() as variables:
             record, is_interrupted = run_bench(
                 plan,
                 ArmRunner(variables),
@@ -114,6 +122,7 @@ class Bench:
             )
         noise = measured_noise(plan, record.arms)
         told = () if noise is not None or known is None else (f"the noise was measured before, with {known[0]}",)
+        told += (KEPT_CACHE,) if self.keep_cache else ()
         after = {"load_average_after": load_average(), "clock_mhz_after": clock_mhz()}
         record = replace(record, environment={**before, **after}, notes=(*record.notes, *told))
         try:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fasttrain import cli
+from fasttrain.commands.bench import KEPT_CACHE, Bench
 from fasttrain.measure.bench.messages import ArmTask, ProcessDiedError
 from fasttrain.measure.bench.noise import known_noise, remember_noise
 from fasttrain.measure.bench.record import read_record
@@ -21,7 +22,7 @@ from fasttrain.measure.bench.runner import GRACE_S, ArmRunner, fresh_caches
 from fasttrain.measure.environment import environment
 from fasttrain.measure.verdict.stats import Noise
 from fasttrain.step.cache import ProgramCache, Verdict, default_folder
-from tests.measure.bench.bench_fakes import FakeMachine, FakeProcess, FakeRunner
+from tests.measure.bench.bench_fakes import ENVIRONMENT, FakeMachine, FakeProcess, FakeRunner, arm, record
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -269,3 +270,26 @@ def test_bench_leaves_a_record_and_tables(
     assert "leave the reference's" in record.refused["tests.measure.bench.user_arms:make_wrong_arm"]
     assert record.command.startswith("python -m fasttrain bench --workload mlp --arms tuned --module")
     assert "| tuned |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("keep_cache", [True, False])
+def test_a_benchmark_uses_the_users_cache_where_that_is_asked_for(
+    keep_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def start(*_: Any, env: dict[str, str], **given: Any) -> None:
+        found.append(env["XDG_CACHE_HOME"])
+        raise NotImplementedError
+
+    options = Bench(workload="mlp", device="cpu", keep_cache=keep_cache, out=tmp_path / "record.json")
+    monkeypatch.setattr("fasttrain.commands.bench.environment", lambda _: ENVIRONMENT)
+    with monkeypatch.context() as patched:
+        patched.setattr("fasttrain.measure.bench.runner.subprocess.Popen", start)
+        with pytest.raises(NotImplementedError):
+            options.execute(["bench"])
+    assert (found == [os.environ["XDG_CACHE_HOME"]]) == keep_cache
+
+    monkeypatch.setattr("fasttrain.commands.bench.run_bench", lambda *_, **given: (record({"eager": arm(1e-3)}), False))
+    assert options.execute(["bench"]) == 0
+    assert (KEPT_CACHE in read_record(tmp_path / "record.json").notes) == keep_cache

@@ -1,0 +1,588 @@
+"""The stages of `benchmarks.gpu`, each run in a process of its own: STAGE and its arguments.
+
+As a plugin of pytest, it appends the outcome of each test to the results.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import DATA, VARIANTS, append_line, data_folder
+from fasttrain import EngineError, FastLoop
+from fasttrain.measure.bench.arms import LoopArm
+from fasttrain.measure.bench.losses import check_losses, running_means
+from fasttrain.workloads.job import Job, load_job
+
+WORK = Path(os.environ.get("FASTTRAIN_CHECK_WORK", "."))
+DEVICE = torch.device(os.environ.get("FASTTRAIN_CHECK_DEVICE", "cpu"))
+STAGE = os.environ.get("FASTTRAIN_CHECK_STAGE", "")
+
+CHECKED_LOSSES = 32
+"""Two launches of 16: after the first steps from the job's start, which run eagerly, at least one is a launch."""
+
+BF16_TOLERANCE = 2e-2
+
+TURN_S = 0.2
+"""An arm's turn is as many whole epochs as take so long, at least one; where an epoch takes longer, a part of it."""
+
+LEAST_ROUNDS = 3
+
+TRACE_S = 6.0
+"""Kept for the traces, before the deadline."""
+
+BENCH_ARMS = ("textbook", "graphed", "eager", "auto", "tuned", "compiled")
+"""In this order they are left out where time is short."""
+
+BENCH_START_S, BENCH_ARM_S = 14.0, 8.0
+"""What `bench` takes before its first arm, and for each arm."""
+
+CHILD_SETTINGS = {
+    "combo": "import torch._inductor.config as config; config.combo_kernels = True",
+    "pdl": "import torch._inductor.config as config; config.triton.enable_pdl = True",
+    "cudnn-norm": "import torch; from torch._inductor.decomposition import decompositions as table\n"
+    "for name in ('cudnn_batch_norm', 'native_batch_norm'):\n"
+    "    for each in (name, name + '_backward'): table.pop(getattr(torch.ops.aten, each).default, None)",
+}
+"""Variants that are settings of the process that compiles: Python code that it runs when it starts."""
+
+
+def tell(kind: str, **record: Any) -> None:
+    """Appends a result."""
+    path = os.environ.get("FASTTRAIN_CHECK_RESULTS")
+    t = round(time.time() - float(os.environ.get("FASTTRAIN_CHECK_BEGIN", time.time())), 1)
+    line = {"kind": kind, "stage": STAGE, **record, "t": t}
+    if path:
+        append_line(Path(path), line)
+    print(json.dumps(line, default=str), flush=True)
+
+
+def left_s() -> float:
+    """Seconds until this stage's deadline."""
+    return float(os.environ.get("FASTTRAIN_CHECK_UNTIL", "inf")) - time.time()
+
+
+@contextmanager
+def told_if_it_fails(what: str) -> Generator[None]:
+    """Notes an error and goes on: one arm's error does not end the others."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        tell("error", what=what, error=f"{type(error).__name__}: {error}"[:2000])
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Of pytest: notes how a test ended."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # its reports come to the main process too
+    if is_worker or (report.when != "call" and report.outcome == "passed"):
+        return
+    text = str(report.longrepr)[-3000:] if report.outcome == "failed" else None
+    tell("test", test=report.nodeid, how=report.outcome, seconds=round(report.duration, 2), text=text)
+
+
+def probe() -> None:
+    """What this machine has; fails where the device is missing."""
+    import importlib.metadata as metadata
+
+    names = "torch triton numpy pandas pyarrow safetensors tqdm jinja2 nvidia-ml-py pytest pytest-xdist hypothesis tyro"
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in names.split():
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    tell("versions", **versions)
+    if versions["tyro"] is None:
+        tell(
+            "note", text="tyro is missing: the commands of fasttrain cannot start; the check calls the library instead"
+        )
+    data = data_folder(None)
+    tell("data", folder=data, missing=[name for name in DATA if data is None or not (data / name).is_file()])
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    kept = {name: memory[name].strip() for name in ("MemTotal", "MemAvailable")}
+    limits = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in ("DATA", "AS", "NOFILE")}
+    cores, disk = len(os.sched_getaffinity(0)), shutil.disk_usage(tempfile.gettempdir()).free
+    tell("machine", cores=cores, system=platform.platform(), **kept, limits=limits, free_disk_bytes=disk)
+    tell("compilers", gxx=said("g++", "--version"), nvcc=said("nvcc", "--version"), nvcc_path=shutil.which("nvcc"))
+    with told_if_it_fails("headers of CUDA"):
+        from fasttrain.step.toolkit import cuda_home
+
+        tell("cuda home", variable=os.environ.get("CUDA_HOME"), found=cuda_home())
+    if DEVICE.type == "cuda":
+        fields = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        tell("nvidia-smi", fields=fields, found=said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"))
+        begin = time.perf_counter()
+        torch.zeros(8, device=DEVICE).sum().item()
+        about = torch.cuda.get_device_properties(DEVICE)
+        tell("gpu", first_use_s=time.perf_counter() - begin, cuda=torch.version.cuda, properties=str(about))
+
+
+def said(*command: str) -> str | None:
+    """What a command prints; None where it is missing."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()[:500]
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def ceilings() -> None:
+    """What the device can do at best: copies, matrix products, and replays of graphs of tiny kernels."""
+    is_cuda = DEVICE.type == "cuda"
+    source = torch.randn((1 << 30) if is_cuda else (1 << 22), device=DEVICE)
+    target = torch.empty_like(source)
+    seconds = timed(lambda: target.copy_(source))
+    tell("ceiling", what="copy", gb_per_s=2 * source.nbytes / seconds / 1e9, n=10)
+    for dtype, size in ((torch.bfloat16, 8192), (torch.float32, 8192), (torch.float32, 512)):
+        size = size if is_cuda else 256
+        left, right = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+        seconds = timed(lambda left=left, right=right: left @ right)
+        tell("ceiling", what=f"{dtype} product of {size}", tflop_per_s=2 * size**3 / seconds / 1e12, n=10)
+    if not is_cuda:
+        tell("skipped", what="CUDA graphs of tiny kernels", reason="the device is the CPU")
+        return
+    value = torch.zeros(1024, device=DEVICE)
+    for count in (1, 10, 100, 1000):
+        value.add_(1.0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                value.add_(1.0)
+        tell("ceiling", what=f"replay of {count} tiny kernels", us=timed(graph.replay, repeats=50) * 1e6, n=50)
+
+
+def timed(run: Callable[[], Any], repeats: int = 10) -> float:
+    """The median of the seconds that a call takes on the device, after three that are not timed."""
+    found: list[float] = []
+    for number in range(3 + repeats):
+        seconds, _ = on_device(run)
+        found += [seconds] if number >= 3 else []
+    return statistics.median(found)
+
+
+def on_device(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of a call between two events of the device, and seconds until the call returned."""
+    if DEVICE.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - begin
+        return seconds, seconds
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    first.record()
+    run()
+    host_s = time.perf_counter() - begin
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3, host_s
+
+
+def job_of(workload: str, variant: str = "") -> tuple[Job, str]:
+    """A job on the device, and its precision."""
+    job = load_job(workload.removesuffix("-bf16"), DEVICE)
+    if variant == "contiguous":
+        job = replace(job, memory_format=torch.contiguous_format)  # pyright: ignore[reportArgumentType]
+    return job, "bf16" if workload.endswith("-bf16") or variant == "bf16" else "fp32"
+
+
+def cache_of(workload: str, variant: str) -> Path:
+    """Where the programs of a variant are kept."""
+    return WORK / "cache" / "variants" / f"{workload}-{variant}"
+
+
+@contextmanager
+def variant_in_use(workload: str, variant: str, *, compiles: bool) -> Iterator[None]:
+    """Has programs traced, and (if `compiles`) compiled, in a variant, with a cache of its own; "" changes nothing."""
+    if not variant:
+        yield
+        return
+    kept, path = os.environ["XDG_CACHE_HOME"], list(sys.path)
+    os.environ["XDG_CACHE_HOME"] = str(cache_of(workload, variant))
+    try:
+        with tempfile.TemporaryDirectory() as folder, foreach_in_use(variant == "foreach"):
+            if compiles and variant in CHILD_SETTINGS:
+                code = (
+                    f"import sys\nif 'fasttrain.step.build' in sys.orig_argv:\n    exec({CHILD_SETTINGS[variant]!r})\n"
+                )
+                Path(folder, "sitecustomize.py").write_text(code)  # Python runs it when it starts
+                sys.path.insert(0, folder)  # the process that compiles is given this path
+            yield
+    finally:
+        os.environ["XDG_CACHE_HOME"], sys.path[:] = kept, path
+
+
+@contextmanager
+def foreach_in_use(is_wanted: bool) -> Iterator[None]:
+    """Has the optimizer's step traced with `foreach`, which the library turns off.
+
+    With a learning rate in a tensor torch's optimizers ask for `capturable` besides.
+    """
+    if not is_wanted:
+        yield
+        return
+    from fasttrain.step.optimizer import OptimizerStep
+
+    before: Any = OptimizerStep._group
+
+    def with_foreach(self: Any, *given: Any) -> dict[str, Any]:
+        group = before(self, *given)
+        return {**group, "foreach": True, "capturable": True} if "foreach" in group else group
+
+    OptimizerStep._group = with_foreach
+    try:
+        yield
+    finally:
+        OptimizerStep._group = before
+
+
+def programs(workload: str, variant: str = "") -> None:
+    """Has all programs of a workload compiled, so that no measurement waits for a compiler."""
+    with variant_in_use(workload, variant, compiles=True):
+        job, precision = job_of(workload, variant)
+        begin = time.perf_counter()
+        arm = LoopArm(job, engine="graphed" if DEVICE.type == "cuda" else "compiled", precision=precision)
+        for _ in range(2):  # in the second call it waits until it is decided what runs the steps
+            arm.step()
+        seconds = time.perf_counter() - begin
+        tell("program", workload=workload, variant=variant, engine=arm.engine, waited_s=arm.compile_s, seconds=seconds)
+
+
+class ArmSpec(NamedTuple):
+    """An arm of a headline.
+
+    Attributes:
+        label: its name.
+        engine: of `FastLoop`.
+        size: steps of a CUDA graph; None: steps run one by one.
+        variant: of its programs.
+    """
+
+    label: str
+    engine: str
+    size: int | None = None
+    variant: str = ""
+
+
+HEADLINE = (
+    ArmSpec("eager", "eager"),
+    ArmSpec("program", "compiled"),
+    ArmSpec("graph of 1", "graphed", 1),
+    ArmSpec("graph of 4", "graphed", 4),
+    ArmSpec("graph of 16", "graphed", 16),
+)
+
+
+class TimedArm:
+    """A training that runs epoch by epoch, in launches of a given size.
+
+    Args:
+        workload: name of the job, perhaps with "-bf16".
+        spec: how it runs.
+
+    Attributes:
+        losses: of the first steps from the job's start, after it was decided what runs the steps.
+        turns: seconds on the device and on the host, and steps, of each turn.
+        agrees: whether the losses are those of the first arm.
+    """
+
+    def __init__(self, workload: str, spec: ArmSpec) -> None:
+        self.spec = spec
+        self.turns: list[tuple[float, float, int]] = []
+        self.agrees = False
+        with variant_in_use(workload, spec.variant, compiles=False), launches_of(spec.size):
+            job, precision = job_of(workload, spec.variant)
+            model = job.model()
+            optimizer = job.optimizer(model)
+            self.step = FastLoop(model, optimizer, job.forward, engine=spec.engine, precision=precision).step
+            self.batches = job.batches()
+            self.tolerance = BF16_TOLERANCE if precision == "bf16" else job.tolerance
+            before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            if spec.engine != "eager":
+                self.step(next(iter(self.batches)))
+                self.step.settle(self.batches)
+                model.load_state_dict(before[0])
+                optimizer.load_state_dict(before[1])
+            self.batches.set_epoch(0)
+            self.losses = self._first_losses()
+            self._epoch_s, _ = on_device(lambda: self.launches(len(self.batches) if DEVICE.type == "cuda" else 20))
+            self._epoch_s *= 1 if DEVICE.type == "cuda" else len(self.batches) / 20
+
+    def launches(self, num_steps: int) -> int:
+        """Runs steps of one epoch, and reads its metrics at the end; returns how many."""
+        epoch, done = iter(self.batches), 0
+        self.step.metrics.reset()
+        while done < num_steps:
+            ran = self._launch(epoch)
+            if ran is None:
+                break
+            done += ran.numel()
+        self.step.flush()
+        self.step.metrics.compute()
+        return done
+
+    def turn(self) -> None:
+        """One turn, timed."""
+        epochs = max(1, int(TURN_S / self._epoch_s))
+        steps = len(self.batches)
+        if self._epoch_s > 4 * TURN_S:
+            steps = max(16, int(steps * TURN_S / self._epoch_s))
+        done: list[int] = []
+        seconds, host_s = on_device(lambda: done.extend(self.launches(steps) for _ in range(epochs)))
+        self.turns.append((seconds, host_s, sum(done)))
+
+    def two_launches(self) -> Callable[[], None]:
+        """What runs two launches of an epoch whose first one, which gathers the batches, is over."""
+        epoch = iter(self.batches)
+        self._launch(epoch)
+
+        def run() -> None:
+            for _ in range(2):
+                self._launch(epoch)
+
+        return run
+
+    def _launch(self, epoch: Any) -> Tensor | None:
+        span = epoch.take(self.spec.size) if self.spec.size is not None else None
+        if span is not None:
+            return self.step.steps(span)
+        batch = next(epoch, None)
+        return None if batch is None else self.step(batch)
+
+    def _first_losses(self) -> list[float]:
+        epoch, found = iter(self.batches), []
+        while len(found) < CHECKED_LOSSES:
+            losses = self._launch(epoch)
+            assert losses is not None
+            found += losses.reshape(-1).tolist()
+        return found[:CHECKED_LOSSES]
+
+
+@contextmanager
+def launches_of(size: int | None) -> Iterator[None]:
+    """Has graphs made of so many steps, not of as many as the library finds fastest."""
+    if size is None:
+        yield
+        return
+    from fasttrain.step.graphed import GraphLauncher
+
+    before: Any = GraphLauncher.sizes
+    GraphLauncher.sizes = lambda *_: [size]
+    try:
+        yield
+    finally:
+        GraphLauncher.sizes = before
+
+
+def headline(workload: str) -> None:
+    """Eager steps, the program, and graphs of 1, 4 and 16 steps in turn; then a trace of two launches of each."""
+    measure(workload, HEADLINE)
+
+
+def variants(workload: str) -> None:
+    """The program as it is, against its variants."""
+    engine, size = ("graphed", 16) if DEVICE.type == "cuda" else ("compiled", None)
+    specs = [ArmSpec("as it is", engine, size)]
+    specs += [ArmSpec(name, engine, size, name) for name in VARIANTS[workload]]
+    measure(workload, [ArmSpec("eager", "eager"), *specs])
+
+
+def measure(workload: str, specs: Sequence[ArmSpec]) -> None:
+    """Makes arms, compares their losses with the first one's, lets them take turns, and traces them."""
+    until = time.time() + left_s() - TRACE_S
+    arms = made_arms(workload, specs, until)
+    rounds = 0
+    while arms and (rounds < LEAST_ROUNDS or time.time() < until) and left_s() > 1:
+        for arm in arms:
+            with told_if_it_fails(f"{workload}: {arm.spec.label}: a turn"):
+                arm.turn()
+        rounds += 1
+        if rounds == LEAST_ROUNDS:
+            tell_times(workload, arms, kind="step, so far")
+    tell_times(workload, arms, kind="step")
+    for arm in arms:
+        with told_if_it_fails(f"{workload}: {arm.spec.label}: trace"):
+            tell_syncs(workload, arm)
+            trace(workload, arm)
+
+
+def made_arms(workload: str, specs: Sequence[ArmSpec], until: float) -> list[TimedArm]:
+    """The arms that can be made here by then; each one's losses are compared with the first one's."""
+    arms: list[TimedArm] = []
+    for spec in specs:
+        if spec.engine == "graphed" and DEVICE.type != "cuda":
+            tell("skipped", workload=workload, what=spec.label, reason="CUDA graphs need a CUDA device")
+            continue
+        if spec.variant and not list(cache_of(workload, spec.variant).glob("**/*.pt2")):
+            tell("skipped", workload=workload, what=spec.label, reason="its programs were not compiled")
+            continue
+        if arms and time.time() > until - 1:
+            tell("skipped", workload=workload, what=spec.label, reason="no time was left")
+            continue
+        with told_if_it_fails(f"{workload}: {spec.label}"):
+            begin = time.perf_counter()
+            arm = TimedArm(workload, spec)
+            seconds = time.perf_counter() - begin
+            tell("arm", workload=workload, arm=spec.label, ready_s=seconds, engine=str(arm.step.engine))
+            arms.append(arm)
+            agreed = check_losses(running_means(arm.losses), running_means(arms[0].losses), arm.tolerance)
+            arm.agrees = True
+            tell("losses", workload=workload, arm=spec.label, largest_difference=agreed, first=arm.losses[:20])
+    return arms
+
+
+def tell_times(workload: str, arms: Sequence[TimedArm], kind: str) -> None:
+    """What the arms' turns took."""
+    for arm in arms:
+        if arm.turns:
+            steps = [seconds / count * 1e6 for seconds, _, count in arm.turns]
+            host = [seconds / count * 1e6 for _, seconds, count in arm.turns]
+            figures = {"step_us": statistics.median(steps), "host_us": statistics.median(host), "n": len(steps)}
+            named = {"workload": workload, "arm": arm.spec.label, "agrees": arm.agrees}
+            tell(kind, **named, **figures, all_us=[round(each, 3) for each in steps])
+
+
+def tell_syncs(workload: str, arm: TimedArm) -> None:
+    """How often two launches wait for the device."""
+    if DEVICE.type != "cuda":
+        return
+    launches = arm.two_launches()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            launches()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = [str(each.message)[:200] for each in caught if "synchroniz" in str(each.message).lower()]
+    found = [each for each in found if "prototype" not in each.lower()]
+    tell("syncs", workload=workload, arm=arm.spec.label, count=len(found), first=found[:1])
+
+
+def trace(workload: str, arm: TimedArm) -> None:
+    """Every kernel of two launches, its time and the gap before it. Nothing is timed in this process afterwards."""
+    from torch.profiler import ProfilerActivity, profile
+
+    is_cuda = DEVICE.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+    launches = arm.two_launches()
+    if is_cuda:
+        torch.cuda.synchronize()
+    with profile(activities=activities) as profiler:
+        launches()
+        if is_cuda:
+            torch.cuda.synchronize()
+    name = f"{STAGE}-{arm.spec.label.replace(' ', '-')}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        profiler.export_chrome_trace(str(path))
+        content = path.read_bytes()
+    (WORK / "profiles" / f"{name}.gz").write_bytes(gzip.compress(content, 5))
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset") if is_cuda else ("cpu_op",)
+    tell("trace", workload=workload, arm=arm.spec.label, **kernels_of(json.loads(content), kinds))
+
+
+def kernels_of(document: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """How often each kernel of a trace runs and how long, the time between kernels, and all in order."""
+    events = sorted((each for each in document["traceEvents"] if each.get("cat") in kinds), key=lambda each: each["ts"])
+    by_name: dict[str, list[float]] = defaultdict(list)
+    gaps: list[float] = []
+    end: float | None = None
+    for each in events:
+        by_name[each["name"][:160]].append(each["dur"])
+        gaps += [] if end is None else [max(0.0, each["ts"] - end)]
+        end = max(end or 0.0, each["ts"] + each["dur"])
+    table = sorted(((name, len(us), sum(us)) for name, us in by_name.items()), key=lambda row: -row[2])
+    return {
+        "num_kernels": len(events),
+        "busy_us": sum(sum(us) for us in by_name.values()),
+        "gaps_us": sum(gaps),
+        "median_gap_us": statistics.median(gaps) if gaps else None,
+        "kernels": [{"name": name, "calls": calls, "us": us} for name, calls, us in table[:40]],
+    }
+
+
+def bench(workload: str, blocks: str) -> None:
+    """`fasttrain bench --keep-cache`, by the library: it needs no package for the command line."""
+    from fasttrain.commands.bench import Bench
+
+    count = int(max(2, (left_s() - BENCH_START_S) / BENCH_ARM_S / int(blocks)))
+    arms = [each for each in BENCH_ARMS if each != "graphed" or DEVICE.type == "cuda"][:count]
+    out = WORK / "records" / f"{workload}-{DEVICE.type}.json"
+    options = ["--workload", workload, "--arms", *arms, "--blocks", blocks, "--keep-cache", "--device", str(DEVICE)]
+    options += ["--warmup-s", "0.3", "--timed-s", "0.5", "--out", out.name]
+    command = Bench(
+        workload=workload,  # pyright: ignore[reportArgumentType]
+        arms=tuple(arms),
+        blocks=int(blocks),
+        keep_cache=True,
+        device=str(DEVICE),
+        warmup_s=0.3,
+        timed_s=0.5,
+        out=out,
+    )
+    code = command.execute(["bench", *options])
+    record = json.loads(out.read_text("utf-8"))
+    for name, reason in record["refused"].items():
+        tell("bench", workload=workload, arm=name, refused=reason)
+    for name, arm in record["arms"].items():
+        step_us = statistics.median(block["step_s"] for block in arm["blocks"]) * 1e6
+        rate = arm["blocks"][0]["samples_per_step"] / step_us * 1e6
+        tell(
+            "bench",
+            workload=workload,
+            arm=name,
+            step_us=step_us,
+            samples_per_s=rate,
+            engine=arm["blocks"][-1]["engine"],
+        )
+    if code:
+        raise SystemExit(code)
+
+
+STAGES: dict[str, Callable[..., None]] = {
+    each.__name__: each for each in (probe, ceilings, programs, headline, variants, bench)
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a stage; returns the exit code."""
+    if DEVICE.type == "cuda":
+        if not torch.cuda.is_available():
+            tell("error", what="the device", error="torch finds no CUDA device: see torch.cuda.is_available()")
+            return 2
+        torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(1)
+    name, *rest = arguments
+    try:
+        STAGES[name](*rest)
+    except (Exception, KeyboardInterrupt) as error:
+        tell("error", what=name, error=f"{type(error).__name__}: {error}"[:3000], text=traceback.format_exc()[-3000:])
+        return 2 if isinstance(error, EngineError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
