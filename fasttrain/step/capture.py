@@ -242,6 +242,9 @@ class Capture:
             yield Fact("the environment", "{} == {}", (environment, dict(environment)))
         if any(isinstance(kind, ABCMeta) for kind in kinds):
             yield Fact("what is registered with abstract classes", "{}() == {}", (get_cache_token, get_cache_token()))
+        for name, module in self._dynamo.modules.items():
+            if not name.startswith(("torch.", "fasttrain.step.")):
+                yield Fact(f"the module {name}", "{}.get({}) is {}", (sys.modules, name, module))
         for table in global_module_hooks():
             if table:
                 yield Fact("a hook of all modules", "tuple({}.values()) == {}", (table, tuple(table.values())))

@@ -443,8 +443,7 @@ def _plain_epoch(side: Side, batches: list[Any]) -> tuple[float, float | None]:
     if not hasattr(side, "metric"):
         side.metric = metric
     try:
-        for p in [p for group in opt.param_groups for p in group["params"]]:
-            p.grad = None
+        _zero_gradients(model, opt)
         for number, batch in enumerate(batches, 1):
             loss, out, y = forward(model, batch)
             if "metrics" in job.options:
@@ -452,19 +451,24 @@ def _plain_epoch(side: Side, batches: list[Any]) -> tuple[float, float | None]:
                     metrics.append(side.metric(loss.detach(), out, y).detach())
             (loss / accumulate if accumulate > 1 else loss).backward()
             losses.append(loss.detach())
-            if number % accumulate == 0:
-                parameters = [p for group in opt.param_groups for p in group["params"]]
+            if number % accumulate == 0 or number == len(batches):
+                parameters = list(model.parameters())
                 if "clip_value" in job.options:
                     torch.nn.utils.clip_grad_value_(parameters, job.options["clip_value"])
                 if "clip_norm" in job.options:
                     torch.nn.utils.clip_grad_norm_(parameters, job.options["clip_norm"])
                 opt.step()
-                for p in parameters:
-                    p.grad = None
+                _zero_gradients(model, opt)
     finally:
         for module, mode in found:
             module.training = mode
     return float(torch.stack(losses).mean()), float(torch.stack(metrics).mean()) if metrics else None
+
+
+def _zero_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """As documented: each optimizer step starts without gradients, those of the model's other parameters included."""
+    model.zero_grad()
+    optimizer.zero_grad()
 
 
 def _pair(batch: Any) -> list[Tensor]:

@@ -99,6 +99,7 @@ class DynamoCapture:
         objects: every Python object that a guard looks at. While they are alive, none of their ids is used again.
         codes: the code that Dynamo followed, in order.
         names: the attributes and keys that guards ask for.
+        modules: the Python modules that code was found in or imports, by name.
     """
 
     def __init__(self, function: FunctionType, output: Any, guards: Any, scope: dict[str, Any]) -> None:
@@ -111,6 +112,7 @@ class DynamoCapture:
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
         self.objects = _reached(captured.output_graph.guards, _names_of_guards(scope, function.__globals__))
         self.names = {name for guard in captured.output_graph.guards for name in re.findall(r"\w+", guard.name)}
+        self.modules = {name: import_module(name) for name in captured.import_sources.values()}
         self._backend_id: str = output.backend_input.backend_id
         names: dict[str, Any] = {
             **function.__globals__,
@@ -191,6 +193,7 @@ def capture_function(
         stack.enter_context(_no_marks_left())
         for tensor, dim in open_dims:
             _leave_open(tensor, dim, stack)
+        _forget_modules()
         try:
             try:
                 output = fullgraph_capture(function, tuple(arguments.values()))
@@ -208,6 +211,15 @@ def capture_function(
         except Exception as error:
             raise EngineError(_why_refused(error)) from error
         return DynamoCapture(function, output, guards, scope_of(function, arguments))
+
+
+def _forget_modules() -> None:
+    """Has Dynamo look imported modules up again: it keeps those of the first capture, and one may be another now."""
+    from torch._dynamo import symbolic_convert
+
+    forget = getattr(getattr(symbolic_convert, "_import_module", None), "cache_clear", None)
+    if forget is not None:
+        forget()
 
 
 def _is_needed(guards: Sequence[Any]) -> list[bool]:
