@@ -38,6 +38,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 HISTORY = "history.csv"
 VECTORIZER = "vectorizer.json"
+CONFIG = "config.json"
 
 OLD_CHECKPOINT = "checkpoint.safetensors"
 """The checkpoint of a run that was made before there were manifests."""
@@ -51,11 +52,13 @@ class StoredCheckpoint:
         path: of its file.
         tree: what `write_checkpoint` was given.
         rows: of the history, up to the checkpoint.
+        is_old: a version without manifests wrote it; `write_checkpoint` replaces it.
     """
 
     path: Path
     tree: dict[str, Any]
     rows: list[EpochRow]
+    is_old: bool = False
 
 
 class RunFolder:
@@ -110,8 +113,8 @@ class RunFolder:
         """
         if not path.is_dir():
             raise RunError(f"{path} is not a folder: give the folder of an earlier run")
-        if not (path / "config.json").is_file():
-            raise RunError(f"{path} is not the folder of a run: it has no config.json")
+        if not (path / CONFIG).is_file():
+            raise RunError(f"{path} is not the folder of a run: it has no {CONFIG}")
         return cls(path)
 
     def __enter__(self) -> RunFolder:
@@ -135,11 +138,12 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Unlocks the folder. After an error, one that this run made stays only if anything was reached."""
-        if error is not None and self._holds_something():
-            error.add_note(f"What was reached is kept: go on with --resume {self.path}")
-        elif error is not None and self._made:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._remove_parents()
+        if error is not None and self._made:
+            if self._holds_something():
+                error.add_note(f"what the run has reached is kept; go on with --resume {self.path}")
+            else:
+                shutil.rmtree(self.path, ignore_errors=True)
+                self._remove_parents()
         self._unlock()
 
     def _holds_something(self) -> bool:
@@ -179,9 +183,22 @@ class RunFolder:
             raise RunError(f"{self.path / name} is damaged: it must hold one object")
         return content
 
+    def read_config(self) -> dict[str, Any]:
+        """Reads config.json.
+
+        Raises:
+            RunError: it is damaged, or it is not the one that the run's checkpoints were written with.
+        """
+        content = self.read_json(CONFIG)
+        for epoch in self._epochs():
+            problem = self._damaged(_manifest_name(epoch)).get(CONFIG)
+            if problem is not None:
+                raise RunError(f"{self.path / CONFIG} {problem}; restore it from a copy")
+        return content
+
     def write_config(self, options: Mapping[str, Any]) -> None:
         """Writes config.json, which belongs to every checkpoint and to the model."""
-        self._write_shared("config.json", (json_text(options) + "\n").encode())
+        self._write_shared(CONFIG, (json_text(options) + "\n").encode())
 
     def write_vectorizer(self, content: str) -> None:
         """Writes vectorizer.json, as it follows from the table; one that the run has already is checked instead.
@@ -227,7 +244,7 @@ class RunFolder:
         """
         damaged = self._damaged(MANIFEST)
         if damaged.get(MANIFEST) == MISSING:
-            self.notes.append(f"{self.path} has no {MANIFEST}: damaged files would not be noticed.")
+            self.notes.append(f"{self.path} has no {MANIFEST}: damaged files cannot be recognized.")
         elif MANIFEST in damaged:
             raise RunError(
                 f"{self.path / MANIFEST} {damaged[MANIFEST]}, so the model cannot be checked: "
@@ -330,18 +347,19 @@ class RunFolder:
     def _read_old_checkpoint(self) -> StoredCheckpoint | None:
         path = self.path / OLD_CHECKPOINT
         if path.exists():
-            self.notes.append(f"{self.path} has no manifest: damaged files would not have been noticed.")
+            self.notes.append(f"{self.path} has no manifest: damaged files cannot be recognized.")
             tree = load_tree(path)
             try:
-                return StoredCheckpoint(path=path, tree=tree, rows=History.from_dict(tree["history"]).rows)
+                return StoredCheckpoint(path=path, tree=tree, rows=History.from_dict(tree["history"]).rows, is_old=True)
             except (KeyError, TypeError) as error:
                 raise RunError(f"{path} cannot be used: it lacks {error}") from error
-        unfinished = next(self.path.glob("checkpoint-*.safetensors"), None)
-        if unfinished is not None:
-            raise RunError(f"{unfinished} has no manifest {unfinished.stem}.json: remove it to start the run over")
+        without_manifest = sorted(path.name for path in self.path.glob("checkpoint-*.safetensors"))
+        if len(without_manifest) > 1:  # one alone: the run was killed before it wrote its first manifest
+            names = " and ".join(without_manifest)
+            raise RunError(f"{self.path}: the manifests of {names} are missing; restore them from a copy")
         if (self.path / MODEL).exists():
             raise RunError(f"{self.path} has a model, but no checkpoint to go on from: train anew, with a new --out")
-        self.notes.append(f"{self.path} has no checkpoint: the run was started over.")
+        self.notes.append(f"{self.path} has no checkpoint: the run starts over.")
         return None
 
     def _epochs(self) -> list[int]:
