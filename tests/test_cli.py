@@ -25,7 +25,7 @@ from fasttrain.commands.predict import Predict
 from fasttrain.commands.train import Train
 from fasttrain.run.config import TrainConfig
 from fasttrain.workloads.generate import generate_reviews
-from tests.commands import FILES, command, small, strict_json
+from tests.commands import FILES, command, files_of, small, strict_json
 
 SUMMARY = {
     *("test_loss", "test_accuracy", "best_epoch", "epochs", "engine", "engine_reason", "device", "precision"),
@@ -93,7 +93,7 @@ def test_json_stays_json_when_the_loss_is_not_a_number(
 def test_a_run_leaves_its_files(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(small(data, run, "--epochs", "3")) == 0
-    assert {path.name for path in run.iterdir()} == FILES
+    assert files_of(run) == FILES
 
     config = strict_json((run / "config.json").read_text())
     assert TrainConfig.from_dict(config) == TrainConfig(

@@ -13,7 +13,7 @@ import pytest
 from fasttrain.cli import main
 from fasttrain.commands import train
 from fasttrain.workloads.generate import generate_reviews
-from tests.commands import FILES, command, small, strict_json
+from tests.commands import FILES, command, files_of, small, strict_json
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_ctrl_c_in_training_saves_what_was_reached(data: Path, tmp_path: Path) -
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert f"go on with --resume {run}" in stdout
-    assert {path.name for path in run.iterdir()} == FILES
+    assert files_of(run) == FILES
     summary = strict_json((run / "summary.json").read_text())
     reached = summary["epochs"]
     assert summary["stopped"] == "interrupted"

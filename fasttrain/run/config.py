@@ -99,8 +99,9 @@ class TrainConfig:
         _require(self.seed <= LARGEST_SEED, "seed", self.seed, f"{LARGEST_SEED} at most")
         _require(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a positive number")
         _require(0 < self.lr_factor < 1, "lr_factor", self.lr_factor, "a number between 0 and 1")
-        is_possible = not isinstance(self.threads, int) or 1 <= self.threads <= LARGEST_THREADS
-        _require(is_possible, "threads", self.threads, f"1 to {LARGEST_THREADS}, or auto")
+        if isinstance(self.threads, int):
+            _require(self.threads >= 1, "threads", self.threads, "1 or more, or auto")
+            _require(self.threads <= LARGEST_THREADS, "threads", self.threads, f"{LARGEST_THREADS} at most")
         for name in ("data", "out"):
             _require(is_utf8(str(getattr(self, name))), name, getattr(self, name), "a name in UTF-8")
 

@@ -25,12 +25,12 @@ WORDS = {"<UNK>": 0, "good": 1, "bad": 2, "food": 3}
 
 def run_of(path: Path, ratings: list[str], weight: list[list[float]], bias: list[float]) -> Path:
     folder = RunFolder.create(path, "reviews")
-    folder.write_json("config.json", {})
+    folder.write_config({})
     vectorizer = ReviewVectorizer(
         Vocabulary(token_to_idx=WORDS, add_unk=True),
         Vocabulary(token_to_idx={rating: index for index, rating in enumerate(ratings)}, add_unk=False),
     )
-    vectorizer.save(folder.path / "vectorizer.json")
+    folder.write_vectorizer(vectorizer.to_json())
     folder.write_model({"fc1.weight": torch.tensor(weight), "fc1.bias": torch.tensor(bias)})
     return folder.path
 
