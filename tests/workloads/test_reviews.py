@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -223,10 +224,13 @@ def test_an_interrupt_ends_after_the_step_and_keeps_the_finished_epochs(generate
         if steps == 30:  # 420 train rows make 13 steps an epoch
             raise Interrupted
 
-    outcome = train_reviews(config_of(generated, tmp_path / "run"), progress=False, check_interrupt=check)
+    config = config_of(generated, tmp_path / "run", engine="eager")
+    outcome = train_reviews(config, progress=False, check_interrupt=check)
     assert steps == 30
     assert (outcome.summary["stopped"], outcome.summary["epochs"]) == ("interrupted", 2)
     assert any("--resume" in note for note in outcome.notes)
+    resumed = train_reviews(config, resume=tmp_path / "run", progress=False)  # without the steps of the third epoch
+    assert_alike(resumed, train(replace(config, out=tmp_path / "straight")))
 
 
 def test_a_table_that_changed_is_not_gone_on_with(generated: Path, tmp_path: Path) -> None:
@@ -244,6 +248,14 @@ def test_a_batch_larger_than_the_train_split_is_refused(generated: Path, tmp_pat
         train(config_of(generated, tmp_path / "run", batch_size=421))
     assert not (tmp_path / "run").exists()
     train(config_of(generated, tmp_path / "run", batch_size=420, epochs=1))
+
+
+def assert_alike(one: ReviewsOutcome, other: ReviewsOutcome) -> None:
+    """Two runs have the same model, bit by bit, and the same best epoch."""
+    models = [load_file(each.path / "model.safetensors") for each in (one, other)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    for name in ("epochs", "best_epoch"):
+        assert one.summary[name] == other.summary[name]
 
 
 # --- what a failure leaves ---
@@ -316,10 +328,7 @@ def test_a_failure_later_keeps_what_was_reached(
             train(config)
     assert raised.value.__notes__ == [f"what the run has reached is kept; go on with --resume {tmp_path / 'run'}"]
     outcome = train_reviews(config, resume=tmp_path / "run", progress=False)
-    straight = train(replace(config, out=tmp_path / "straight"))
-    models = [load_file(each.path / "model.safetensors") for each in (outcome, straight)]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    assert (outcome.summary["epochs"], outcome.summary["best_epoch"]) == (3, straight.summary["best_epoch"])
+    assert_alike(outcome, train(replace(config, out=tmp_path / "straight")))
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(generated: Path, tmp_path: Path) -> None:
@@ -363,6 +372,11 @@ def checkpointed(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> t
         return config, train(config).path
 
 
+def read_for_resume(folder: RunFolder) -> None:
+    folder.read_config()
+    folder.read_checkpoint()
+
+
 def told_by(read: Callable[[RunFolder], object], run: Path) -> str:
     """What a user learns about the files of a run: the error, or the notes."""
     folder = RunFolder.open(run)
@@ -378,11 +392,7 @@ def test_a_flipped_bit_in_any_file_is_noticed(checkpointed: tuple[TrainConfig, P
     files = sorted(run.iterdir())
     assert len(files) == 11
 
-    def resume(folder: RunFolder) -> None:
-        folder.read_config()
-        folder.read_checkpoint()
-
-    assert told_by(resume, run) == told_by(RunFolder.check_model, run) == ""
+    assert told_by(read_for_resume, run) == told_by(RunFolder.check_model, run) == ""
     draw = random.Random(5)
     silent: list[str] = []
     for number in range(220):
@@ -392,11 +402,29 @@ def test_a_flipped_bit_in_any_file_is_noticed(checkpointed: tuple[TrainConfig, P
         damaged = bytearray(content)
         damaged[position] ^= 1 << bit
         path.write_bytes(damaged)
-        for read in (resume, RunFolder.check_model):
+        for read in (read_for_resume, RunFolder.check_model):
             if path.name not in told_by(read, run):
                 silent.append(f"{path.name}, byte {position}, bit {bit}, {read}")
         path.write_bytes(content)
     assert silent == []
+
+
+def test_a_run_that_is_killed_between_any_two_writes_has_no_damaged_file(
+    checkpointed: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = checkpointed
+    monkeypatch.setattr("fasttrain.workloads.reviews.CHECKPOINT_S", 0.0)
+    rename = os.replace
+    for number in range(100):
+        killed = tmp_path / str(number)
+        shutil.copytree(run, killed)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", failing(KeyboardInterrupt, after=number, call=rename))
+            with contextlib.suppress(KeyboardInterrupt):
+                train_reviews(replace(config, epochs=6), resume=killed, progress=False)
+                break
+        assert told_by(read_for_resume, killed) == told_by(RunFolder.check_model, killed) == ""
+    assert number > 15  # as many files were written
 
 
 def test_files_of_another_run_are_noticed(checkpointed: tuple[TrainConfig, Path], tmp_path: Path) -> None:
@@ -422,9 +450,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     outcome = train_reviews(replace(config, epochs=6), resume=damaged, progress=False)
     assert any(note.startswith(f"{name} is damaged") for note in outcome.notes)
     assert "The run goes on from an earlier checkpoint, of epoch 3." in outcome.notes
-    straight = train(replace(config, out=tmp_path / "straight", epochs=6))
-    models = [load_file(each.path / "model.safetensors") for each in (outcome, straight)]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert_alike(outcome, train(replace(config, out=tmp_path / "straight", epochs=6)))
     assert list(pd.read_csv(outcome.path / "history.csv")["epoch"]) == [each // 2 for each in range(2, 14)]
     assert told_by(RunFolder.check_model, outcome.path) == ""
 
