@@ -137,7 +137,7 @@ def test_two_processes_do_not_train_in_one_folder(
     with command(*small(data, run, "--epochs", "1000000", "--patience", "1000000")) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("epoch 1/")
-        assert main(["--resume", str(run)]) == 2
+        assert main(["--resume", str(run), "--epochs", "2"]) == 2
         process.kill()
         process.communicate(timeout=30)
     assert capsys.readouterr().err == (
