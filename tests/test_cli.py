@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import mmap
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -447,6 +449,43 @@ def test_a_stream_that_is_closed_or_full_is_no_traceback(
     assert errors == ([] if message is None else [f"fasttrain: {message}"])
     if name == "train":
         assert files_of(run) == FILES
+
+
+def can_mount() -> bool:
+    if shutil.which("unshare") is None or mmap.PAGESIZE != 4096:  # the sizes below are in pages of 4 KiB
+        return False
+    arguments = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=16k", "none", "/tmp"]
+    return subprocess.run(arguments, capture_output=True, check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kib", "code", "told", "missing"),
+    [
+        (40, 2, "what the run has reached is kept; go on with --resume", {"model.safetensors", "summary.json"}),
+        (64, 0, "The run is complete, but it has no report", set[str]()),
+    ],
+)
+def test_a_full_disk_takes_nothing_away(
+    kib: int, code: int, told: str, missing: set[str], data: Path, tmp_path: Path
+) -> None:
+    if not can_mount():
+        pytest.skip("needs unshare and the right to mount a tmpfs")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # In a mount namespace of its own: the disk goes away with the command.
+    script = f'mount -t tmpfs -o size={kib}k none "$0" && "$@"; code=$?; ls "$0/run"; exit $code'
+    arguments = small(data, disk / "run", "--epochs", "3", "--engine", "eager")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, str(disk), sys.executable, "-m", "fasttrain", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code
+    assert told in done.stdout + done.stderr
+    files = {re.sub(r"^checkpoint-\d+", "checkpoint", line) for line in done.stdout.splitlines()}
+    assert FILES - missing - {"report.html"} <= files
 
 
 def test_a_run_is_resumed_with_its_table_under_another_path(data: Path, tmp_path: Path) -> None:
