@@ -11,7 +11,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from fasttrain.commands.shared import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Runnable, drop_output
+from fasttrain.commands.shared import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    Runnable,
+    drop_output,
+    flush_streams,
+    interrupts_end_at_once,
+    print_error,
+)
 from fasttrain.errors import FasttrainError
 from fasttrain.printable import printable
 
@@ -35,19 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = EXIT_INTERRUPTED
     try:
         code = _parse(arguments).execute(arguments)
-        sys.stdout.flush()
+        flush_streams()
     except (FasttrainError, UnicodeEncodeError) as error:  # the latter: of a terminal, or a pipe, that is not UTF-8
         if debug:
             raise
-        for line in f"fasttrain: {error}".split("\n"):  # it may quote from anybody's files
-            print(printable(line), file=sys.stderr)  # noqa: T201
+        _print_end(str(error), error)
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output has seen enough
         drop_output()  # Python flushes once more at its end
-    except KeyboardInterrupt:
-        print("fasttrain: interrupted", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt as error:
+        _print_end("interrupted", error)
         return EXIT_INTERRUPTED
     return code
+
+
+def _print_end(message: str, error: BaseException) -> None:
+    """Says why the command ended, with the notes of the error. The message may quote from anybody's files."""
+    for text in (message, *getattr(error, "__notes__", ())):
+        for line in f"fasttrain: {text}".split("\n"):
+            print_error(printable(line))
 
 
 def _parse(arguments: list[str]) -> Runnable:
@@ -63,4 +77,6 @@ def _parse(arguments: list[str]) -> Runnable:
 
 def _options(name: str) -> Any:
     """The dataclass of a command's options."""
-    return getattr(importlib.import_module(f"fasttrain.commands.{name}"), name.capitalize())
+    with interrupts_end_at_once():
+        module = importlib.import_module(f"fasttrain.commands.{name}")
+    return getattr(module, name.capitalize())

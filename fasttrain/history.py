@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
 
-__all__ = ["EpochResult", "EpochRow", "History"]
+__all__ = ["EpochResult", "EpochRow", "History", "rows_from_csv", "rows_to_csv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +114,42 @@ class History:
         """The history that `to_dict` wrote."""
         rest = {name: value for name, value in given.items() if name != "rows"}
         return cls(rows=[EpochRow(**row) for row in given["rows"]], **rest)
+
+
+def rows_to_csv(rows: Iterable[EpochRow], *, header: bool = True) -> str:
+    """Lines of history.csv: the columns of `EpochRow`, an empty cell for None, floats with all of their digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if header:
+        writer.writerow(EpochRow.__dataclass_fields__)
+    writer.writerows(astuple(row) for row in rows)
+    return text.getvalue()
+
+
+def rows_from_csv(text: str) -> list[EpochRow]:
+    """The rows that `rows_to_csv` wrote, with their header.
+
+    Raises:
+        ValueError: it is another table.
+    """
+    names = list(EpochRow.__dataclass_fields__)
+    header, *lines = csv.reader(io.StringIO(text))
+    if header != names:
+        raise ValueError(f"its columns must be {', '.join(names)}")
+    return [_row(dict(zip(names, line, strict=True))) for line in lines]
+
+
+def _row(cells: dict[str, str]) -> EpochRow:
+    split = cells["split"]
+    if split not in ("train", "val"):
+        raise ValueError(f"{split!r} is no split: it must be train or val")
+    return EpochRow(
+        epoch=int(cells["epoch"]),
+        split=split,
+        loss=float(cells["loss"]),
+        accuracy=float(cells["accuracy"]) if cells["accuracy"] else None,
+        lr=float(cells["lr"]),
+        samples=int(cells["samples"]),
+        seconds=float(cells["seconds"]),
+        samples_per_s=float(cells["samples_per_s"]),
+    )

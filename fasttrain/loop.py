@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -224,7 +225,8 @@ class FastLoop:
     ) -> History:
         """Trains for several epochs and leaves the model with the weights of the best one.
 
-        The best epoch is the one with the lowest validation loss; without `val`, the weights of the last epoch stay.
+        The best epoch is the one with the lowest validation loss that is a finite number; without `val`, or without
+        such an epoch, the weights of the last epoch stay.
 
         Args:
             train: batches of the train split; iterated once an epoch.
@@ -288,7 +290,7 @@ class FastLoop:
         rows = [EpochRow.of(result, epoch=epoch, split=split, lr=lr) for split, result in results.items()]  # pyright: ignore[reportArgumentType]
         history, watched = state.history, rows[-1].loss
         history.rows += rows
-        is_best = watched < (history.best_loss if history.best_loss is not None else float("inf"))
+        is_best = math.isfinite(watched) and (history.best_loss is None or watched < history.best_loss)
         if is_best:
             history.best_epoch, history.best_loss = epoch, watched
             if val is not None:

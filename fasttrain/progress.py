@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm as notebook_or_terminal_tqdm
@@ -28,7 +29,7 @@ class Progress:
 
     def __init__(self, epochs: int, stream: TextIO | None = None) -> None:
         self._epochs = epochs
-        self._stream = stream or sys.stderr
+        self._stream: Any = _Lenient(stream or sys.stderr)
         self._bar_class = _bar_class(self._stream)
         self._bar: tqdm[Any] | None = None
         self._is_drawn = False  # in this epoch: short ones go by without, drawing would take 1% of them
@@ -103,11 +104,34 @@ def _percent(accuracy: float | None) -> str:
     return "" if accuracy is None else f" accuracy {accuracy:.2f}%"
 
 
+class _Lenient:
+    """A stream whose failed writes end nothing: a fit goes on when its log's disk is full or its terminal is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, AttributeError):  # the latter: without a stderr at all, sys.stderr is None
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return getattr(self._stream, "isatty", bool)()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _TerminalBar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
     monitor_interval = 0  # tqdm would otherwise leave a thread running
 
 
-def _bar_class(stream: TextIO) -> Any:
+def _bar_class(stream: Any) -> Any:
     """The kind of bar that suits the stream, None for plain lines."""
     if notebook_or_terminal_tqdm.__module__ == "tqdm.auto":
         return notebook_or_terminal_tqdm

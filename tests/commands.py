@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,21 @@ from typing import Any
 from fasttrain import cli
 
 FILES = {
+    "checkpoint.json",
     "checkpoint.safetensors",
     "config.json",
     "history.csv",
+    "manifest.json",
     "model.safetensors",
     "report.html",
     "summary.json",
     "vectorizer.json",
 }
+
+
+def files_of(run: Path) -> set[str]:
+    """Names of a run's files, those of checkpoints without the number of their epoch."""
+    return {re.sub(r"^checkpoint-\d+", "checkpoint", path.name) for path in run.iterdir()}
 
 
 def small(data: Path, out: Path, *options: str) -> list[str]:

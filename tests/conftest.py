@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,13 @@ import torch
 from hypothesis import settings
 
 REPOSITORY = Path(__file__).parent.parent
+
+# A shell ignores SIGINT in what it starts in the background, and nohup ignores SIGHUP. The tests send these signals to
+# themselves and to their children, which inherit what is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 
 # The models of the tests are tiny: more threads only wait for each other, and figures vary less with one.
 torch.set_num_threads(1)

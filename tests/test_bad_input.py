@@ -137,11 +137,17 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-FILES = ("config.json", "vectorizer.json", "checkpoint.safetensors", "model.safetensors", "history.csv", "summary.json")
+AFTER_A_CHECKPOINT = ("manifest.json", "model.safetensors", "summary.json")
 
 
-@pytest.mark.parametrize("name", [*FILES, "report.html"])
-def test_a_disk_that_fills_up_at_any_file_leaves_no_folder(
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "vectorizer.json", "history.csv", "checkpoint-1.safetensors", "checkpoint-1.json"),
+        *AFTER_A_CHECKPOINT,
+    ],
+)
+def test_a_disk_that_fills_up_leaves_a_folder_only_once_a_checkpoint_is_there(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = train(tmp_path)
@@ -150,9 +156,28 @@ def test_a_disk_that_fills_up_at_any_file_leaves_no_folder(
         monkeypatch.setattr(Path, method, full_at(name, getattr(Path, method)))
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1].endswith(f"{name} cannot be written: No space left on device")
+    errors = [line for line in captured.err.splitlines() if line.startswith("fasttrain: ")]
+    assert errors[0].endswith(f"{name} cannot be written: No space left on device")
     assert captured.out == ""
-    assert contents(tmp_path) == before
+    if name not in AFTER_A_CHECKPOINT:
+        assert contents(tmp_path) == before
+        return
+    run = tmp_path / "runs" / "mine"
+    assert errors[1] == f"fasttrain: what the run has reached is kept; go on with --resume {run}"
+    monkeypatch.undo()
+    assert main(["--resume", str(run)]) == 0
+    assert main(["predict", str(run), "a meal"]) == 0
+
+
+def test_a_report_that_cannot_be_written_is_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train(tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", full_at("report.html", Path.write_bytes))
+    assert main(arguments) == 0
+    note = "note: The run is complete, but it has no report: .*report.html cannot be written: No space left on device."
+    assert re.search(note, capsys.readouterr().out)
+    assert main(["predict", str(tmp_path / "runs" / "mine"), "a meal"]) == 0
 
 
 def full_at(name: str, write: Callable[..., int]) -> Callable[..., int]:

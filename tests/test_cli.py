@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import mmap
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,9 +25,11 @@ from fasttrain.cli import main
 from fasttrain.commands.info import Info
 from fasttrain.commands.predict import Predict
 from fasttrain.commands.train import Train
+from fasttrain.history import rows_from_csv
+from fasttrain.run.checkpoint import load_tree, save_tree
 from fasttrain.run.config import TrainConfig
 from fasttrain.workloads.generate import generate_reviews
-from tests.commands import FILES, command, small, strict_json
+from tests.commands import FILES, command, files_of, small, strict_json
 
 SUMMARY = {
     *("test_loss", "test_accuracy", "best_epoch", "epochs", "engine", "engine_reason", "device", "precision"),
@@ -93,7 +97,7 @@ def test_json_stays_json_when_the_loss_is_not_a_number(
 def test_a_run_leaves_its_files(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(small(data, run, "--epochs", "3")) == 0
-    assert {path.name for path in run.iterdir()} == FILES
+    assert files_of(run) == FILES
 
     config = strict_json((run / "config.json").read_text())
     assert TrainConfig.from_dict(config) == TrainConfig(
@@ -225,6 +229,32 @@ def test_predict_says_where_text_in_tokens_is_wanted(
     assert capsys.readouterr().err == ""
 
 
+def make_old(run: Path) -> None:
+    """Gives a run the files of a version without manifests."""
+    [checkpoint] = run.glob("checkpoint-*.safetensors")
+    tree = load_tree(checkpoint)
+    rows = [dataclasses.asdict(row) for row in rows_from_csv((run / "history.csv").read_text())]
+    tree["history"] = {"rows": rows, **tree["history"], "stopped": "epochs"}
+    save_tree(run / "checkpoint.safetensors", tree)
+    for path in (checkpoint, checkpoint.with_suffix(".json"), run / "manifest.json"):
+        path.unlink()
+
+
+def test_a_run_of_a_version_without_manifests_is_resumed_with_a_note(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, straight = tmp_path / "old", tmp_path / "straight"
+    assert main(small(data, old, "--epochs", "1")) == 0
+    make_old(old)
+    assert main(["predict", str(old), "great food"]) == 0
+    assert "has no manifest.json: damaged files cannot be recognized" in capsys.readouterr().err
+    assert main(["--resume", str(old), "--epochs", "3"]) == 0
+    assert "has no manifest: damaged files cannot be recognized" in capsys.readouterr().out
+    assert files_of(old) == FILES
+    assert main(small(data, straight, "--epochs", "3")) == 0
+    assert (old / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
 def test_a_run_of_a_version_that_did_not_clean_is_resumed_without_cleaning(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +266,7 @@ def test_a_run_of_a_version_that_did_not_clean_is_resumed_without_cleaning(
     del config["clean"]
     (run / "config.json").write_text(json.dumps(config))
     words = strict_json((run / "vectorizer.json").read_text())
+    make_old(run)
     assert main(["--resume", str(run), "--epochs", "2"]) == 0
     assert strict_json((run / "vectorizer.json").read_text()) == words
     assert "GREAT" in words["review_vocab"]["token_to_idx"]
@@ -383,6 +414,87 @@ def test_a_command_goes_on_to_its_verdict_when_its_reader_has_left(num_lines: in
         process.stdin.close()
         assert process.stderr.read() == b"went on\n"
         assert process.wait(60) == 3
+
+
+STREAMS = [
+    ("predict", "<&-", 2, "there is no text: stdin is closed; give the text as arguments"),
+    ("predict", ">&-", 0, None),
+    ("predict", ">/dev/full", 2, "stdout cannot be written: No space left on device"),
+    ("train", ">/dev/full", 2, "stdout cannot be written: No space left on device"),
+    ("train", "<&- 2>&-", 0, None),
+    ("train", "2>/dev/full", 0, None),
+]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("name", "redirection", "code", "message"), STREAMS)
+def test_a_stream_that_is_closed_or_full_is_no_traceback(
+    name: str, redirection: str, code: int, message: str | None, trained: Path, tmp_path: Path
+) -> None:
+    texts = [] if "<" in redirection else ["great food"]
+    run = tmp_path / "run"
+    arguments = {
+        "predict": ["predict", str(trained), *texts],
+        "train": small(trained.parent / "reviews.csv", run, "--epochs", "1", "--engine", "eager"),
+    }[name]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-m", "fasttrain", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("epoch ")]
+    assert errors == ([] if message is None else [f"fasttrain: {message}"])
+    if name == "train":
+        assert files_of(run) == FILES
+
+
+def can_mount() -> bool:
+    if shutil.which("unshare") is None or mmap.PAGESIZE != 4096:  # the sizes below are in pages of 4 KiB
+        return False
+    arguments = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=16k", "none", "/tmp"]
+    return subprocess.run(arguments, capture_output=True, check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kib", "code", "told", "missing"),
+    [
+        (40, 2, "what the run has reached is kept; go on with --resume", {"model.safetensors", "summary.json"}),
+        (64, 0, "The run is complete, but it has no report", set[str]()),
+    ],
+)
+def test_a_full_disk_takes_nothing_away(
+    kib: int, code: int, told: str, missing: set[str], data: Path, tmp_path: Path
+) -> None:
+    if not can_mount():
+        pytest.skip("needs unshare and the right to mount a tmpfs")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # In a mount namespace of its own: the disk goes away with the command.
+    script = f'mount -t tmpfs -o size={kib}k none "$0" && "$@"; code=$?; ls "$0/run"; exit $code'
+    arguments = small(data, disk / "run", "--epochs", "3", "--engine", "eager")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, str(disk), sys.executable, "-m", "fasttrain", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code
+    assert told in done.stdout + done.stderr
+    files = {re.sub(r"^checkpoint-\d+", "checkpoint", line) for line in done.stdout.splitlines()}
+    assert FILES - missing - {"report.html"} <= files
+
+
+def test_a_run_is_resumed_with_its_table_under_another_path(data: Path, tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved.csv"
+    assert main(small(data, run, "--epochs", "1")) == 0
+    data.rename(moved)
+    assert main(["--resume", str(run), "--epochs", "2"]) == 2
+    assert main(["--resume", str(run), "--epochs", "2", "--data", str(moved)]) == 0
+    assert main(["--resume", str(run), "--epochs", "3"]) == 0
 
 
 def test_the_module_runs_as_a_command(trained: Path) -> None:

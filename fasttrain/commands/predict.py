@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from fasttrain.commands.shared import print_json, print_line
+from fasttrain.commands.shared import print_error, print_json, print_line
 from fasttrain.data.tokens import Clean
 from fasttrain.errors import ConfigError, DataError
 from fasttrain.workloads.predict import Prediction, note_on_cleaning, predict
@@ -45,10 +45,10 @@ class Predict:
         if self.raw and self.clean not in (None, "none"):
             raise ConfigError(f"--raw is the same as --clean none: leave it out with --clean {self.clean}")
         clean = "none" if self.raw else self.clean
-        predictions = predict(self.run, texts, clean=clean)
+        predictions = predict(self.run, texts, clean=clean, tell=_print_note)
         note = note_on_cleaning(self.run, texts) if clean is None else None
         if note is not None:
-            print(f"note: {note}", file=sys.stderr)  # noqa: T201
+            _print_note(note)
         if self.json:
             print_json([asdict(each) for each in predictions])
         else:
@@ -57,7 +57,13 @@ class Predict:
         return 0
 
 
+def _print_note(note: str) -> None:
+    print_error(f"note: {note}")
+
+
 def _lines_of_stdin() -> list[str]:
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] - Python sets it to None if it is closed
+        raise ConfigError("there is no text: stdin is closed; give the text as arguments")
     try:
         return [line.rstrip("\r\n") for line in sys.stdin]
     except UnicodeDecodeError as error:

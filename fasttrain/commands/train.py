@@ -24,6 +24,9 @@ from fasttrain.workloads.reviews import ReviewsOutcome, train_reviews
 
 __all__ = ["Train"]
 
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, what service managers and job schedulers send, and the end of the terminal."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -35,8 +38,8 @@ class Train:
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
 
     resume: Path | None = None
-    """Go on with an earlier run, in its folder, from its last finished epoch. Options are the run's; --epochs may raise
-    its limit."""
+    """Go on with an earlier run, in its folder, from its last checkpoint; a run without one starts over. Options are
+    the run's; --epochs may raise its limit, and --data may give the same table under another path."""
 
     receipt: bool = False
     """Measure afterwards, for some seconds each, the textbook's loop, a tuned one and this run's own on the same data,
@@ -52,7 +55,7 @@ class Train:
         """Trains; returns the exit code."""
         config = self.config if self.resume is None else _resumed(self.resume, arguments)
         set_up_process(config)
-        with _first_interrupt_ends_cleanly() as interrupt:
+        with _first_signal_ends_cleanly() as interrupt:
             outcome = train_reviews(
                 config,
                 resume=self.resume,
@@ -73,7 +76,7 @@ class Train:
 
 
 def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
-    """The run's own options, with what may change: the limit of epochs.
+    """The run's own options, with what may change: the limit of epochs, and where the same table is.
 
     The arguments are read again with the run's options as defaults: what differs then was given.
 
@@ -82,21 +85,21 @@ def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
         RunError: the folder is not a run's.
     """
     # A run of a version without the option was trained on reviews as they are.
-    stored = TrainConfig.from_dict({"clean": "none", **RunFolder.open(run).read_json("config.json")})
+    stored = TrainConfig.from_dict({"clean": "none", **RunFolder.open(run).read_config()})
     options = arguments[1:] if arguments[0] == "train" else arguments
     given = tyro.cli(Train, args=options, default=Train(config=stored)).config
     for option in fields(TrainConfig):
         value, kept = getattr(given, option.name), getattr(stored, option.name)
-        if option.name != "epochs" and value != kept:
+        if option.name not in ("epochs", "data") and value != kept:
             raise ConfigError(
                 f"--{option.name.replace('_', '-')} {value}: {run} was trained with {kept}; "
-                "a resumed run keeps its options, only --epochs may change"
+                "a resumed run keeps its options, only --epochs and the path of --data may change"
             )
     return given
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C during training into a clean end after the current step."""
+    """Turns the first signal during training into a clean end after the current step."""
 
     def __init__(self) -> None:
         self._is_training = False
@@ -108,21 +111,24 @@ class _Interrupt:
         if self._is_wanted:
             raise Interrupted
 
-    def handle(self, _signal: int, _frame: FrameType | None) -> None:
-        """The handler of SIGINT."""
-        if self._is_wanted or not self._is_training:
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """The handler of `END_SIGNALS`. A second Ctrl-C ends the run without saving; the others often come twice."""
+        if not self._is_training or (self._is_wanted and number == signal.SIGINT):
             raise KeyboardInterrupt
         self._is_wanted = True
 
 
 @contextmanager
-def _first_interrupt_ends_cleanly() -> Generator[_Interrupt]:
+def _first_signal_ends_cleanly() -> Generator[_Interrupt]:
+    """Handles `END_SIGNALS`, except those that are ignored, as SIGHUP is under nohup."""
     interrupt = _Interrupt()
-    before = signal.signal(signal.SIGINT, interrupt.handle)
+    handled = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt.handle) for number in handled}
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _receipt(config: TrainConfig, outcome: ReviewsOutcome) -> Receipt:

@@ -123,6 +123,10 @@ class ReviewVectorizer:
             case _:
                 raise DataError("a vectorizer needs a review_vocab and a rating_vocab")
 
+    def to_json(self) -> str:
+        """Return the content of `vectorizer.json`."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
     def save(self, path: Path) -> None:
         """Write `vectorizer.json`.
 
@@ -130,7 +134,7 @@ class ReviewVectorizer:
             RunError: the file cannot be written.
         """
         try:
-            path.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
+            path.write_text(self.to_json(), encoding="utf-8")
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -146,7 +150,7 @@ class ReviewVectorizer:
             contents = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise RunError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"is not JSON: {error}", file=str(path)) from error
         try:
             return cls.from_dict(contents)

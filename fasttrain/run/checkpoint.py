@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fasttrain.errors import RunError
+from fasttrain.run.manifest import write_atomically
 
-__all__ = ["load_tree", "pack_tree", "save_tree", "write_atomically"]
+__all__ = ["copy_tree", "load_tree", "pack_tree", "save_tree"]
 
 VERSION = 1
 """Of the file's layout; another version is refused."""
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file such that a reader sees the old content or the new, never a part.
-
-    Raises:
-        RunError: it cannot be written (disk full, no permission).
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+_WRONG_SHAPE = (KeyError, ValueError, TypeError, AttributeError, StopIteration)
+"""What a tree of another shape raises while it is put together."""
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -66,8 +53,19 @@ def load_tree(path: Path) -> Any:
             if metadata.get("fasttrain_version") != str(VERSION):
                 raise RunError(f"{path} is not a checkpoint of this version of fasttrain")
             return _tree(json.loads(metadata["tree"]), file)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, RecursionError, *_WRONG_SHAPE) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def copy_tree(tree: Any) -> Any:
+    """A copy of a tree that later changes of its tensors do not reach. Tensors stay on their device; nothing waits."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: copy_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [copy_tree(value) for value in tree]
+    return tree
 
 
 def _skeleton(node: Any, tensors: dict[str, Tensor]) -> Any:

@@ -14,6 +14,12 @@ from fasttrain.step.plan import EngineName
 
 __all__ = ["TrainConfig"]
 
+LARGEST_SEED = 2**64 - 1
+"""Torch's generators take no larger one."""
+
+LARGEST_THREADS = 2**31 - 1
+"""Torch stores the number of threads in 32 bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -90,10 +96,12 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("cutoff", "seed", "lr_patience"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.seed <= LARGEST_SEED, "seed", self.seed, f"{LARGEST_SEED} at most")
         _require(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a positive number")
         _require(0 < self.lr_factor < 1, "lr_factor", self.lr_factor, "a number between 0 and 1")
-        is_enough = not isinstance(self.threads, int) or self.threads >= 1
-        _require(is_enough, "threads", self.threads, "1 or more, or auto")
+        if isinstance(self.threads, int):
+            _require(self.threads >= 1, "threads", self.threads, "1 or more, or auto")
+            _require(self.threads <= LARGEST_THREADS, "threads", self.threads, f"{LARGEST_THREADS} at most")
         for name in ("data", "out"):
             _require(is_utf8(str(getattr(self, name))), name, getattr(self, name), "a name in UTF-8")
 

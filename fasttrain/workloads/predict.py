@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,9 @@ class Prediction:
     known_words: list[str]
 
 
-def predict(run: Path, texts: Sequence[str], *, clean: Clean | None = None) -> list[Prediction]:
+def predict(
+    run: Path, texts: Sequence[str], *, clean: Clean | None = None, tell: Callable[[str], None] | None = None
+) -> list[Prediction]:
     """Rates texts with the model of a run, on the CPU.
 
     Args:
@@ -45,11 +47,16 @@ def predict(run: Path, texts: Sequence[str], *, clean: Clean | None = None) -> l
         texts: what to rate.
         clean: how the texts are cleaned; None for the way of the run, which gives a text of its table the rating that
             it had in training and in the test.
+        tell: called with each note about the files of the run.
 
     Raises:
-        RunError: the folder is not a run's, or a file in it is missing or damaged.
+        RunError: the folder is not a run's, a file of its model is missing or damaged, or a weight is not finite.
     """
     folder = RunFolder.open(run)
+    folder.check_model()
+    if tell is not None:
+        for note in folder.notes:
+            tell(note)
     vectorizer = ReviewVectorizer.load(run / "vectorizer.json")
     words, ratings = list(vectorizer.review_vocab.token_to_idx), list(vectorizer.rating_vocab.token_to_idx)
     model = ReviewClassifier(len(words), 1 if len(ratings) == 2 else len(ratings))
@@ -58,6 +65,11 @@ def predict(run: Path, texts: Sequence[str], *, clean: Clean | None = None) -> l
     except RuntimeError as error:
         problem = " ".join(str(error).split())  # torch writes several lines
         raise RunError(f"{run / 'model.safetensors'} does not fit vectorizer.json: {problem}") from error
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise RunError(
+            f"{run / 'model.safetensors'} has weights that are not finite numbers: its training diverged; "
+            "train again with a lower --learning-rate"
+        )
     rows = (vectorizer if clean is None else replace(vectorizer, clean=clean)).encode(list(texts))
     ids, offsets = torch.from_numpy(rows.ids.astype("int32")), torch.from_numpy(rows.offsets)
     with torch.no_grad():

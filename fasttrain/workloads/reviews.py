@@ -18,14 +18,14 @@ from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import ResidentBatches, resident
 from fasttrain.data.text import EncodedReviews, EncodedSplit, ReviewVectorizer
 from fasttrain.device import Choice, choose_precision, device_name, free_bytes, resolve_device, versions
-from fasttrain.errors import ConfigError, DataError
-from fasttrain.history import EpochResult, History
+from fasttrain.errors import ConfigError, DataError, RunError
+from fasttrain.history import EpochResult, EpochRow, History
 from fasttrain.loop import FastLoop, FitState
 from fasttrain.metrics import RunningMetrics
 from fasttrain.pages.report import RunReport, render_report
-from fasttrain.run.checkpoint import pack_tree, write_atomically
+from fasttrain.run.checkpoint import copy_tree
 from fasttrain.run.config import TrainConfig
-from fasttrain.run.folder import RunFolder
+from fasttrain.run.folder import RunFolder, StoredCheckpoint
 from fasttrain.step.threads import ThreadChoice, choose_threads
 from fasttrain.workloads.common import seeded
 from fasttrain.workloads.generate import generate_reviews
@@ -37,7 +37,7 @@ EVALUATION_BATCH = 1024
 """Least rows in a batch of evaluation: every sample counts once, so its size changes no figure, only the speed."""
 
 CHECKPOINT_S = 10.0
-"""Least seconds between two checkpoints on disk."""
+"""Least seconds between two checkpoints on disk. The first one is written after the first epoch."""
 
 RESIDENT_SHARE = 0.5
 """Most of a device's free memory that the token ids may take; a larger table stays on the host and is streamed."""
@@ -72,13 +72,13 @@ def train_reviews(
     check_interrupt: Callable[[], None] | None = None,
     command: str = "",
 ) -> ReviewsOutcome:
-    """Trains the classifier and leaves a run folder; no folder stays if it fails.
+    """Trains the classifier and leaves a run folder. If it fails, the folder stays once it holds a checkpoint.
 
     With `threads="auto"` it sets torch's threads for the process; with any other value, its caller has set them.
 
     Args:
         config: the options; when resuming, those of the run, whose limit of epochs may be another.
-        resume: folder of an earlier run to go on with, from its last finished epoch.
+        resume: folder of an earlier run to go on with, from its last good checkpoint; without one, from the start.
         progress: show it on stderr.
         check_interrupt: called after every step; may raise `fasttrain.loop.Interrupted`.
         command: how this run was started, for the report.
@@ -89,26 +89,21 @@ def train_reviews(
     begin = time.perf_counter()
     device = resolve_device(config.device)
     choose_precision(config.precision, device)
-    folder = RunFolder.open(resume) if resume else RunFolder.create(config.out, "reviews")
-    with folder:
+    with RunFolder.open(resume) if resume else RunFolder.create(config.out, "reviews") as folder:
+        if not resume:
+            folder.write_config(config.to_dict())  # first, so that --resume knows the folder of a run that was killed
         data, notes = _load(config)
         job = _Job(config, data, device)
         if resume:
             job.restore(folder.read_checkpoint())
+            folder.write_config(config.to_dict())
         threads = job.settle_threads()
-        folder.write_json("config.json", config.to_dict())
-        data.vectorizer.save(folder.path / "vectorizer.json")
+        folder.write_vectorizer(data.vectorizer.to_json())
         history = job.fit(folder, progress=progress, check_interrupt=check_interrupt)
-        test = job.test()
-        words = influential_words(job.model, data.vectorizer)
-        summary = _summary(job, threads, history, test, total_s=time.perf_counter() - begin)
-        if any(not math.isfinite(row.loss) for row in history.rows):
-            notes = (*notes, "The loss was not a finite number in some epochs: lower --learning-rate.")
-        if history.stopped == "interrupted":
-            notes = (*notes, f"Interrupted after {history.epochs} finished epochs; go on with --resume {folder.path}.")
         folder.write_model(job.model.state_dict())
-        folder.write_history(history)
+        summary = _summary(job, threads, history, job.test(), begin=begin)
         folder.write_json("summary.json", summary)
+        words = influential_words(job.model, data.vectorizer)
         report = RunReport(
             name=folder.path.name,
             workload="reviews",
@@ -116,11 +111,17 @@ def train_reviews(
             config=config.to_dict(),
             history=[asdict(row) for row in history.rows],
             influential_words=words,
-            notes=notes,
+            notes=(*notes, *folder.notes, *_notes_on_end(history, folder.path)),
             command=command,
         )
-        folder.write_text("report.html", render_report(report))
-    return ReviewsOutcome(path=folder.path, summary=summary, notes=notes, influential_words=words, report=report)
+        unwritten = _write_report(folder, report)
+    return ReviewsOutcome(
+        path=folder.path,
+        summary=summary,
+        notes=(*report.notes, *unwritten),
+        influential_words=words,
+        report=report,
+    )
 
 
 def warm_reviews(config: TrainConfig) -> Choice:
@@ -176,6 +177,7 @@ class _Job:
             self.model, self.optimizer, review_forward, precision=config.precision, engine=config.engine
         )
         self.state = FitState()
+        self.is_restored = False
         self.batches = self._train_batches(data.splits["train"])
 
     def settle_threads(self) -> ThreadChoice:
@@ -190,23 +192,23 @@ class _Job:
         return chosen
 
     def fit(self, folder: RunFolder, *, progress: bool, check_interrupt: Callable[[], None] | None) -> History:
-        """Trains; the state after the last finished epoch is on disk at the end, and every few seconds before."""
+        """Trains; a checkpoint is written after the first epoch, then every few seconds, and at the end."""
         val = self.data.splits["val"]
         has_val = len(val.labels) > 0
-        packed, written = self._pack(), time.perf_counter()
+        history = self.state.history
+        folder.write_history(history)
+        checkpoints = _Checkpoints(folder, self._tree, history.epochs, has_one=self.is_restored)
 
-        def keep(_: FitState) -> None:
-            nonlocal packed, written
-            packed = self._pack()
-            if time.perf_counter() - written >= CHECKPOINT_S:
-                write_atomically(folder.path / "checkpoint.safetensors", packed)
-                written = time.perf_counter()
+        def keep(state: FitState) -> None:
+            epoch = state.history.epochs
+            folder.append_history([row for row in state.history.rows[-2:] if row.epoch == epoch])
+            checkpoints.keep(epoch)
 
         def watch(_batches: int, _samples: int, _seconds: float, _metrics: RunningMetrics) -> None:
             if check_interrupt is not None:
                 check_interrupt()
 
-        history = self.loop.fit(
+        self.loop.fit(
             self.batches,
             self._evaluation_batches(val) if has_val else None,
             epochs=self.config.epochs,
@@ -217,7 +219,7 @@ class _Job:
             on_epoch=keep,
             watch=watch,
         )
-        write_atomically(folder.path / "checkpoint.safetensors", packed)
+        checkpoints.write()
         return history
 
     def test(self) -> EpochResult | None:
@@ -225,12 +227,26 @@ class _Job:
         split = self.data.splits["test"]
         return self.loop.evaluate(self._evaluation_batches(split)) if len(split.labels) else None
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Brings everything to where a checkpoint stood.
+    def restore(self, stored: StoredCheckpoint | None) -> None:
+        """Brings everything to where a checkpoint stood; without one, the job stays at its start.
 
         Raises:
             DataError: the table is not the one that the run was trained on.
+            RunError: the checkpoint is not one of this job.
         """
+        if stored is None:
+            return
+        try:
+            self._restore(stored.tree, stored.rows)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            problem = " ".join(str(error).split())  # torch writes several lines
+            raise RunError(
+                f"{stored.path} is not a checkpoint of this run: {type(error).__name__}: {problem}; restore it from "
+                "a copy, or train anew with a new --out"
+            ) from error
+        self.is_restored = not stored.is_old
+
+    def _restore(self, checkpoint: dict[str, Any], rows: list[EpochRow]) -> None:
         if checkpoint["data_sha256"] != self.data.sha256:
             raise DataError(
                 "this table is not the one that the run was trained on (its content has changed)", file=self.data.source
@@ -238,23 +254,24 @@ class _Job:
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.load_state_dict(checkpoint["scheduler"])
+        best = checkpoint["history"]
         self.state = FitState(
-            history=History.from_dict(checkpoint["history"]),
+            history=History(rows=rows, best_epoch=best["best_epoch"], best_loss=best["best_loss"]),
             best_weights={name: value.to(self.device) for name, value in checkpoint["best_weights"].items()},
         )
         self.batches.set_epoch(self.state.history.epochs)
 
-    def _pack(self) -> bytes:
-        return pack_tree(
-            {
-                "data_sha256": self.data.sha256,
-                "model": dict(self.model.state_dict()),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "history": self.state.history.to_dict(),
-                "best_weights": self.state.best_weights,
-            }
-        )
+    def _tree(self) -> dict[str, Any]:
+        """What a checkpoint holds. The rows of the history are in history.csv."""
+        history = self.state.history
+        return {
+            "data_sha256": self.data.sha256,
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": {"best_epoch": history.best_epoch, "best_loss": history.best_loss},
+            "best_weights": self.state.best_weights,
+        }
 
     def _train_batches(self, split: EncodedSplit) -> ResidentBatches:
         rows = len(split.labels)
@@ -285,6 +302,57 @@ class _Job:
         )
 
 
+class _Checkpoints:
+    """Writes checkpoints when they are due, and the last epoch's at the end.
+
+    Args:
+        folder: where to.
+        tree: gives what a checkpoint holds, with the job's own tensors.
+        epoch: the last finished epoch, at which the job stands now.
+        has_one: whether the folder has a checkpoint of that epoch.
+    """
+
+    def __init__(self, folder: RunFolder, tree: Callable[[], dict[str, Any]], epoch: int, *, has_one: bool) -> None:
+        self._folder = folder
+        self._tree = tree
+        self._written_at: float | None = None
+        self._epoch = epoch
+        self._unwritten = None if has_one else copy_tree(tree())
+
+    def keep(self, epoch: int) -> None:
+        """Called after each epoch: writes a checkpoint if one is due, else copies what the next one would hold."""
+        self._epoch = epoch
+        if self._written_at is None or time.perf_counter() - self._written_at >= CHECKPOINT_S:
+            self._unwritten = self._tree()
+            self.write()
+        else:
+            self._unwritten = copy_tree(self._tree())  # the next epoch may be interrupted halfway
+
+    def write(self) -> None:
+        """Writes a checkpoint of the last finished epoch, unless the folder has it."""
+        if self._unwritten is not None:
+            self._folder.write_checkpoint(self._unwritten, self._epoch)
+            self._unwritten, self._written_at = None, time.perf_counter()
+
+
+def _notes_on_end(history: History, path: Path) -> tuple[str, ...]:
+    notes: list[str] = []
+    if any(not math.isfinite(row.loss) for row in history.rows):
+        notes.append("The loss was not a finite number in some epochs: lower --learning-rate.")
+    if history.stopped == "interrupted":
+        notes.append(f"Interrupted after {history.epochs} finished epochs; go on with --resume {path}.")
+    return tuple(notes)
+
+
+def _write_report(folder: RunFolder, report: RunReport) -> tuple[str, ...]:
+    """Writes report.html. The run is complete without it: what prevents it becomes a note."""
+    try:
+        folder.write_text("report.html", render_report(report))
+    except RunError as error:
+        return (f"The run is complete, but it has no report: {error}.",)
+    return ()
+
+
 def _load(config: TrainConfig) -> tuple[EncodedReviews, tuple[str, ...]]:
     """The encoded table and the notes about it."""
     if config.data is not None:
@@ -300,7 +368,7 @@ def _load(config: TrainConfig) -> tuple[EncodedReviews, tuple[str, ...]]:
 
 
 def _summary(
-    job: _Job, threads: ThreadChoice, history: History, test: EpochResult | None, *, total_s: float
+    job: _Job, threads: ThreadChoice, history: History, test: EpochResult | None, *, begin: float
 ) -> dict[str, Any]:
     rates = [row.samples_per_s for row in history.rows if row.split == "train"]
     step = job.loop.step
@@ -319,7 +387,7 @@ def _summary(
         "threads_reason": threads.reason,
         "samples_per_s": statistics.median(rates[1:] or rates) if rates else None,
         "compile_s": step.compile_s,
-        "total_s": total_s,
+        "total_s": time.perf_counter() - begin,
         "clean": job.data.vectorizer.clean,
         "clean_reason": job.data.clean_reason,
         "vocabulary_size": job.model.fc1.in_features,

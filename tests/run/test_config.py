@@ -67,6 +67,8 @@ def test_options_that_a_stored_config_lacks_have_their_defaults() -> None:
         ("cutoff", -1, "0 or more"),
         ("seed", -1, "0 or more"),
         ("lr_patience", -1, "0 or more"),
+        ("seed", 2**64, "18446744073709551615 at most"),
+        ("threads", 2**31, "2147483647 at most"),
         ("threads", 0, "1 or more, or auto"),
         ("learning_rate", 0.0, "a positive number"),
         ("learning_rate", float("nan"), "a positive number"),

@@ -18,6 +18,11 @@ from fasttrain.errors import RunError
 from fasttrain.history import EpochRow, History
 from fasttrain.run.folder import RunFolder
 
+ROWS = [
+    EpochRow(epoch=1, split=split, loss=0.1, accuracy=None, lr=1e-3, samples=8, seconds=0.5, samples_per_s=16.0)
+    for split in ("train", "val")
+]
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8")),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -156,18 +161,16 @@ def test_a_damaged_or_missing_model_is_refused(folder: RunFolder) -> None:
 
 
 def test_a_checkpoint_comes_back(folder: RunFolder) -> None:
-    folder.write_checkpoint({"epoch": 3, "weight": torch.ones(2)})
-    read = folder.read_checkpoint()
-    assert read["epoch"] == 3
-    assert torch.equal(read["weight"], torch.ones(2))
+    folder.write_history(History(rows=ROWS))
+    folder.write_checkpoint({"lr": 0.5, "weight": torch.ones(2)}, epoch=1)
+    read = RunFolder(folder.path).read_checkpoint()
+    assert read is not None
+    assert (read.path.name, read.rows, read.tree["lr"]) == ("checkpoint-1.safetensors", ROWS, 0.5)
+    assert torch.equal(read.tree["weight"], torch.ones(2))
 
 
 def test_the_history_is_a_table_with_empty_cells_for_what_there_is_not(folder: RunFolder) -> None:
-    rows = [
-        EpochRow(epoch=1, split=split, loss=0.1, accuracy=None, lr=1e-3, samples=8, seconds=0.5, samples_per_s=16.0)
-        for split in ("train", "val")
-    ]
-    folder.write_history(History(rows=rows))
+    folder.write_history(History(rows=ROWS))
     read = pd.read_csv(folder.path / "history.csv")
     assert list(read.columns) == ["epoch", "split", "loss", "accuracy", "lr", "samples", "seconds", "samples_per_s"]
     assert list(read["split"]) == ["train", "val"]

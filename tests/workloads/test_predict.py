@@ -25,12 +25,12 @@ WORDS = {"<UNK>": 0, "good": 1, "bad": 2, "food": 3}
 
 def run_of(path: Path, ratings: list[str], weight: list[list[float]], bias: list[float]) -> Path:
     folder = RunFolder.create(path, "reviews")
-    folder.write_json("config.json", {})
+    folder.write_config({})
     vectorizer = ReviewVectorizer(
         Vocabulary(token_to_idx=WORDS, add_unk=True),
         Vocabulary(token_to_idx={rating: index for index, rating in enumerate(ratings)}, add_unk=False),
     )
-    vectorizer.save(folder.path / "vectorizer.json")
+    folder.write_vectorizer(vectorizer.to_json())
     folder.write_model({"fc1.weight": torch.tensor(weight), "fc1.bias": torch.tensor(bias)})
     return folder.path
 
@@ -101,15 +101,38 @@ def test_a_single_text_of_one_rating_is_not_squeezed_away(binary: Path) -> None:
 def test_a_missing_or_damaged_file_is_named(binary: Path, graded: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="nowhere is not a folder"):
         predict(tmp_path / "nowhere", ["good"])
+    original = (binary / "model.safetensors").read_bytes()
+    shutil.copy(graded / "model.safetensors", binary / "model.safetensors")
+    with pytest.raises(RunError, match=r"model\.safetensors is damaged or was changed"):
+        predict(binary, ["good"])
+    (binary / "model.safetensors").write_bytes(original)
+    shutil.copy(graded / "vectorizer.json", binary / "vectorizer.json")
+    with pytest.raises(RunError, match=r"vectorizer\.json is damaged or was changed"):
+        predict(binary, ["good"])
+
+
+def test_a_damaged_file_of_a_run_without_a_manifest_is_named(binary: Path, graded: Path) -> None:
+    (binary / "manifest.json").unlink()
+    notes: list[str] = []
+    predict(binary, ["good"], tell=notes.append)
+    assert notes == [f"{binary} has no manifest.json: damaged files cannot be recognized."]
     shutil.copy(graded / "model.safetensors", binary / "model.safetensors")
     with pytest.raises(RunError, match=r"model\.safetensors does not fit vectorizer\.json"):
         predict(binary, ["good"])
     (binary / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(RunError, match=r"model\.safetensors cannot be read"):
         predict(binary, ["good"])
-    (binary / "vectorizer.json").write_text(json.dumps({"review_vocab": {}}))
-    with pytest.raises(DataError, match=r"vectorizer\.json"):
-        predict(binary, ["good"])
+    for damaged in (json.dumps({"review_vocab": {}}), "[" * 100_000):
+        (binary / "vectorizer.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"vectorizer\.json"):
+            predict(binary, ["good"])
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_model_whose_training_diverged_rates_nothing(weight: float, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", ["negative", "positive"], [[0.1, 2.0, weight, 0.5]], [0.25])
+    with pytest.raises(RunError, match="weights that are not finite numbers"):
+        predict(run, ["good"])
 
 
 def test_text_that_no_file_could_hold_is_refused(binary: Path) -> None:
@@ -187,6 +210,7 @@ def test_predictions_of_the_test_texts_are_those_of_the_test(script: str, clean:
 
 
 def test_a_run_on_text_in_tokens_says_what_cleaning_would_find(binary: Path) -> None:
+    (binary / "manifest.json").unlink()
     vectorizer = json.loads((binary / "vectorizer.json").read_text())
     texts = ["GOOD food!", "good food", "neither"]
     assert note_on_cleaning(binary, texts) is None

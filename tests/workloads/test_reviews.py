@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
+import os
+import pkgutil
 import random
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,11 +24,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fasttrain.data.text import ReviewVectorizer, Vocabulary
-from fasttrain.errors import ConfigError, DataError
+from fasttrain.errors import ConfigError, DataError, RunError
+from fasttrain.history import History
 from fasttrain.loop import Interrupted
+from fasttrain.run.checkpoint import pack_tree
 from fasttrain.run.config import TrainConfig
+from fasttrain.run.folder import RunFolder
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.onehot import ReviewClassifier
+from fasttrain.workloads.predict import predict
 from fasttrain.workloads.reviews import ReviewsOutcome, influential_words, train_reviews
 
 
@@ -212,10 +224,13 @@ def test_an_interrupt_ends_after_the_step_and_keeps_the_finished_epochs(generate
         if steps == 30:  # 420 train rows make 13 steps an epoch
             raise Interrupted
 
-    outcome = train_reviews(config_of(generated, tmp_path / "run"), progress=False, check_interrupt=check)
+    config = config_of(generated, tmp_path / "run", engine="eager")
+    outcome = train_reviews(config, progress=False, check_interrupt=check)
     assert steps == 30
     assert (outcome.summary["stopped"], outcome.summary["epochs"]) == ("interrupted", 2)
     assert any("--resume" in note for note in outcome.notes)
+    resumed = train_reviews(config, resume=tmp_path / "run", progress=False)  # without the steps of the third epoch
+    assert_alike(resumed, train(replace(config, out=tmp_path / "straight")))
 
 
 def test_a_table_that_changed_is_not_gone_on_with(generated: Path, tmp_path: Path) -> None:
@@ -233,6 +248,255 @@ def test_a_batch_larger_than_the_train_split_is_refused(generated: Path, tmp_pat
         train(config_of(generated, tmp_path / "run", batch_size=421))
     assert not (tmp_path / "run").exists()
     train(config_of(generated, tmp_path / "run", batch_size=420, epochs=1))
+
+
+def assert_alike(one: ReviewsOutcome, other: ReviewsOutcome) -> None:
+    """Two runs have the same model, bit by bit, and the same best epoch."""
+    models = [load_file(each.path / "model.safetensors") for each in (one, other)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    for name in ("epochs", "best_epoch"):
+        assert one.summary[name] == other.summary[name]
+
+
+# --- what a failure leaves ---
+
+
+def failing(
+    error: type[BaseException], *, after: int = 0, call: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """A function that calls another one `after` times and then fails."""
+    calls = 0
+
+    def replacement(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise error("on purpose")
+        assert call is not None
+        return call(*arguments, **options)
+
+    return replacement
+
+
+BEFORE = {
+    "reading": ("fasttrain.workloads.reviews._load", 0),
+    "the job": ("fasttrain.workloads.reviews._Job.__init__", 0),
+    "the threads": ("fasttrain.workloads.reviews._Job.settle_threads", 0),
+    "the first epoch": ("fasttrain.loop.FastLoop.train", 0),
+    "the first validation": ("fasttrain.loop.FastLoop.evaluate", 0),
+    "the first checkpoint": ("fasttrain.run.folder.RunFolder.write_checkpoint", 0),
+}
+AFTER = {
+    "the second epoch": ("fasttrain.loop.FastLoop.train", 1),
+    "the second validation": ("fasttrain.loop.FastLoop.evaluate", 1),
+    "the history": ("fasttrain.run.folder.RunFolder.append_history", 1),
+    "the last checkpoint": ("fasttrain.run.folder.RunFolder.write_checkpoint", 1),
+    "the model": ("fasttrain.run.folder.RunFolder.write_model", 0),
+    "the test": ("fasttrain.workloads.reviews._Job.test", 0),
+    "the summary": ("fasttrain.workloads.reviews._summary", 0),
+    "the summary's file": ("fasttrain.run.folder.RunFolder.write_json", 0),
+    "the words": ("fasttrain.workloads.reviews.influential_words", 0),
+    "the report": ("fasttrain.workloads.reviews.render_report", 0),
+    "the report's file": ("fasttrain.run.folder.RunFolder.write_text", 1),  # the first is the summary's
+}
+
+
+def fail_at(stage: tuple[str, int], error: type[BaseException], patch: pytest.MonkeyPatch) -> None:
+    target, after = stage
+    patch.setattr(target, failing(error, after=after, call=pkgutil.resolve_name(target)))
+
+
+@pytest.mark.parametrize("stage", BEFORE)
+def test_a_failure_before_anything_is_reached_leaves_no_folder(
+    stage: str, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(BEFORE[stage], MemoryError, monkeypatch)
+    with pytest.raises(MemoryError, match="on purpose"):
+        train(config_of(generated, tmp_path / "new" / "run", epochs=2, engine="eager"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", AFTER)
+def test_a_failure_later_keeps_what_was_reached(
+    stage: str, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(generated, tmp_path / "run", epochs=3, engine="eager")
+    error = KeyboardInterrupt if stage == "the second epoch" else RuntimeError
+    with monkeypatch.context() as patch:
+        fail_at(AFTER[stage], error, patch)
+        with pytest.raises(error, match="on purpose") as raised:
+            train(config)
+    assert raised.value.__notes__ == [f"what the run has reached is kept; go on with --resume {tmp_path / 'run'}"]
+    outcome = train_reviews(config, resume=tmp_path / "run", progress=False)
+    assert_alike(outcome, train(replace(config, out=tmp_path / "straight")))
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(generated: Path, tmp_path: Path) -> None:
+    outcome = train(config_of(generated, tmp_path / "run", epochs=3, learning_rate=1e38, engine="eager"))
+    history = pd.read_csv(outcome.path / "history.csv")
+    losses = history[history["split"] == "val"].set_index("epoch")["loss"]
+    assert not np.isfinite(losses).all()
+    best = outcome.summary["best_epoch"]
+    assert best is None or math.isfinite(losses[best])
+    with pytest.raises(RunError, match="weights that are not finite numbers"):
+        predict(outcome.path, ["good"])
+
+
+# --- checkpoints ---
+
+
+def test_packing_is_done_when_due_and_does_not_grow_with_the_epochs(
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def pack(tree: Any) -> bytes:
+        packed = pack_tree(tree)
+        sizes.append(len(packed))
+        return packed
+
+    monkeypatch.setattr("fasttrain.run.folder.pack_tree", pack)
+    monkeypatch.setattr("fasttrain.workloads.reviews.CHECKPOINT_S", math.inf)
+    outcome = train(config_of(generated, tmp_path / "run", epochs=40, patience=100, engine="eager"))
+    assert outcome.summary["epochs"] == 40
+    assert len(sizes) == 2
+    assert sizes[1] < sizes[0] + 100  # numbers have more digits later
+
+
+@pytest.fixture(scope="module")
+def checkpointed(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    """A run of 4 epochs with the checkpoints of the last two."""
+    config = config_of(generated, tmp_path_factory.mktemp("checkpointed") / "run", epochs=4, engine="eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fasttrain.workloads.reviews.CHECKPOINT_S", 0.0)
+        return config, train(config).path
+
+
+def read_for_resume(folder: RunFolder) -> None:
+    folder.read_config()
+    folder.read_checkpoint()
+
+
+def told_by(read: Callable[[RunFolder], object], run: Path) -> str:
+    """What a user learns about the files of a run: the error, or the notes."""
+    folder = RunFolder.open(run)
+    try:
+        read(folder)
+    except RunError as error:
+        return str(error)
+    return "\n".join(folder.notes)
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(checkpointed: tuple[TrainConfig, Path]) -> None:
+    _, run = checkpointed
+    files = sorted(run.iterdir())
+    assert len(files) == 11
+
+    assert told_by(read_for_resume, run) == told_by(RunFolder.check_model, run) == ""
+    draw = random.Random(5)
+    silent: list[str] = []
+    for number in range(220):
+        path = files[number % len(files)]
+        content = path.read_bytes()
+        position, bit = draw.randrange(len(content)), draw.randrange(8)
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        for read in (read_for_resume, RunFolder.check_model):
+            if path.name not in told_by(read, run):
+                silent.append(f"{path.name}, byte {position}, bit {bit}, {read}")
+        path.write_bytes(content)
+    assert silent == []
+
+
+def test_a_run_that_is_killed_between_any_two_writes_has_no_damaged_file(
+    checkpointed: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = checkpointed
+    monkeypatch.setattr("fasttrain.workloads.reviews.CHECKPOINT_S", 0.0)
+    rename = os.replace
+    for number in range(100):
+        killed = tmp_path / str(number)
+        shutil.copytree(run, killed)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", failing(KeyboardInterrupt, after=number, call=rename))
+            with contextlib.suppress(KeyboardInterrupt):
+                train_reviews(replace(config, epochs=6), resume=killed, progress=False)
+                break
+        assert told_by(read_for_resume, killed) == told_by(RunFolder.check_model, killed) == ""
+    assert number > 15  # as many files were written
+
+
+def test_files_of_another_run_are_noticed(checkpointed: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, run = checkpointed
+    other = train(replace(config, out=tmp_path / "other", cutoff=6, seed=3)).path
+    for name in ("vectorizer.json", "model.safetensors", "config.json", "history.csv"):
+        mixed = tmp_path / f"mixed-{name}"
+        shutil.copytree(run, mixed)
+        shutil.copy(other / name, mixed / name)
+        assert name in told_by(RunFolder.check_model, mixed)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-4.safetensors", "checkpoint-4.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    name: str, checkpointed: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    config, run = checkpointed
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    content = bytearray((damaged / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / name).write_bytes(content)
+    outcome = train_reviews(replace(config, epochs=6), resume=damaged, progress=False)
+    assert any(note.startswith(f"{name} is damaged") for note in outcome.notes)
+    assert "The run goes on from an earlier checkpoint, of epoch 3." in outcome.notes
+    assert_alike(outcome, train(replace(config, out=tmp_path / "straight", epochs=6)))
+    assert list(pd.read_csv(outcome.path / "history.csv")["epoch"]) == [each // 2 for each in range(2, 14)]
+    assert told_by(RunFolder.check_model, outcome.path) == ""
+
+
+def test_rows_after_the_last_checkpoint_are_cut(checkpointed: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, run = checkpointed
+    killed = tmp_path / "killed"
+    shutil.copytree(run, killed)
+    with (killed / "history.csv").open("a") as file:
+        file.write("5,train,0.25,50.0,0.02,416,0.1,4160.0\n5,val,0.2")
+    outcome = train_reviews(config, resume=killed, progress=False)
+    assert (killed / "history.csv").read_bytes() == (run / "history.csv").read_bytes()
+    assert outcome.summary["epochs"] == 4
+
+
+def test_a_checkpoint_without_a_key_is_one_error(checkpointed: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, run = checkpointed
+    for key in ("model", "history", "best_weights", "data_sha256"):
+        broken = tmp_path / key
+        shutil.copytree(run, broken)
+        folder = RunFolder.open(broken)
+        stored = folder.read_checkpoint()
+        assert stored is not None
+        del stored.tree[key]
+        folder.write_history(History(rows=stored.rows))
+        folder.write_checkpoint(stored.tree, epoch=4)
+        with pytest.raises(
+            RunError, match=f"checkpoint-4.safetensors is not a checkpoint of this run: KeyError.*{key}"
+        ):
+            train_reviews(config, resume=broken, progress=False)
+
+
+def test_a_read_only_folder_is_one_error(
+    checkpointed: tuple[TrainConfig, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = checkpointed
+
+    def refuse(path: Path, *_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for method in ("write_bytes", "unlink"):
+        monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(RunError, match="cannot be written: Read-only file system"):
+        train_reviews(replace(config, epochs=5), resume=run, progress=False)
+    monkeypatch.undo()
+    assert told_by(RunFolder.check_model, run) == ""
 
 
 # --- influential words ---
