@@ -38,9 +38,12 @@ from fasttrain.step.torch_private import (
     scope_of,
 )
 
-__all__ = ["Capture", "Captured"]
+__all__ = ["TIMED", "Capture", "Captured"]
 
 Batch = Any
+
+TIMED = "timed_by_fasttrain"
+"""Attribute of a function that a profile has put around another one, which it holds: the same is computed."""
 
 MAX_EXAMPLE_BYTES = 1 << 26
 """An example batch of up to this size is kept, so that the guards can be checked where there is no batch."""
@@ -366,7 +369,7 @@ class _Input:
 
 def _refuse_unfit(dynamo: DynamoCapture) -> None:
     """Raises EngineError for what Dynamo follows with other results than Python's."""
-    if nn.Module.__call__ is not nn.Module._wrapped_call_impl:  # pyright: ignore[reportPrivateUsage]
+    if _untimed(nn.Module.__call__) is not nn.Module._wrapped_call_impl:  # pyright: ignore[reportPrivateUsage]
         raise EngineError("torch.nn.Module.__call__ was replaced, which a compiled step would not notice")
     asks_for_classes = any({"isinstance", "issubclass"}.intersection(code.co_names) for code in dynamo.codes)
     named = _named_in(_functions_of({code for code in dynamo.codes if not _is_library_code(code)}))
@@ -482,12 +485,19 @@ def _facts_of_class(kind: type, names: frozenset[str], codes: set[CodeType]) -> 
             yield Fact(reason, "{} in {}", (name, table))
         elif isinstance(value, bool | int | float | str | None):
             yield Fact(reason, "({0}.get({1}) is {2} or {0}.get({1}) == {2})", (table, name, value))
+        elif kind is nn.Module:
+            yield Fact(reason, "{}({}.get({})) is {}", (_untimed, table, name, _untimed(value)))
         else:
             yield Fact(reason, "{}.get({}) is {}", (table, name, value))
     if is_users:
         reason = f"an attribute of {kind.__qualname__}"
         yield Fact(reason, "{}.__mro__ is {}", (kind, kind.__mro__))
         yield Fact(reason, "{}.isdisjoint({})", (table.keys(), names.difference(table)))
+
+
+def _untimed(function: Any) -> Any:
+    """A function without the timer that a profile has put around it."""
+    return getattr(function, TIMED, function)
 
 
 def _facts_of_object(value: Any, name: str, names: frozenset[str], *, may_catch: bool) -> Iterator[Fact]:

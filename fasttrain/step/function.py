@@ -79,9 +79,10 @@ class StepFunction:
             with recorded_as("metrics"):
                 cells = list(state[self._state.totals].unbind())
                 spec.metrics.accumulate(cells, *captured.output, 1.0, scoring, captured.metrics)
+                loss = captured.output.loss.detach()
             with recorded_as("forward"):
                 self._capture.replace_buffers(state, captured)
-            return captured.output.loss.detach()
+            return loss
 
     def _backward(
         self, state: list[Tensor], leaves: list[Tensor], scaling: LossScaling | None

@@ -6,11 +6,12 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -53,7 +54,7 @@ def job_signature(spec: StepSpec, batch: Batch) -> str:
     ]
     leaves = [leaf.offsets if isinstance(leaf, Ragged) else leaf for leaf in tensors(batch)]
     return _hash(
-        repr(spec.model),
+        _name_of(spec.model),
         [
             (name, value.shape, value.dtype)
             for name, value in spec.model.state_dict().items()
@@ -99,13 +100,25 @@ def _digest(path: str) -> str:
 
 
 def _code_behind(value: Any) -> object:
-    """The code and the plain defaults of a function, of a method, or of a module class's forward."""
+    """The code of a function, of a method, or of a module class's forward, its plain defaults and what it names."""
     function: Any = getattr(value, "forward", value) if isinstance(value, type | nn.Module) else value
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
         return None
-    return _code_of(code), _plain(function.__defaults__ or ())
+    names = set(code.co_names).union(*[each.co_names for each in code.co_consts if isinstance(each, CodeType)])
+    named: dict[str, Any] = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it has no value yet
+            named[name] = cell.cell_contents
+    return _code_of(code), _plain(function.__defaults__ or ()), [(name, _told(named[name])) for name in sorted(named)]
+
+
+def _told(value: Any) -> object:
+    """What of a value that a function names makes the job another one."""
+    if isinstance(value, FunctionType):
+        return _code_of(value.__code__)
+    return value if isinstance(value, PLAIN) else _name_of(value)
 
 
 @cache
@@ -140,10 +153,15 @@ def _plain(values: Iterable[object]) -> list[object]:
     return [value for value in values if isinstance(value, PLAIN)]
 
 
+def _plain_attributes(module: nn.Module) -> list[tuple[str, object]]:
+    return [(name, value) for name, value in sorted(vars(module).items()) if isinstance(value, PLAIN)]
+
+
 def _name_of(value: Any) -> str:
     """Of something that is called, or a tensor."""
     if isinstance(value, nn.Module):
-        return repr(value)
+        settings = [_plain_attributes(module) for module in value.modules()]
+        return f"{value!r} {settings!r}"
     return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 

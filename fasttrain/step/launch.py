@@ -39,7 +39,13 @@ calls take 1 ms for it, and 10 ms at most."""
 
 
 class Launcher(Protocol):
-    """How several steps are launched as one."""
+    """How several steps are launched as one.
+
+    Attributes:
+        calls_per_check: launches between two checks of the guards.
+    """
+
+    calls_per_check: int
 
     def most_steps(self, traced: TracedStep, batch: Sequence[Tensor], /) -> int:
         """How many steps a launch may have; 1 where a launch does not weigh in such a step.
@@ -86,6 +92,8 @@ class Launcher(Protocol):
 
 class ProgramLauncher:
     """One call of a program that holds all the steps."""
+
+    calls_per_check = CALLS_PER_CHECK
 
     def most_steps(self, traced: TracedStep, batch: Sequence[Tensor]) -> int:
         """See `Launcher.most_steps`."""
@@ -161,8 +169,8 @@ class Launches:
 
     @property
     def calls(self) -> int:
-        """See `Engine.calls`: on a GPU the guards are checked while it works."""
-        return CALLS_PER_CHECK if self.is_running and self.is_settled and self._spec.device.type == "cpu" else 1
+        """See `Engine.calls`."""
+        return self._launcher.calls_per_check if self.is_running and self.is_settled else 1
 
     @property
     def is_considered(self) -> bool:

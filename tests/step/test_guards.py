@@ -146,7 +146,7 @@ CHANGES: list[tuple[Callable[[StepSpec], Any], str]] = [
     (replace_parameter, "the tensor model[0].weight"),
     (replace_module, "the tensor model[3].weight"),
     (replace_buffer, "the tensor model[1].running_mean"),
-    (widen_data, "dtype"),
+    (widen_data, "memory"),
     (transpose_data, "stride"),
     (leave_gradient, "gradient"),
     (lambda spec: spec.model.eval(), "model[1].training == True ("),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasttrain.metrics import FIRST_USER_TOTAL
 from fasttrain.step.replay import Programs
 from fasttrain.step.trace import TracedStep, trace_step
 from fasttrain.step.train_step import TrainStep
@@ -82,7 +83,7 @@ def test_a_metric_of_the_users_does_not_hide_behind_accuracy() -> None:
         return predictions.std()
 
     def spoil(traced: TracedStep, _: list[Tensor]) -> None:
-        traced.tensors[traced.kinds.index("metrics")][2] += 0.4
+        traced.tensors[traced.kinds.index("metrics")][FIRST_USER_TOTAL] += 0.4
 
     step = train_step("eager", metrics={"spread": spread})
     [reason] = proven(step, batches(3), spoil)

@@ -19,6 +19,7 @@ class Engine:
 
     def __init__(self, span: int) -> None:
         self.span = span
+        self.calls = 1
         self.given: list[Any] = []
 
     def step(self, batch: Any) -> None:

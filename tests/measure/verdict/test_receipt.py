@@ -145,10 +145,13 @@ def test_the_loops_of_a_run_agree_on_its_own_data(data: Path, suffix: str) -> No
         table.to_csv(data, index=False)
     config = TrainConfig(data=data, cutoff=3, batch_size=16, learning_rate=0.01, device="cpu", cache=False)
     made = receipt_of(config, engine="eager", precision="bf16", round_s=0.01)
-    assert set(made.arms) == {"textbook", "tuned eager", "eager, fp32", "eager, bf16"}, made.refused
+    assert {"textbook", "tuned eager", "eager, fp32"} <= set(made.arms), made.refused
     assert made.arms["eager, fp32"].loss_difference < 1e-5
-    assert made.arms["eager, bf16"].loss_difference < 0.1
-    assert not made.arms["eager, bf16"].is_at_equal_precision
+    if "eager, bf16" not in made.arms:  # a processor without units for it
+        assert "no bf16 units" in made.refused["eager, bf16"]
+    else:
+        assert made.arms["eager, bf16"].loss_difference < 0.1
+        assert not made.arms["eager, bf16"].is_at_equal_precision
     assert made.threads == torch.get_num_threads()
 
 
