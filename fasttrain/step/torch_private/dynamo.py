@@ -358,12 +358,23 @@ def _side_effects(error: BaseException) -> list[str]:
     return ast.literal_eval(listed[: listed.rindex("]") + 1]) if is_found else []
 
 
-def _place_of_change(error: BaseException) -> str:
-    """The line of the first side effect: the error does not carry it, but Dynamo's state in its traceback does."""
+def _place_of_change(error: BaseException, changed: Sequence[str]) -> str:
+    """The line of the first side effect: the error does not carry it, but Dynamo's state in its traceback does.
+
+    Args:
+        error: Dynamo's.
+        changed: the sources of what outlives forward; objects that forward makes and changes itself may come before.
+    """
     trace = error.__traceback__
     while trace is not None:
         effects = getattr(trace.tb_frame.f_locals.get("self"), "side_effects", None)
-        for stacks in getattr(effects, "mutation_user_stacks", {}).values():
+        stacks_by_variable: dict[Any, list[Any]] = getattr(effects, "mutation_user_stacks", {})
+        of_changed = [
+            stacks
+            for variable, stacks in stacks_by_variable.items()
+            if getattr(getattr(variable, "source", None), "name", None) in changed
+        ]
+        for stacks in of_changed or stacks_by_variable.values():
             for stack in stacks:
                 if place := _place_of(stack):
                     return place
@@ -372,10 +383,11 @@ def _place_of_change(error: BaseException) -> str:
 
 
 def _why_refused(error: Exception) -> str:
-    if _side_effects(error):
+    if changed := _side_effects(error):
         return (
-            f"forward changes Python objects, which a compiled step would not do{_place_of_change(error)}. What is to "
-            "be kept from step to step belongs in a buffer of the model (register_buffer)"
+            "forward changes Python objects, which a compiled step would not do"
+            f"{_place_of_change(error, changed)}. What is to be kept from step to step belongs in a buffer of the "
+            "model (register_buffer)"
         )
     return f"{_advice(str(error))}{_place(error)}"
 
