@@ -170,10 +170,11 @@ def why_not_compiled(job: Job) -> str:
             losses, found, why_eager = graph_steps(job)
         except FasttrainError as error:
             return f"refused: {error}"
-    torch.testing.assert_close(losses, wanted_losses, rtol=1e-9, atol=1e-12, equal_nan=True)
+    close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12, "equal_nan": True}
+    torch.testing.assert_close((losses, found["model"]), (wanted_losses, wanted["model"]), **close)
     for group in (*found["optimizer"]["param_groups"], *wanted["optimizer"]["param_groups"]):
-        group.pop("fused", None)  # the eager engine chooses it where it was left open
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12, equal_nan=True)
+        group.pop("fused", None)  # the eager engine chooses it where it was left open, and its Adam counts in fp32
+    torch.testing.assert_close(found["optimizer"], wanted["optimizer"], check_dtype=False, **close)
     return why_eager and f"optimizer eager: {why_eager}"
 
 
