@@ -402,6 +402,11 @@ _ADVICE = (
         "a BatchNorm with momentum=None reads on the host how many batches it has seen; give it a number, such as 0.1",
     ),
     (
+        r"Caused by: .*multi_head_attention_forward",
+        "nn.TransformerEncoder and nn.Transformer compare a mask with the causal one on the host; say beside the mask "
+        "whether it is: is_causal=True or False (src_is_causal and tgt_is_causal of nn.Transformer)",
+    ),
+    (
         r"Caused by: .*gaussian_nll_loss",
         "gaussian_nll_loss reads on the host whether a variance is negative; use operators in its place: "
         "0.5 * (variance.log() + (prediction - target) ** 2 / variance)",
