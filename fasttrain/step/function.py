@@ -105,7 +105,13 @@ class StepFunction:
                     "forward computes with a tensor that requires a gradient and is a parameter neither of the model "
                     "nor of the optimizer: register it as one, or read it under torch.no_grad()"
                 )
-            gradients = zip(self.differentiated, found, strict=False)
+            gradients = list(zip(self.differentiated, found, strict=False))
+            for place, gradient in gradients:
+                if gradient is not None and gradient.layout is not torch.strided:
+                    raise EngineError(
+                        f"the gradient of {self._state.names[place]} is sparse, and only dense ones are compiled: make "
+                        "the embedding with sparse=False, or use engine 'eager'"
+                    )
             # A copy, as autograd makes where a gradient is shared or expanded; it costs a compiled step nothing.
             return captured, scoring, {place: gradient.clone() for place, gradient in gradients if gradient is not None}
 

@@ -25,6 +25,9 @@ _BRANCHES_ON_VALUES = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
 _SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
 """State that optimizers read as Python numbers, in double precision."""
 
+_READS_A_VALUE = ("GuardOnDataDependentSymNode", "DataDependentOutputException")
+"""The errors of torch's tracer where code branches on the value of a tensor, or asks for it as a number."""
+
 
 class OptimizerNotTracedError(EngineError):
     """The optimizer's step cannot be recorded; forward and backward still can."""
@@ -61,6 +64,8 @@ class OptimizerStep:
             raise OptimizerNotTracedError("it has hooks, which a compiled step would not call")
         if has_own_step(optimizer):
             raise OptimizerNotTracedError("its step was replaced on the object, which a compiled step would not call")
+        if isinstance(optimizer, torch.optim.Muon):
+            raise OptimizerNotTracedError("its products have factors, which torch compiles wrongly (pytorch#167313)")
         self._optimizer = optimizer
         self._state = state
         self._tensors = tensors
@@ -91,7 +96,10 @@ class OptimizerStep:
         except OptimizerNotTracedError:
             raise
         except Exception as error:
-            raise OptimizerNotTracedError(f"the step of {self._name} cannot be traced: {first_line(error)}") from error
+            why = f"the step of {self._name} cannot be traced: {first_line(error)}"
+            if type(error).__name__ in _READS_A_VALUE:
+                why = f"the step of {self._name} reads the value of a tensor of its state on the host"
+            raise OptimizerNotTracedError(why) from error
         finally:
             changed = attributes.changed()
             attributes.put_back()

@@ -405,6 +405,25 @@ def _advice(text: str) -> str:
 
 _ADVICE = (
     (
+        r"aten\._ctc_loss",
+        "ctc_loss reads the lengths of its sequences on the host, and no operators on tensors compute the same; train "
+        "this model with engine 'eager'",
+    ),
+    (
+        r"Caused by: return F\.batch_norm\(",
+        "a BatchNorm with momentum=None reads on the host how many batches it has seen; give it a number, such as 0.1",
+    ),
+    (
+        r"Caused by: .*multi_head_attention_forward",
+        "nn.TransformerEncoder and nn.Transformer compare a mask with the causal one on the host; say beside the mask "
+        "whether it is: is_causal=True or False (src_is_causal and tgt_is_causal of nn.Transformer)",
+    ),
+    (
+        r"Caused by: .*gaussian_nll_loss",
+        "gaussian_nll_loss reads on the host whether a variance is negative; use operators in its place: "
+        "0.5 * (variance.log() + (prediction - target) ** 2 / variance)",
+    ),
+    (
         r"pack_padded_sequence|pad_packed_sequence",
         "forward packs sequences, which reads their lengths on the host; mask the padded steps instead",
     ),
