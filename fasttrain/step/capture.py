@@ -15,7 +15,7 @@ import sys
 from abc import ABCMeta, get_cache_token
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple, cast
@@ -34,7 +34,9 @@ from fasttrain.step.torch_private import (
     DynamoCapture,
     GraphInput,
     capture_function,
+    function_modes,
     global_module_hooks,
+    recorded_as,
     scope_of,
 )
 
@@ -125,6 +127,9 @@ class Capture:
         self._expected: list[Tensor] = []
         self._places: dict[int, tuple[bool, int]] = {}  # of the state (True) or among the others, and which
         self._replaced: list[int] = []
+        self._labels = ExitStack()
+        if spec.metrics.user_metrics:
+            self._dynamo.call_where_grad_is_last_turned_off(self._begin_metrics)
         self.facts = list(self._facts())
 
     def bind(self, state: StepState, batch: Batch | None = None) -> bool:
@@ -199,7 +204,13 @@ class Capture:
                 given.append((state if is_of_state else others)[place])
             else:
                 given.append(leaves[self._leaves.index(at)])
-        return self._result.filled(self._dynamo.graph(*given), given)
+        with ExitStack() as self._labels:
+            outputs = self._dynamo.graph(*given)
+        return self._result.filled(outputs, given)
+
+    def _begin_metrics(self) -> None:
+        """Called by the graph after forward: what follows is recorded as part of the metrics."""
+        self._labels.enter_context(recorded_as("metrics"))
 
     def replace_buffers(self, state: Sequence[Tensor], captured: Captured) -> None:
         """Copies the values of buffers that forward has replaced to where the buffers are.
@@ -245,6 +256,7 @@ class Capture:
             yield Fact("the environment", "{} == {}", (environment, dict(environment)))
         if any(isinstance(kind, ABCMeta) for kind in kinds):
             yield Fact("what is registered with abstract classes", "{}() == {}", (get_cache_token, get_cache_token()))
+        yield Fact("a torch function mode", "{}() == {}", (function_modes, function_modes()))
         for name, module in self._dynamo.modules.items():
             if not name.startswith(("torch.", "fasttrain.step.")):
                 yield Fact(f"the module {name}", "{}.get({}) is {}", (sys.modules, name, module))

@@ -86,13 +86,19 @@ def started(engine: str) -> TrainStep:
 
 
 def assert_as_eager(
-    graphs: Graphs, engine: str, changes: dict[int, Change], other: Callable[[], ResidentBatches | None] = lambda: None
+    graphs: Graphs,
+    engine: str,
+    changes: dict[int, Change],
+    other: Callable[[], ResidentBatches | None] = lambda: None,
+    *,
+    may_end_on_eager: bool = False,
 ) -> Epochs:
+    """May: where all steps of a stretch had no program, `auto` says "eager" until it looks again, 64 steps later."""
     wanted = Epochs(started("eager")).run(changes, other())
     found = Epochs(started(engine), graphs).run(changes, other())
     torch.testing.assert_close(found.seen, wanted.seen, rtol=ROUNDING, atol=ROUNDING)
     assert found.launched[CHANGED] >= 2 * SIZE, "nothing was launched before the change"
-    assert found.step.engine.value == "compiled"
+    assert found.step.engine.value == "compiled" or may_end_on_eager, found.step.engine.reason
     return found
 
 
@@ -164,14 +170,14 @@ def test_eval_mode_for_an_epoch_is_run_singly(engine: str, graphs: Graphs) -> No
         CHANGED: lambda step: step.spec.model.eval(),
         CHANGED + 1: lambda step: step.spec.model.train(),
     }
-    found = assert_as_eager(graphs, engine, changes)
+    found = assert_as_eager(graphs, engine, changes, may_end_on_eager=engine == "auto")
     assert found.launched[CHANGED] == found.launched[CHANGED + 1] < graphs.launched
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("options", [{"batch_size": 7}, {"seed": 5}])
 def test_other_data_are_run_singly(options: dict[str, int], engine: str, graphs: Graphs) -> None:
-    found = assert_as_eager(graphs, engine, {}, lambda: data_of(**options))
+    found = assert_as_eager(graphs, engine, {}, lambda: data_of(**options), may_end_on_eager=engine == "auto")
     assert found.launched[CHANGED] == graphs.launched
 
 

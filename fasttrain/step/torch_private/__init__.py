@@ -10,7 +10,14 @@ from fasttrain.step.torch_private.cuda import (
     reserve_workspace,
     without_cudnn_tf32,
 )
-from fasttrain.step.torch_private.dynamo import DynamoCapture, GraphInput, Guarded, capture_function, scope_of
+from fasttrain.step.torch_private.dynamo import (
+    DynamoCapture,
+    GraphInput,
+    Guarded,
+    capture_function,
+    function_modes,
+    scope_of,
+)
 from fasttrain.step.torch_private.graphs import (
     global_module_hooks,
     has_onednn_lstm,
@@ -60,6 +67,7 @@ __all__ = [
     "end_failed_capture",
     "examples_of",
     "flat_runner",
+    "function_modes",
     "global_module_hooks",
     "has_gradient_hooks",
     "has_onednn_lstm",

@@ -8,7 +8,7 @@ import ast
 import os
 import re
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from threading import get_ident
@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fasttrain.errors import EngineError
 
-__all__ = ["DynamoCapture", "GraphInput", "capture_function", "scope_of"]
+__all__ = ["DynamoCapture", "GraphInput", "capture_function", "function_modes", "scope_of"]
 
 _OPTIONS: dict[str, Any] = {
     # Guards that Dynamo leaves out by default, for speed.
@@ -144,6 +145,15 @@ class DynamoCapture:
             return found.inputs
         raise AssertionError("the bytecode calls the graph")
 
+    def call_where_grad_is_last_turned_off(self, function: Callable[[], None]) -> None:
+        """Has the graph call a function of no arguments just before it last turns gradients off."""
+        nodes = self.graph.graph.nodes
+        found = [each for each in nodes if each.target is torch._C._set_grad_enabled and each.args == (False,)]
+        if found:
+            with self.graph.graph.inserting_before(found[-1]):
+                self.graph.graph.call_function(function)
+            self.graph.recompile()
+
     def result(self, outputs: Sequence[Any], *arguments: Any) -> Any:
         """What the function returns where the graph returns `outputs`."""
 
@@ -213,6 +223,11 @@ def capture_function(
         return DynamoCapture(function, output, guards, scope_of(function, arguments))
 
 
+def function_modes() -> list[TorchFunctionMode]:
+    """The torch function modes that are on, without this package's own: those watch and change nothing."""
+    return [mode for mode in _get_current_function_mode_stack() if not type(mode).__module__.startswith("fasttrain.")]
+
+
 def _forget_modules() -> None:
     """Has Dynamo look imported modules up again: it keeps those of the first capture, and one may be another now."""
     from torch._dynamo import symbolic_convert
@@ -229,6 +244,8 @@ def _is_needed(guards: Sequence[Any]) -> list[bool]:
     """
 
     def is_needed(guard: Any) -> bool:
+        if guard.guard_type == "TORCH_FUNCTION_STATE":
+            return False  # see `function_modes`
         if guard.guard_type == "TENSOR_MATCH":
             return guard.name.startswith("L['batch']")
         if guard.name.startswith("G['__builtins_dict__"):
