@@ -27,10 +27,16 @@ from fasttrain.step.trace import trace_step
 from tests.step.agreement import run_graph
 from tests.step.models import ASKED, CPU
 
+_flags = torch.backends.flags_frozen.__globals__
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch's own tests, over what they import
+    may_set_flags = _flags["__allow_nonbracketed_mutation_flag"]
     from torch.testing._internal.common_modules import module_db
     from torch.testing._internal.common_optimizers import optim_db
+
+    # They forbid the whole process to set flags of cuDNN, which other tests do.
+    _flags["__allow_nonbracketed_mutation_flag"] = may_set_flags
 
 DTYPE = torch.float64
 NUM_STEPS = 4
