@@ -197,10 +197,12 @@ def test_memory_that_two_parameters_come_to_share_is_noticed() -> None:
     spec, batch = started(Case(build, MLP.inputs, MLP.targets, MLP.loss), SGD)
     traced = trace_step(spec, batch)
     first, second, _ = spec.model.children()
+    kept = first.weight.detach()  # so that no later tensor gets this memory
     first.weight.data = second.weight.data
     assert isinstance(traced.inputs(batch), Mismatch)
     assert not traced.rebind(batch)
     first.weight.data = second.weight.data.clone()
+    assert first.weight.data_ptr() != kept.data_ptr()
     assert traced.rebind(batch)
 
 
