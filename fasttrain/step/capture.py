@@ -106,7 +106,7 @@ class Capture:
         inputs = self._dynamo.inputs
         places = {id(tensor): place for place, (tensor, _) in reversed(list(enumerate(walked)))}
         found = self._dynamo.read(spec.model, batch)
-        _refuse_made_anew(inputs, found, self._dynamo.read(spec.model, batch))
+        _refuse_made_anew(self._dynamo, found, self._dynamo.read(spec.model, batch))
         leaves = [at for at, each in enumerate(inputs) if each.argument == "batch" and each.size_of is None]
         self._leaves = sorted(leaves, key=lambda at: places.get(id(found[at]), len(walked)))
         self.leaf_places = [places.get(id(found[at])) for at in self._leaves]
@@ -240,7 +240,8 @@ class Capture:
     def _facts(self) -> Iterator[Fact]:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
         followed = set(self._dynamo.codes)
-        functions = _functions_of({code for code in followed if not _is_library_code(code)})
+        user_codes = {code for code in followed if not _is_library_code(code)}
+        functions = _functions_of(user_codes)
         yield from _facts_of_functions(functions)
         yield from _facts_of_globals(functions)
         names = _DUNDERS.union(self._dynamo.names, *map(_names_in, followed))
@@ -248,9 +249,12 @@ class Capture:
         kinds = _classes([*(each.value for each in self._dynamo.objects), *_named_in(functions)])
         for kind in kinds:
             yield from _facts_of_class(kind, names, followed)
-        may_catch = any(code.co_exceptiontable for code in followed if not _is_library_code(code))
-        for value, name, _ in self._dynamo.objects:
+        may_catch = any(code.co_exceptiontable for code in user_codes)
+        looks_into_tables = any({"__dict__", "vars"}.intersection(_names_in(code)) for code in user_codes)
+        for value, name, *_ in self._dynamo.objects:
             yield from _facts_of_object(value, name, names, may_catch=may_catch)
+            if looks_into_tables and hasattr(value, "__dict__") and not isinstance(value, type | ModuleType):
+                yield Fact(f"the attributes of {name}", "len({}) == {}", (vars(value), len(vars(value))))
         if not {"environ", "getenv"}.isdisjoint(names):
             environment: dict[Any, Any] = vars(os.environ)["_data"]
             yield Fact("the environment", "{} == {}", (environment, dict(environment)))
@@ -390,7 +394,7 @@ def _refuse_unfit(dynamo: DynamoCapture) -> None:
             raise EngineError(
                 f"forward asks for instances of {value.__qualname__}, whose class answers by code that is not followed"
             )
-    for value, name, _ in dynamo.objects:
+    for value, name, *_ in dynamo.objects:
         if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
             raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
 
@@ -401,11 +405,12 @@ def _answers_itself(kind: type) -> bool:
     return any(isinstance(each, FunctionType) and not _is_library(kind) for each in asked)
 
 
-def _refuse_made_anew(inputs: Sequence[GraphInput], found: Sequence[Any], again: Sequence[Any]) -> None:
+def _refuse_made_anew(dynamo: DynamoCapture, found: Sequence[Any], again: Sequence[Any]) -> None:
     """Raises EngineError for an input that is no tensor of the user's, such as a numpy value that Dynamo converts."""
-    for each, value, other in zip(inputs, found, again, strict=True):
+    for each, value, other in zip(dynamo.inputs, found, again, strict=True):
         if each.size_of is None and (value is not other or not isinstance(value, Tensor)):
-            raise EngineError(f"forward reads the numpy value {each.name}: make it a Python number or a tensor")
+            name = next((item.name for item in dynamo.objects if item.name.startswith(f"{each.name}: ")), each.name)
+            raise EngineError(f"forward reads a numpy value, make it a Python number or a tensor: {name}")
 
 
 def _functions_of(codes: set[CodeType]) -> list[FunctionType]:

@@ -211,7 +211,9 @@ REFUSALS: dict[str, Refusal] = {
         lambda counter: counter.array[0],
     ),
     "numpy scalar": Refusal(
-        read_from_a_numpy_scalar, "forward reads the numpy value .*[.]scalar: make", lambda counter: counter.scalar
+        read_from_a_numpy_scalar,
+        r"forward reads a numpy value, .*scalar: 'return .* in test_capture_ref",
+        lambda counter: counter.scalar,
     ),
     "model": Refusal(kept_on_the_model, CHANGES_OBJECTS + "'model.last =", lambda _: 0),
     "hook": Refusal(kept_on_a_part_of_the_model, "forward ", lambda _: 0),

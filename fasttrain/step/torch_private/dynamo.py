@@ -77,11 +77,13 @@ class Guarded(NamedTuple):
         value: the object.
         name: what the user calls it, with the line that reads it.
         argument: the function's argument that it is reached through; None: a closure or a global.
+        expression: what reads it, over the names that guards use.
     """
 
     value: Any
     name: str
     argument: str | None
+    expression: str
 
 
 class _InputsRead(BaseException):
@@ -111,7 +113,9 @@ class DynamoCapture:
         self._manager: Any = guards.guard_manager
         sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
-        self.objects = _reached(captured.output_graph.guards, _names_of_guards(scope, function.__globals__))
+        self._guard_names = _names_of_guards(scope, function.__globals__)
+        self.objects = _reached(captured.output_graph.guards, self._guard_names)
+        self._compared = self._tensors_besides_inputs({source.name for source in sources.values()})
         self.names = {name for guard in captured.output_graph.guards for name in re.findall(r"\w+", guard.name)}
         self.modules = {name: import_module(name) for name in captured.import_sources.values()}
         self._backend_id: str = output.backend_input.backend_id
@@ -129,13 +133,31 @@ class DynamoCapture:
 
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether every guard holds, given the function's arguments and closure by name."""
-        return self._manager.check(scope)
+        return self._manager.check(scope) and (not self._compared or self._replaced(scope) is None)
 
     def first_broken(self, scope: dict[str, Any]) -> str:
         """What the first guard that does not hold is about, with the user's expression and line."""
         found = self._manager.check_verbose(scope)
+        if found.result and (replaced := self._replaced(scope)) is not None:
+            return f"the tensor {replaced.name}"
         parts = [str(part) for part in found.verbose_code_parts]
         return _described(parts[0]) if parts else "what forward reads"
+
+    def _tensors_besides_inputs(self, inputs: set[str]) -> list[tuple[CodeType, Guarded]]:
+        """Tensors that forward reads but does not compute with, as `a is b` does, and the expressions that read them.
+
+        Those of a batch are other tensors in each step.
+        """
+        return [
+            (compile(each.expression, each.name, "eval"), each)
+            for each in self.objects
+            if isinstance(each.value, Tensor) and each.argument != "batch" and each.expression not in inputs
+        ]
+
+    def _replaced(self, scope: dict[str, Any]) -> Guarded | None:
+        """The first of these tensors that is another one now."""
+        names = {**self._guard_names, "L": scope}
+        return next((each for code, each in self._compared if eval(code, names) is not each.value), None)
 
     def read(self, *arguments: Any) -> tuple[Any, ...]:
         """The graph's inputs, read anew from the user's objects."""
@@ -358,7 +380,7 @@ def _reached(guards: Any, names: dict[str, Any]) -> list[Guarded]:
             continue
         if id(value) not in found:
             name = f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
-            found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source))
+            found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source), guard.name)
     return list(found.values())
 
 
