@@ -132,6 +132,11 @@ class Capture:
             self._dynamo.call_where_grad_is_last_turned_off(self._begin_metrics)
         self.facts = list(self._facts())
 
+    @property
+    def checkpointed(self) -> str | None:
+        """The user's line that has a part of forward computed again in backward; None where there is none."""
+        return self._dynamo.checkpointed
+
     def bind(self, state: StepState, batch: Batch | None = None) -> bool:
         """Takes up the tensors that forward reads now, besides those of the batch.
 

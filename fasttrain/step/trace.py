@@ -258,7 +258,15 @@ def _trace_parts(
 ) -> TracedStep:
     state, options = StepState(spec), GroupOptions(spec.optimizer, spec.device, moved)
     capture.bind(state, batch)
-    traced = [_trace_part(spec, part, batch, capture, state, options) for part in parts]
+    try:
+        traced = [_trace_part(spec, part, batch, capture, state, options) for part in parts]
+    except RuntimeError as error:
+        if capture.checkpointed is None:
+            raise
+        raise EngineError(
+            "torch.utils.checkpoint recomputes a part of forward that draws random numbers or changes a buffer (as "
+            f"dropout and batch norm do), which cannot be recorded{capture.checkpointed}"
+        ) from error
     return TracedStep(spec, traced, capture, state, options, why_eager)
 
 

@@ -131,6 +131,16 @@ def one_tensor() -> Home:
     return lambda: 2.0 if kept.first is kept.second else 1.0, lambda: setattr(kept, "second", kept.first)
 
 
+def tensor_that_needs_gradients() -> Home:
+    kept = torch.ones(2)
+    return lambda: 2.0 if kept.requires_grad else 1.0, lambda: setattr(kept, "requires_grad", True)
+
+
+def shape_of_a_tensor() -> Home:
+    kept = torch.ones(1, 2)
+    return lambda: float(kept.shape[0]), lambda: setattr(kept, "data", torch.ones(2, 1))
+
+
 def environment() -> Home:
     return lambda: float(os.environ.get("FASTTRAIN_TEST_WEIGHT", "1")), lambda: os.environ.update(
         FASTTRAIN_TEST_WEIGHT="2"
@@ -153,7 +163,8 @@ def hidden_builtin() -> Home:
 
 
 HOMES = [shadowed_in_a_class, other_bases, of_a_metaclass, method_of_a_metaclass, answered_by_getattr, caught_key,
-         caught_attribute, entry_of_an_object, variable_of_an_object, one_tensor, environment, registered,
+         caught_attribute, entry_of_an_object, variable_of_an_object, one_tensor, tensor_that_needs_gradients,
+         shape_of_a_tensor, environment, registered,
          hidden_builtin]  # fmt: skip
 
 

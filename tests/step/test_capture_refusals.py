@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from fasttrain import TrainStep
 from fasttrain.data.ragged import Ragged
@@ -658,3 +660,23 @@ def test_a_capture_holds_in_another_thread() -> None:
     with ThreadPoolExecutor(1) as pool:
         assert not isinstance(pool.submit(traced.inputs, batch).result(), Mismatch)
         assert pool.submit(trace_step, traced.spec, batch).result().parts
+
+
+def test_a_checkpointed_part_that_draws_random_numbers_is_refused_with_its_line() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    inner = Job(model, lambda model, batch: checkpoint(model, batch[0], use_reentrant=False).mean(), lambda: None)
+    step = TrainStep(model, sgd(model), inner.forward, engine="compiled")
+    first, second = pairs(2)
+    step(first)
+    message = r"checkpoint recomputes .* cannot be recorded: 'inner = Job.*checkpoint\(.* in test_capture_refusals"
+    with pytest.raises(EngineError, match=message):
+        step(second)
+
+
+def test_a_hook_of_torchs_own_that_changes_the_model_is_named() -> None:
+    model = prune.l1_unstructured(nn.Linear(4, 1), "weight", amount=0.5)
+    step = TrainStep(model, sgd(model), mean_square, engine="compiled")
+    first, second = pairs(2)
+    step(first)
+    with pytest.raises(EngineError, match=r"changes Python objects.* by torch/nn/utils/prune\.py:\d+"):
+        step(second)

@@ -10,8 +10,10 @@ import re
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from threading import get_ident
+from traceback import FrameSummary
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -115,7 +117,7 @@ class DynamoCapture:
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
         self._guard_names = _names_of_guards(scope, function.__globals__)
         self.objects = _reached(captured.output_graph.guards, self._guard_names)
-        self._compared = self._tensors_besides_inputs({source.name for source in sources.values()})
+        self._compared = self._tensors_besides_inputs(_input_names(captured))
         self.names = {name for guard in captured.output_graph.guards for name in re.findall(r"\w+", guard.name)}
         self.modules = {name: import_module(name) for name in captured.import_sources.values()}
         self._backend_id: str = output.backend_input.backend_id
@@ -175,6 +177,16 @@ class DynamoCapture:
             with self.graph.graph.inserting_before(found[-1]):
                 self.graph.graph.call_function(function)
             self.graph.recompile()
+
+    @property
+    def checkpointed(self) -> str | None:
+        """The user's line that has a part of forward computed again in backward; None where there is none."""
+        checkpoint = torch.ops.higher_order.tag_activation_checkpoint
+        for node in self.graph.graph.nodes:
+            if node.target is checkpoint:
+                frames = re.findall(r'File "(.*)", line (\d+), in .*\n +(.*)', node.meta.get("stack_trace", ""))
+                return _place_of([FrameSummary(name, int(number), "", line=line) for name, number, line in frames])
+        return None
 
     def result(self, outputs: Sequence[Any], *arguments: Any) -> Any:
         """What the function returns where the graph returns `outputs`."""
@@ -237,7 +249,9 @@ def capture_function(
                 output = fullgraph_capture(function, tuple(arguments.values()))
             if output.backend_input is None:
                 raise EngineError("forward computes nothing from tensors")
-            guards = output.graph_capture_output.build_guards(function.__code__, Hooks(guard_filter_fn=_is_needed))
+            captured = output.graph_capture_output
+            hooks = Hooks(guard_filter_fn=partial(_are_needed, inputs=_input_names(captured)))
+            guards = captured.build_guards(function.__code__, hooks)
         except EngineError:
             raise
         except Exception as error:
@@ -259,8 +273,13 @@ def _forget_modules() -> None:
         forget()
 
 
-def _is_needed(guards: Sequence[Any]) -> list[bool]:
-    """Which guards are checked: not those of tensors besides the batch's, which whoever reads the inputs compares.
+def _input_names(captured: Any) -> set[str]:
+    """The expressions that read the inputs of a captured graph."""
+    return {source.name for source in captured.output_graph.export_metadata.graph_input_idx_to_local_source.values()}
+
+
+def _are_needed(guards: Sequence[Any], inputs: set[str]) -> list[bool]:
+    """Which guards are checked: not those of inputs besides the batch's, which whoever reads the inputs compares.
 
     Nor those of Python's own functions and of this package's code, which do not change.
     """
@@ -269,7 +288,7 @@ def _is_needed(guards: Sequence[Any]) -> list[bool]:
         if guard.guard_type == "TORCH_FUNCTION_STATE":
             return False  # see `function_modes`
         if guard.guard_type == "TENSOR_MATCH":
-            return guard.name.startswith("L['batch']")
+            return guard.name.startswith("L['batch']") or guard.name not in inputs
         if guard.name.startswith("G['__builtins_dict__"):
             return not isinstance(guard.value, type | BuiltinFunctionType)
         return not guard.name.startswith(_OWN_NAMES)
@@ -416,9 +435,18 @@ def _place_of_change(error: BaseException, changed: Sequence[str]) -> str:
         for stacks in of_changed or stacks_by_variable.values():
             for stack in stacks:
                 if place := _place_of(stack):
-                    return place
+                    return place + _place_in_torch(stack)
         trace = trace.tb_next
     return ""
+
+
+def _place_in_torch(frames: Sequence[Any]) -> str:
+    """The line of torch's that does it for the user's, such as a hook of `torch.nn.utils.weight_norm`."""
+    folder = os.path.dirname(torch.__file__)
+    inner = next(frame for frame in reversed(list(frames)) if not frame.filename.endswith("torch/nn/modules/module.py"))
+    if not inner.filename.startswith(folder):
+        return ""
+    return f", by {os.path.relpath(inner.filename, os.path.dirname(folder))}:{inner.lineno}"
 
 
 def _why_refused(error: Exception) -> str:
