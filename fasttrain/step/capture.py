@@ -17,6 +17,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from enum import Enum
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -400,6 +401,12 @@ def _refuse_unfit(dynamo: DynamoCapture) -> None:
                 f"forward asks for instances of {value.__qualname__}, whose class answers by code that is not followed"
             )
     for value, name, *_ in dynamo.objects:
+        if isinstance(value, int | float | complex | str | bytes) and not isinstance(value, Enum):
+            if not _is_library(type(value)):
+                raise EngineError(
+                    f"forward reads a {type(value).__qualname__}, a subclass of {type(value).__base__.__name__} whose "
+                    f"operators are not followed: {name}"
+                )
         if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
             raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
 
@@ -528,6 +535,8 @@ def _facts_of_object(value: Any, name: str, names: frozenset[str], *, may_catch:
     Dynamo does not look for it again where the class answers by a `__getattr__` of its own, nor (`may_catch`) where the
     user's code catches the error.
     """
+    if isinstance(value, OrderedDict) and value:  # move_to_end
+        yield Fact(f"the order of {name}", "list(map({}, {})) == {}", (id, value, list(map(id, value))))
     if type(value) in (dict, list, OrderedDict, defaultdict) and may_catch:
         yield Fact(f"the length of {name}", "len({}) == {}", (value, len(value)))
     if isinstance(value, type | ModuleType) or not hasattr(value, "__dict__"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,11 @@ def one_tensor() -> Home:
     return lambda: 2.0 if kept.first is kept.second else 1.0, lambda: setattr(kept, "second", kept.first)
 
 
+def order_of_a_dict() -> Home:
+    kept = OrderedDict(first=1.0, second=2.0)
+    return lambda: next(iter(kept.values())), lambda: kept.move_to_end("first")
+
+
 def tensor_that_needs_gradients() -> Home:
     kept = torch.ones(2)
     return lambda: 2.0 if kept.requires_grad else 1.0, lambda: setattr(kept, "requires_grad", True)
@@ -163,8 +169,8 @@ def hidden_builtin() -> Home:
 
 
 HOMES = [shadowed_in_a_class, other_bases, of_a_metaclass, method_of_a_metaclass, answered_by_getattr, caught_key,
-         caught_attribute, entry_of_an_object, variable_of_an_object, one_tensor, tensor_that_needs_gradients,
-         shape_of_a_tensor, environment, registered,
+         caught_attribute, entry_of_an_object, variable_of_an_object, one_tensor, order_of_a_dict,
+         tensor_that_needs_gradients, shape_of_a_tensor, environment, registered,
          hidden_builtin]  # fmt: skip
 
 

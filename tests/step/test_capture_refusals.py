@@ -680,3 +680,37 @@ def test_a_hook_of_torchs_own_that_changes_the_model_is_named() -> None:
     step(first)
     with pytest.raises(EngineError, match=r"changes Python objects.* by torch/nn/utils/prune\.py:\d+"):
         step(second)
+
+
+class Doubling(float):
+    def __rmul__(self, other: Any) -> Any:
+        return 2 * float(self) * other
+
+
+def test_a_number_whose_class_has_operators_of_its_own_is_refused() -> None:
+    scale = Doubling(1.0)
+    model = nn.Linear(4, 1)
+    step = TrainStep(model, sgd(model), lambda model, batch: mean_square(model, batch)[0] * scale, engine="compiled")
+    first, second = pairs(2)
+    step(first)
+    with pytest.raises(EngineError, match=r"a Doubling, a subclass of float .*'.*\* scale.* in test_capture_refusals"):
+        step(second)
+
+
+def negative_log_likelihood(model: nn.Module, batch: Batch, **options: Any) -> Tensor:
+    inputs, targets = batch
+    return -torch.distributions.Normal(model(inputs), 1.0, **options).log_prob(targets).mean()
+
+
+def test_a_distribution_that_checks_its_arguments_is_refused_with_what_to_write() -> None:
+    model = nn.Linear(4, 1)
+    first, second = pairs(2)
+    step = TrainStep(model, sgd(model), negative_log_likelihood, engine="compiled")
+    step(first)
+    with pytest.raises(EngineError, match="validate_args=False"):
+        step(second)
+    unchecked = functools.partial(negative_log_likelihood, validate_args=False)
+    step = TrainStep(model, sgd(model), unchecked, engine="compiled")
+    step(first)
+    step(second)
+    assert step.engine.value == "compiled"

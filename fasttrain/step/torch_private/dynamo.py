@@ -491,6 +491,11 @@ _ADVICE = (
         "0.5 * (variance.log() + (prediction - target) ** 2 / variance)",
     ),
     (
+        r"torch\.distributions|torch/distributions",
+        "torch.distributions checks its arguments on the host; switch that off: validate_args=False, or "
+        "torch.distributions.Distribution.set_default_validate_args(False)",
+    ),
+    (
         r"pack_padded_sequence|pad_packed_sequence",
         "forward packs sequences, which reads their lengths on the host; mask the padded steps instead",
     ),
