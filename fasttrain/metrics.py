@@ -377,7 +377,7 @@ def _score(scoring: Scoring, predictions: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def _number(name: str, value: Any) -> Any:
-    """What a metric of the user's returned for a batch, as something that a total can take up."""
+    """The value of a user's metric for a batch: a float or a scalar tensor."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.reshape(())
     if isinstance(value, Real):

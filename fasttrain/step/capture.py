@@ -139,7 +139,7 @@ class Capture:
         return self._dynamo.checkpointed
 
     def bind(self, state: StepState, batch: Batch | None = None) -> bool:
-        """Takes up the tensors that forward reads now, besides those of the batch.
+        """Reads anew the tensors besides the batch's, and finds which of them belong to the state.
 
         Args:
             state: where the step's own tensors are.
@@ -453,7 +453,7 @@ def _facts_of_globals(functions: Sequence[FunctionType]) -> Iterator[Fact]:
 
 
 def _named_in(functions: Sequence[FunctionType]) -> Iterator[Any]:
-    """What functions name: what they close over, and globals."""
+    """The values that functions refer to by name: closure variables and globals."""
     for function in functions:
         for cell in function.__closure__ or ():
             with suppress(ValueError):

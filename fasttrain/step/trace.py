@@ -176,7 +176,7 @@ class TracedStep:
             self._gradients[due].drop()
 
     def rebind(self, batch: Batch | None = None) -> bool:
-        """Takes up tensors that were replaced by others of the same kind, as `load_state_dict` does.
+        """Binds the step to tensors that have replaced its own, as `load_state_dict` of an optimizer does.
 
         Args:
             batch: one for which the step is to hold; None: the example that was traced.
