@@ -127,6 +127,7 @@ class Capture:
         self._expected: list[Tensor] = []
         self._places: dict[int, tuple[bool, int]] = {}  # of the state (True) or among the others, and which
         self._replaced: list[int] = []
+        self._homes: list[tuple[dict[str, Any], str, Tensor]] = []  # of buffers that forward replaces and may not read
         self._labels = ExitStack()
         if spec.metrics.user_metrics:
             self._dynamo.call_where_grad_is_last_turned_off(self._begin_metrics)
@@ -160,11 +161,19 @@ class Capture:
                 places[at] = True, place
         if self._places and places != self._places:
             return False
-        replaced = [state.place_of(module.get_buffer(name)) for module, name in self._result.replaced]
+        tables = [(cast("Any", module)._buffers, name) for module, name in self._result.replaced]
+        self._homes = [(table, name, table[name]) for table, name in tables]
+        replaced = [state.place_of(buffer) for _, _, buffer in self._homes]
         self._replaced = [place for place in replaced if place is not None]
         state.refuse_closed_over(list(others.values()))
         self._expected, self._places, self.others = [found[at] for at in self._fixed], places, list(others.values())
         return True
+
+    def name_of(self, other: Tensor) -> str:
+        """What the user calls one of `others`."""
+        pairs = zip(self._fixed, self._expected, strict=True)
+        names = (self._dynamo.inputs[at].name for at, tensor in pairs if tensor is other)
+        return next(names, f"a tensor of shape {list(other.shape)}")
 
     def leaves(self, batch: Batch | None = None) -> list[Tensor] | str:
         """The tensors of a batch that forward reads, or what has changed of all else that it reads.
@@ -184,6 +193,9 @@ class Capture:
         for at, expected in zip(self._fixed, self._expected, strict=True):
             if found[at] is not expected:
                 return f"the tensor {self._dynamo.inputs[at].name}"
+        for table, name, buffer in self._homes:
+            if table.get(name) is not buffer:
+                return f"the buffer {name}"
         return [found[at] for at in self._leaves]
 
     def call(self, state: Sequence[Tensor], leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Captured:
