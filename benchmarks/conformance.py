@@ -137,8 +137,8 @@ def markdown(record: ConformanceRecord) -> str:
 def introduction(record: ConformanceRecord, modules: Sequence[Outcome]) -> str:
     """What the table shows."""
     return (
-        f"Losses of {record.num_steps} steps in double precision and the state after them, by the compiled engine and by "
-        "a plain PyTorch loop; the same: within a relative 1e-9. Taken are "
+        f"Losses of {record.num_steps} steps in double precision and the state after them, by the compiled engine and "
+        "by a plain PyTorch loop; the same: within a relative 1e-9. Taken are "
         f"{len(modules)} inputs of {len({each.name for each in modules})} modules; torch's database has "
         f"{record.num_inputs:,}, of which {record.num_distinct} have two settings together that no other has.\n"
     )

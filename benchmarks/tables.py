@@ -63,8 +63,8 @@ date. Measure on a machine that does nothing else.
 - `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.
 - `python -m tests.step.errors`: how far compiled steps are from exact ones, beside eager steps; writes
   `results/errors-cpu.json`.
-- `python -m tests.step.conformance --compile`: torch's own test modules and optimizers, compiled, against plain PyTorch;
-  writes `results/conformance-cpu.json`.
+- `python -m tests.step.conformance --compile`: torch's own test modules and optimizers, compiled, against plain
+  PyTorch; writes `results/conformance-cpu.json`.
 - `python -m benchmarks.gpu`: checks and measures fasttrain on a machine with one CUDA GPU in two calls of 8 and 5
   minutes. `python -m benchmarks.gpu pack` first puts data and wheels into `.data/` and `.whl/`, which travel with the
   checkout; then, on that machine, `python -m benchmarks.gpu --call 1 --out OUT`, and after its results were read

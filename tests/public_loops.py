@@ -1,22 +1,18 @@
 """Fourteen training loops of the kinds that books and public repositories have (DCGAN twice), against plain PyTorch.
 
-Each loop is written once, for a `Side`: plain PyTorch, or `TrainStep` and `FastLoop` with one engine. `compiled` and
-`auto` run captured graphs in place of compiled programs (see `graph_backend`). Everything is in double precision, from
-the same seed; losses, parameters and buffers must agree within `TOLERANCE`.
+Each loop is written once, for a `Side`: plain PyTorch, or `TrainStep` and `FastLoop` with one engine. Everything is in
+double precision, from the same seed; losses, parameters and buffers must agree within `TOLERANCE`. `test_public_loops`
+runs captured graphs in place of compiled programs, `public_loops_speed` compiles and times.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fasttrain import EngineError, FastLoop, TrainStep
-from tests.step.fakes import hasten
-from tests.step.graph_backend import use_graphs
+from fasttrain import FastLoop, TrainStep
 
 TOLERANCE = 1e-9
 """Relative, and absolute for values below one."""
@@ -38,30 +32,21 @@ Batch = Any
 Forward = Callable[[Any, Batch], Any]
 
 
-@pytest.fixture(autouse=True)
-def graphs_in_double(own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Captured graphs run in place of programs, `auto` takes one up at once, and numbers are in double precision."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    use_graphs(monkeypatch)
-    hasten(monkeypatch)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 class Side:
     """What a loop trains with.
 
     Args:
         engine: of fasttrain; None is plain PyTorch.
+        count: is called after steps, with their number.
 
     Attributes:
         models: all models that were trained.
         steps: the steps of fasttrain.
     """
 
-    def __init__(self, engine: str | None) -> None:
+    def __init__(self, engine: str | None, count: Callable[[int], None] = lambda _: None) -> None:
         self.engine = engine
+        self.count = count
         self.models: list[nn.Module] = []
         self.steps: list[TrainStep] = []
 
@@ -71,11 +56,17 @@ class Side:
         """A step of a loop that the user keeps: takes a batch, returns its loss."""
         self.models.append(model)
         if self.engine is None:
-            return PlainStep(model, optimizer, forward, **options)
-        step = TrainStep(model, optimizer, forward, engine=self.engine, **options)
-        step.expect(BATCHES * EPOCHS)
-        self.steps.append(step)
-        return step
+            step = PlainStep(model, optimizer, forward, **options)
+        else:
+            step = TrainStep(model, optimizer, forward, engine=self.engine, **options)
+            step.expect(BATCHES * EPOCHS)
+            self.steps.append(step)
+
+        def counted(batch: Batch) -> Tensor:
+            self.count(1)
+            return step(batch)
+
+        return counted
 
     def epochs(
         self,
@@ -87,7 +78,8 @@ class Side:
     ) -> list[float]:
         """The mean loss of each epoch; `after` runs between two."""
         if self.engine is None:
-            step = self.step(model, optimizer, forward)
+            self.models.append(model)
+            step = PlainStep(model, optimizer, forward)
             train = lambda: math.fsum(step(batch).item() for batch in batches) / len(batches)  # noqa: E731
         else:
             loop = FastLoop(model, optimizer, forward, engine=self.engine)
@@ -98,6 +90,7 @@ class Side:
         for _ in range(EPOCHS):
             losses.append(train())
             after()
+            self.count(len(batches))
         return losses
 
 
@@ -620,9 +613,9 @@ LOOPS = [
     Expected(surnames_mlp),
     Expected(surnames_cnn),
     Expected(cbow),
-    Expected(gru_with_packing, "forward packs sequences.*'packed = pack_padded_sequence.* in test_public_loops"),
-    Expected(seq2seq_with_attention, "numpy.*draws random numbers.*'word = .*np.random.random.* in test_public_loops"),
-    Expected(word_language_model, "forward changes Python objects.*'hidden = h.detach.* in test_public_loops"),
+    Expected(gru_with_packing, "forward packs sequences.*'packed = pack_padded_sequence.* in public_loops"),
+    Expected(seq2seq_with_attention, "numpy.*draws random numbers.*'word = .*np.random.random.* in public_loops"),
+    Expected(word_language_model, "forward changes Python objects.*'hidden = h.detach.* in public_loops"),
     Expected(vae),
     Expected(dcgan),
     Expected(
@@ -636,57 +629,7 @@ LOOPS = [
 ]
 
 
-def name_of(expected: Expected) -> str:
-    return expected.loop.__name__
-
-
 def trained(expected: Expected, side: Side) -> list[Any]:
     """The losses, and what the models hold afterwards."""
     torch.manual_seed(0)
     return [expected.loop(side), *[dict(model.state_dict()) for model in side.models]]
-
-
-@pytest.fixture(scope="module")
-def plain() -> Callable[[Expected], list[Any]]:
-    """What plain PyTorch gives, once for each loop; asked for while double precision is the default."""
-
-    @functools.cache
-    def of(expected: Expected) -> list[Any]:
-        return trained(expected, Side(None))
-
-    return of
-
-
-@pytest.mark.parametrize("engine", ["eager", "auto"])
-@pytest.mark.parametrize("expected", LOOPS, ids=name_of)
-def test_a_public_loop_trains_as_in_plain_pytorch(expected: Expected, engine: str, plain: Any) -> None:
-    side = Side(engine)
-    torch.testing.assert_close(trained(expected, side), plain(expected), rtol=TOLERANCE, atol=TOLERANCE)
-    runs_eagerly = engine == "eager" or expected.eagerly is not None
-    for step in side.steps:
-        assert step.engine.value == ("eager" if runs_eagerly else "compiled"), step.engine
-        if engine == "auto":
-            assert re.search(expected.eagerly or "^measured", step.engine.reason), step.engine
-        step.close()
-
-
-@pytest.mark.parametrize("expected", [each for each in LOOPS if each.eagerly is None], ids=name_of)
-def test_a_public_loop_that_compiles_trains_as_in_plain_pytorch(expected: Expected, plain: Any) -> None:
-    side = Side("compiled")
-    torch.testing.assert_close(trained(expected, side), plain(expected), rtol=TOLERANCE, atol=TOLERANCE)
-    for step in side.steps:
-        missed = re.search(r"(\d+) steps ran eagerly", step.engine.reason)
-        assert step.engine.value == "compiled", step.engine
-        assert int(missed[1] if missed else 0) == expected.missed, step.engine
-        step.close()
-
-
-@pytest.mark.parametrize("expected", [each for each in LOOPS if each.eagerly is not None], ids=name_of)
-def test_a_public_loop_that_does_not_compile_is_refused_with_the_reason(expected: Expected) -> None:
-    assert expected.eagerly is not None
-    with pytest.raises(EngineError, match=expected.eagerly):
-        trained(expected, Side("compiled"))
-
-
-def test_at_least_nine_public_loops_compile() -> None:
-    assert sum(expected.eagerly is None for expected in LOOPS) >= 9

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import pickle
 import re
 import shlex
 import sys
@@ -32,17 +30,14 @@ from fasttrain.errors import FasttrainError
 from fasttrain.measure.bench.record import write_record
 from fasttrain.measure.environment import environment, load_average, now
 from fasttrain.metrics import RunningMetrics
-from fasttrain.step import compiler
-from fasttrain.step.build import GraphJob
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.plan import make_engine
-from fasttrain.step.program import compile_graph
 from fasttrain.step.spec import StepSpec, normalise_forward
-from fasttrain.step.torch_private import unpickle_with_graph
 from fasttrain.step.trace import trace_step
 from fasttrain.step.train_step import TrainStep
 from tests.step.agreement import run_graph
 from tests.step.models import ASKED, CPU
+from tests.step.programs import compile_here
 
 _flags = torch.backends.flags_frozen.__globals__
 
@@ -192,7 +187,7 @@ def compiled_steps(job: Job) -> tuple[list[Tensor], dict[str, Any], str]:
     step.close()
     assert found.value == "compiled", found
     assert "ran eagerly" not in found.reason, found
-    _, is_eager, why_eager = found.reason.partition("steps eagerly: ")
+    why_eager = found.reason.partition("steps eagerly: ")[2]
     return losses, {"model": model.state_dict(), "optimizer": step.spec.optimizer.state_dict()}, why_eager
 
 
@@ -349,27 +344,6 @@ def bundle_of_settings(info: Any, jobs: Sequence[Job], settings: Sequence[dict[s
         return info.optim_cls(groups)
 
     return Job(build, optimizer, lambda number: (tuple(job.batch(number) for job in jobs), {}))
-
-
-class CompiledHere:
-    """In place of the compiling child: compiles in this process, which spares each program the import of torch."""
-
-    def __init__(self, job: GraphJob, _folder: Path | None = None) -> None:
-        begin = time.perf_counter()
-        self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
-        package = Path(self._folder.name) / "step.pt2"
-        given: GraphJob = unpickle_with_graph(pickle.dumps(job)).unrolled()
-        compile_graph(given.graph, given.inputs, given.open_dims, package, given.origins, given.anywhere)
-        self._package = package
-        self.seconds = time.perf_counter() - begin
-
-    def wait(self) -> Path:
-        return self._package
-
-    poll = wait
-
-    def close(self) -> None:
-        self._folder.cleanup()
 
 
 class Entry(NamedTuple):
@@ -529,8 +503,7 @@ def main(given: Sequence[str]) -> int:
     if not options.compile:
         return check_all()
     with tempfile.TemporaryDirectory(prefix="conformance-cache-") as folder:
-        os.environ.update(XDG_CACHE_HOME=folder, TORCHINDUCTOR_CACHE_DIR=folder, TORCHINDUCTOR_COMPILE_THREADS="1")
-        compiler.Build = CompiledHere
+        compile_here(folder)
         return write_compiled(options, given)
 
 
