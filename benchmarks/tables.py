@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import conformance, errors
+from benchmarks import conformance, errors, loops
 from benchmarks.places import REPOSITORY, log
 from benchmarks.records import Record, Series, read_record
 from fasttrain.errors import DataError, FasttrainError
@@ -65,6 +65,8 @@ date. Measure on a machine that does nothing else.
   `results/errors-cpu.json`.
 - `python -m tests.step.conformance --compile`: torch's own test modules and optimizers, compiled, against plain
   PyTorch; writes `results/conformance-cpu.json`.
+- `python -m tests.public_loops_speed`: training loops as books and public repositories have them, compiled, against
+  plain PyTorch; writes `results/public-loops-cpu.json`.
 - `python -m benchmarks.gpu`: checks and measures fasttrain on a machine with one CUDA GPU in two calls of 8 and 5
   minutes. `python -m benchmarks.gpu pack` first puts data and wheels into `.data/` and `.whl/`, which travel with the
   checkout; then, on that machine, `python -m benchmarks.gpu --call 1 --out OUT`, and after its results were read
@@ -99,7 +101,7 @@ the faster of JAX's arms.
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
 
-KINDS = {module.KIND: module for module in (errors, conformance)}
+KINDS = {module.KIND: module for module in (errors, conformance, loops)}
 """Records with a table of their own, by kind."""
 
 Found = tuple[list[BenchRecord], list[Record], list[str]]

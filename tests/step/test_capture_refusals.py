@@ -198,7 +198,7 @@ REFUSALS: dict[str, Refusal] = {
     "dict": Refusal(kept_in_a_dict, CHANGES_OBJECTS + "'counter.kept", lambda counter: counter.kept),
     "average": Refusal(averaged, CHANGES_OBJECTS + "'counter.average =", lambda counter: counter.average),
     "tensor changed in place": Refusal(
-        changed_in_place, "changes a tensor of shape .* that is no buffer", lambda counter: counter.average
+        changed_in_place, "forward changes counter.average, which is no buffer", lambda counter: counter.average
     ),
     "deque": Refusal(from_a_deque, CHANGES_OBJECTS + "'counter.recent", lambda counter: list(counter.recent)),
     "iterator": Refusal(
