@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -88,6 +90,15 @@ def side_of(expected: Expected, engine: str | None, parent: Connection, folder: 
         parent.close()
 
 
+def make_programs(place: int, folder: str) -> None:
+    """A child: has the programs of a loop made, before anything is timed."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    compile_here(folder)
+    with suppress(EngineError):
+        trained(LOOPS[place], Side("compiled"))
+
+
 def measure(expected: Expected, num_turns: int, folder: str) -> Loop:
     """Runs both sides of one loop."""
     context = get_context("spawn")
@@ -125,16 +136,18 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.public_loops_speed", description=__doc__)
     names = [each.loop.__name__ for each in LOOPS]
     parser.add_argument("--loops", nargs="+", choices=names, default=names, help="(default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that make programs (default: 2)")
     parser.add_argument("--turns", type=int, default=20, help="of each side (default: 20)")
     parser.add_argument("--out", type=Path, default=RESULTS / "public-loops-cpu.json", help="the record")
     options = parser.parse_args(arguments)
     started_at = environment(torch.device("cpu"))
     found: list[Loop] = []
+    places = [place for place, each in enumerate(LOOPS) if each.loop.__name__ in options.loops]
     with tempfile.TemporaryDirectory(prefix="public-loops-") as folder:
-        for expected in LOOPS:
-            if expected.loop.__name__ not in options.loops:
-                continue
-            loop = measure(expected, options.turns, folder)
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as workers:
+            list(workers.map(make_programs, places, [folder] * len(places)))
+        for place in places:
+            loop = measure(LOOPS[place], options.turns, folder)
             log(f"{loop.name}: {loop.engine}, {loop.loss_difference:.1g}, {loop.ratio:.2f}x; {loop.reason or ''}")
             found.append(loop)
             fields: dict[str, Any] = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import sys
 from abc import ABCMeta, get_cache_token
 from collections import OrderedDict, defaultdict
@@ -49,6 +50,10 @@ TIMED = "timed_by_fasttrain"
 
 MAX_EXAMPLE_BYTES = 1 << 26
 """An example batch of up to this size is kept, so that the guards can be checked where there is no batch."""
+
+
+_CELL = re.compile(r"([\w.]+)\.__closure__\[(\d+)\]\.cell_contents")
+"""How Dynamo's expressions name a variable that a function closes over."""
 
 
 class Captured(NamedTuple):
@@ -173,7 +178,13 @@ class Capture:
         """What the user calls one of `others`."""
         pairs = zip(self._fixed, self._expected, strict=True)
         names = (self._dynamo.inputs[at].name for at, tensor in pairs if tensor is other)
-        return next(names, f"a tensor of shape {list(other.shape)}")
+        name = next(names, f"a tensor of shape {list(other.shape)}")
+        if cell := _CELL.match(name):  # a variable that forward closes over
+            with suppress(AttributeError, IndexError, KeyError):
+                first, *path = cell[1].split(".")
+                function = functools.reduce(getattr, path, self._scope[first])
+                return function.__code__.co_freevars[int(cell[2])] + name[cell.end() :]
+        return name
 
     def leaves(self, batch: Batch | None = None) -> list[Tensor] | str:
         """The tensors of a batch that forward reads, or what has changed of all else that it reads.
@@ -192,7 +203,7 @@ class Capture:
         found = self._dynamo.read(self._model, batch)
         for at, expected in zip(self._fixed, self._expected, strict=True):
             if found[at] is not expected:
-                return f"the tensor {self._dynamo.inputs[at].name}"
+                return f"the tensor {self.name_of(expected)}"
         for table, name, buffer in self._homes:
             if table.get(name) is not buffer:
                 return f"the buffer {name}"

@@ -15,9 +15,11 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import chain, combinations, zip_longest
+from itertools import combinations, zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -346,64 +348,62 @@ def bundle_of_settings(info: Any, jobs: Sequence[Job], settings: Sequence[dict[s
     return Job(build, optimizer, lambda number: (tuple(job.batch(number) for job in jobs), {}))
 
 
-class Entry(NamedTuple):
-    """An input of a module or a setting of an optimizer.
-
-    Attributes:
-        name, number: see `Outcome`.
-        job: compares it alone.
-        expected: why it is not compiled; None: it is.
-    """
-
-    name: str
-    number: int
-    job: Job
-    expected: str | None
+Task = str | list[tuple[str, int]]
+"""What one process compiles: all settings of an optimizer, or inputs of modules, by name and number."""
 
 
-def outcomes_of_modules(per_program: int, end: float) -> Iterator[Outcome]:
-    """Of distinct inputs: the first of each module, then the second, and so on, until the time is over."""
-    queues = [
-        [Entry(info.name, at, jobs[at], REFUSED.get(info.name, {}).get(at)) for at in distinct_inputs(info)]
-        for info in module_db
-        for jobs in [module_jobs(info)]
+def tasks(per_program: int) -> list[Task]:
+    """Distinct inputs, the first of each module, then the second, and so on; and the optimizers, in between."""
+    queues = [[(info.name, number) for number in distinct_inputs(info)] for info in module_db]
+    rounds = [each for turn in zip_longest(*queues) for each in turn if each is not None]
+    refused = [(name, number) for name, number in rounds if number in REFUSED.get(name, {})]
+    taken = [each for each in rounds if each not in refused]
+    programs = [taken[first : first + per_program] for first in range(0, len(taken), per_program)]
+    optimizers = [info.optim_cls.__name__ for info in optim_db]
+    every = zip_longest(programs, optimizers)
+    return [refused, *(each for pair in every for each in pair if each is not None)]
+
+
+def outcomes_of(task: Task, end: float) -> list[Outcome]:
+    """Compiles and compares; nothing once the time is over."""
+    if time.time() > end:
+        return []
+    return outcomes_of_optimizer(task) if isinstance(task, str) else outcomes_of_inputs(task)
+
+
+def outcomes_of_inputs(inputs: Sequence[tuple[str, int]]) -> list[Outcome]:
+    """Of inputs of modules, in one program; where something is wrong with it, of each half. Refused ones: each alone."""
+    torch.set_default_dtype(torch.float32)
+    infos = {info.name: info for info in module_db}
+    made = {name: module_jobs(infos[name]) for name, _ in inputs}
+    jobs = [made[name][number] for name, number in inputs]
+    if all(number in REFUSED.get(name, {}) for name, number in inputs):
+        found = [compared(job, graph_steps) for job in jobs]
+    else:
+        found = [compared(jobs[0] if len(jobs) == 1 else bundle_of_modules(jobs))] * len(jobs)
+        if any(found[0]) and len(jobs) > 1:
+            log(f"in two halves, for: {found[0]}")
+            middle = len(jobs) // 2
+            return [*outcomes_of_inputs(inputs[:middle]), *outcomes_of_inputs(inputs[middle:])]
+    return [
+        Outcome(name=name, number=number, is_module=True, why=why, difference=difference)
+        for (name, number), (why, difference) in zip(inputs, found, strict=True)
     ]
-    rounds = [entry for turn in zip_longest(*queues) for entry in turn if entry is not None]
-    for entry in rounds:
-        if entry.expected is not None:
-            yield Outcome(name=entry.name, number=entry.number, is_module=True, why=why_not_compiled(entry.job))
-    taken = [entry for entry in rounds if entry.expected is None]
-    for first in range(0, len(taken), per_program):
-        if time.monotonic() > end:
-            return
-        yield from outcomes_of_entries(taken[first : first + per_program])
 
 
-def outcomes_of_entries(entries: Sequence[Entry]) -> Iterator[Outcome]:
-    """Of modules in one program; where something is wrong with it, of each half."""
-    job = entries[0].job if len(entries) == 1 else bundle_of_modules([entry.job for entry in entries])
-    found = compared(job)
-    if any(found) and len(entries) > 1:
-        log(f"in two halves, for: {found[0] or found[1]}")
-        middle = len(entries) // 2
-        yield from outcomes_of_entries(entries[:middle])
-        yield from outcomes_of_entries(entries[middle:])
-        return
-    for entry in entries:
-        yield Outcome(name=entry.name, number=entry.number, is_module=True, why=found[0], difference=found[1])
-
-
-def outcomes_of_optimizers() -> Iterator[Outcome]:
-    """Of every setting of every optimizer, all of one optimizer in one program."""
-    for info in optim_db:
-        name, jobs = info.optim_cls.__name__, optimizer_jobs(info)
-        settings = [each.kwargs for each in info.optim_inputs_func("cpu")]
-        if NOT_WHOLE.get(name, "").startswith("refused"):
-            found = [compared(job, graph_steps) for job in jobs]
-        else:
-            found = [compared(bundle_of_settings(info, jobs, settings))] * len(jobs)
-        for number, (why, difference) in enumerate(found):
-            yield Outcome(name=name, number=number, is_module=False, why=why, difference=difference)
+def outcomes_of_optimizer(name: str) -> list[Outcome]:
+    """Of every setting of an optimizer, in one program."""
+    torch.set_default_dtype(DTYPE)
+    info = next(each for each in optim_db if each.optim_cls.__name__ == name)
+    jobs, settings = optimizer_jobs(info), [each.kwargs for each in info.optim_inputs_func("cpu")]
+    if NOT_WHOLE.get(name, "").startswith("refused"):
+        found = [compared(job, graph_steps) for job in jobs]
+    else:
+        found = [compared(bundle_of_settings(info, jobs, settings))] * len(jobs)
+    return [
+        Outcome(name=name, number=number, is_module=False, why=why, difference=difference)
+        for number, (why, difference) in enumerate(found)
+    ]
 
 
 def compared(job: Job, steps: Any = compiled_steps) -> tuple[str | None, str | None]:
@@ -421,9 +421,9 @@ RULE = (
 )
 
 
-def write_compiled(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+def write_compiled(arguments: argparse.Namespace, given: Sequence[str], folder: str) -> int:
     """Compiles and writes the record after each program; returns the exit code."""
-    started_at, end = environment(CPU), time.monotonic() + 60 * arguments.minutes
+    started_at, end = environment(CPU), time.time() + 60 * arguments.minutes
     num_inputs = sum(len(module_jobs(info)) for info in module_db)
     num_distinct = sum(len(distinct_inputs(info)) for info in module_db)
     outcomes: list[Outcome] = []
@@ -441,12 +441,19 @@ def write_compiled(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         )
         write_record(record, arguments.out)
 
-    torch.set_default_dtype(DTYPE)
-    for outcome in chain(outcomes_of_optimizers(), outcomes_of_modules(arguments.per_program, end)):
-        outcomes.append(outcome)
-        log(f"{len(outcomes)}: {outcome.name}, {outcome.number}: {outcome.difference or outcome.why or 'the same'}")
-        write()
+    todo = tasks(arguments.per_program)
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _begin_worker, (folder,)) as workers:
+        for found in workers.map(outcomes_of, todo, [end] * len(todo)):
+            outcomes += found
+            names = ", ".join(f"{each.name} {each.number}" for each in found)
+            log(f"{len(outcomes)}: {names}: {Counter(each.difference or each.why or 'the same' for each in found)}")
+            write()
     return int(any(each.difference for each in outcomes))
+
+
+def _begin_worker(folder: str) -> None:
+    torch.set_num_threads(1)
+    compile_here(folder)
 
 
 # Captured, one by one.
@@ -495,6 +502,7 @@ def main(given: Sequence[str]) -> int:
     """Compares graphs or, with `--compile`, programs; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.step.conformance", description=__doc__)
     parser.add_argument("--compile", action="store_true", help="compile, and write the record")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--minutes", type=float, default=60.0, help="after these, no program is begun (default: 60)")
     parser.add_argument("--per-program", type=int, default=24, help="inputs of modules in a program (default: 24)")
     parser.add_argument("--out", type=Path, default=RESULTS / "conformance-cpu.json", help="the record")
@@ -503,8 +511,7 @@ def main(given: Sequence[str]) -> int:
     if not options.compile:
         return check_all()
     with tempfile.TemporaryDirectory(prefix="conformance-cache-") as folder:
-        compile_here(folder)
-        return write_compiled(options, given)
+        return write_compiled(options, given, folder)
 
 
 if __name__ == "__main__":
