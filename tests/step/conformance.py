@@ -372,7 +372,7 @@ def outcomes_of(task: Task, end: float) -> list[Outcome]:
 
 
 def outcomes_of_inputs(inputs: Sequence[tuple[str, int]]) -> list[Outcome]:
-    """Of inputs of modules, in one program; where something is wrong with it, of each half. Refused ones: each alone."""
+    """Of inputs of modules, in one program; where something is wrong with it, of each half. Refused ones: alone."""
     torch.set_default_dtype(torch.float32)
     infos = {info.name: info for info in module_db}
     made = {name: module_jobs(infos[name]) for name, _ in inputs}
