@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import sys
 from abc import ABCMeta, get_cache_token
 from collections import OrderedDict, defaultdict
@@ -50,6 +51,10 @@ TIMED = "timed_by_fasttrain"
 
 MAX_EXAMPLE_BYTES = 1 << 26
 """An example batch of up to this size is kept, so that the guards can be checked where there is no batch."""
+
+
+_CELL = re.compile(r"([\w.]+)\.__closure__\[(\d+)\]\.cell_contents")
+"""How Dynamo's expressions name a variable that a function closes over."""
 
 
 class Captured(NamedTuple):
@@ -128,6 +133,7 @@ class Capture:
         self._expected: list[Tensor] = []
         self._places: dict[int, tuple[bool, int]] = {}  # of the state (True) or among the others, and which
         self._replaced: list[int] = []
+        self._homes: list[tuple[dict[str, Any], str, Tensor]] = []  # of buffers that forward replaces and may not read
         self._labels = ExitStack()
         if spec.metrics.user_metrics:
             self._dynamo.call_where_grad_is_last_turned_off(self._begin_metrics)
@@ -166,11 +172,25 @@ class Capture:
                 places[at] = True, place
         if self._places and places != self._places:
             return False
-        replaced = [state.place_of(module.get_buffer(name)) for module, name in self._result.replaced]
+        tables = [(cast("Any", module)._buffers, name) for module, name in self._result.replaced]
+        self._homes = [(table, name, table[name]) for table, name in tables]
+        replaced = [state.place_of(buffer) for _, _, buffer in self._homes]
         self._replaced = [place for place in replaced if place is not None]
         state.refuse_closed_over(list(others.values()))
         self._expected, self._places, self.others = [found[at] for at in self._fixed], places, list(others.values())
         return True
+
+    def name_of(self, other: Tensor) -> str:
+        """What the user calls one of `others`."""
+        pairs = zip(self._fixed, self._expected, strict=True)
+        names = (self._dynamo.inputs[at].name for at, tensor in pairs if tensor is other)
+        name = next(names, f"a tensor of shape {list(other.shape)}")
+        if cell := _CELL.match(name):  # a variable that forward closes over
+            with suppress(AttributeError, IndexError, KeyError):
+                first, *path = cell[1].split(".")
+                function = functools.reduce(getattr, path, self._scope[first])
+                return function.__code__.co_freevars[int(cell[2])] + name[cell.end() :]
+        return name
 
     def leaves(self, batch: Batch | None = None) -> list[Tensor] | str:
         """The tensors of a batch that forward reads, or what has changed of all else that it reads.
@@ -189,7 +209,10 @@ class Capture:
         found = self._dynamo.read(self._model, batch)
         for at, expected in zip(self._fixed, self._expected, strict=True):
             if found[at] is not expected:
-                return f"the tensor {self._dynamo.inputs[at].name}"
+                return f"the tensor {self.name_of(expected)}"
+        for table, name, buffer in self._homes:
+            if table.get(name) is not buffer:
+                return f"the buffer {name}"
         return [found[at] for at in self._leaves]
 
     def call(self, state: Sequence[Tensor], leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Captured:

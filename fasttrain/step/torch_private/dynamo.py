@@ -38,6 +38,8 @@ _OPTIONS: dict[str, Any] = {
     "capture_scalar_outputs": False,
     "capture_dynamic_output_shape_ops": False,
     "allow_rnn": True,
+    # Eager's first step has warned; Python shows a warning of one line once.
+    "ignore_logging_functions": {warnings.warn},
     "trace_autograd_ops": False,
     "suppress_errors": False,
     "verbose": False,
