@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -203,7 +204,7 @@ def capture_function(
         stack.enter_context(_no_marks_left())
         for tensor, dim in open_dims:
             _leave_open(tensor, dim, stack)
-        _forget_modules()
+        _forget_lookups()
         try:
             try:
                 output = fullgraph_capture(function, tuple(arguments.values()))
@@ -228,13 +229,12 @@ def function_modes() -> list[TorchFunctionMode]:
     return [mode for mode in _get_current_function_mode_stack() if not type(mode).__module__.startswith("fasttrain.")]
 
 
-def _forget_modules() -> None:
-    """Has Dynamo look imported modules up again: it keeps those of the first capture, and one may be another now."""
-    from torch._dynamo import symbolic_convert
-
-    forget = getattr(getattr(symbolic_convert, "_import_module", None), "cache_clear", None)
-    if forget is not None:
-        forget()
+def _forget_lookups() -> None:
+    """Has Dynamo look modules and classes up again, as they may be others now: it keeps what its first look found."""
+    for module, name in (("symbolic_convert", "_import_module"), ("variables.object_protocol", "_get_cached_slots")):
+        lookup: Any = getattr(sys.modules.get(f"torch._dynamo.{module}"), name, None)
+        if hasattr(lookup, "cache_clear"):
+            lookup.cache_clear()
 
 
 def _is_needed(guards: Sequence[Any]) -> list[bool]:
