@@ -289,6 +289,10 @@ class Capture:
             yield Fact("the environment", "{} == {}", (environment, dict(environment)))
         if any(isinstance(kind, ABCMeta) for kind in kinds):
             yield Fact("what is registered with abstract classes", "{}() == {}", (get_cache_token, get_cache_token()))
+        if not {"autocast", "get_autocast_dtype"}.isdisjoint(names):
+            for device in ("cpu", "cuda"):
+                asked = (torch.get_autocast_dtype, device, torch.get_autocast_dtype(device))
+                yield Fact("the dtype of autocast", "{}({}) is {}", asked)
         yield Fact("a torch function mode", "{}() == {}", (function_modes, function_modes()))
         for name, module in self._dynamo.modules.items():
             if not name.startswith(("torch.", "fasttrain.step.")):
@@ -417,21 +421,46 @@ def _refuse_unfit(dynamo: DynamoCapture) -> None:
     if _untimed(nn.Module.__call__) is not nn.Module._wrapped_call_impl:  # pyright: ignore[reportPrivateUsage]
         raise EngineError("torch.nn.Module.__call__ was replaced, which a compiled step would not notice")
     asks_for_classes = any({"isinstance", "issubclass"}.intersection(code.co_names) for code in dynamo.codes)
-    named = _named_in(_functions_of({code for code in dynamo.codes if not _is_library_code(code)}))
+    functions = _functions_of({code for code in dynamo.codes if not _is_library_code(code)})
+    _refuse_unguarded(dynamo, functions)
+    named = _named_in(functions)
     for value in (*named, *(each.value for each in dynamo.objects)):
         if asks_for_classes and isinstance(value, type) and _answers_itself(type(value)):
             raise EngineError(
                 f"forward asks for instances of {value.__qualname__}, whose class answers by code that is not followed"
             )
     for value, name, *_ in dynamo.objects:
-        if isinstance(value, int | float | complex | str | bytes) and not isinstance(value, Enum):
-            if not _is_library(type(value)):
-                raise EngineError(
-                    f"forward reads a {type(value).__qualname__}, a subclass of {type(value).__base__.__name__} whose "
-                    f"operators are not followed: {name}"
-                )
         if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
             raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
+
+
+def _refuse_unguarded(dynamo: DynamoCapture, functions: Sequence[FunctionType]) -> None:
+    """Raises EngineError for what Dynamo reads without a guard, or with a guard on something else."""
+    for function in functions:
+        table, name = function.__globals__, function.__globals__.get("__name__", "namedtuple_")
+        if name.startswith("namedtuple_") or table.keys().isdisjoint(_names_in(function.__code__)):
+            continue
+        if vars(sys.modules.get(name, object)) is not table:  # Dynamo would watch those of the module
+            raise EngineError(
+                f"{function.__qualname__} has globals of its own, which are not those of the module {name} (exec makes "
+                "such functions), and a compiled step would not notice a change in them"
+            )
+    for value, name, *_ in dynamo.objects:
+        kind = type(value)
+        if isinstance(value, bytearray | memoryview) or kind.__module__ in ("datetime", "decimal"):
+            raise EngineError(
+                f"forward reads a {kind.__qualname__}, and a compiled step would not notice another value; make it a "
+                f"number, a str or bytes: {name}"
+            )
+        plain = next((each for each in (int, float, complex, str, bytes) if isinstance(value, each)), kind)
+        if plain is not kind and not isinstance(value, Enum) and not _is_library(kind):
+            raise EngineError(
+                f"forward reads a {kind.__qualname__}, a subclass of {plain.__name__} whose methods are not followed; "
+                f"make it a plain {plain.__name__}: {name}"
+            )
+    for kind in _classes([*(each.value for each in dynamo.objects), *_named_in(functions)]):
+        if "__class_getitem__" in vars(kind) and not _is_library(kind):
+            raise EngineError(f"{kind.__qualname__}.__class_getitem__ is not followed; use a method of another name")
 
 
 def _answers_itself(kind: type) -> bool:

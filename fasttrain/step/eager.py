@@ -290,7 +290,8 @@ class FusedWhereOpen:
                     return False
                 if type(gradient) is not Tensor or gradient.layout is not torch.strided:
                     return False
-                updates.append(Update(parameter, gradient, state.get(id(parameter), {})))
+                entries = state.get(id(parameter), {})
+                updates.append(Update(parameter, gradient, entries, bool(group.get("amsgrad"))))
         return not any(fault.is_met(updates) for fault in KERNEL_FAULTS)
 
 
@@ -316,6 +317,7 @@ class Update(NamedTuple):
     parameter: Tensor
     gradient: Tensor
     entries: dict[str, Any]
+    is_amsgrad: bool = False
 
 
 class KernelFault(NamedTuple):
@@ -341,7 +343,7 @@ def _has_gaps_or_other_layout(updates: Sequence[Update]) -> bool:
 def _has_state_in_another_layout(updates: Sequence[Update]) -> bool:
     return not all(
         _is_laid_out_as(value, parameter)
-        for parameter, _, entries in updates
+        for parameter, _, entries, _ in updates
         for name, value in entries.items()
         if isinstance(value, Tensor) and name != "step"
     )
@@ -357,19 +359,23 @@ def _has_another_dtype(updates: Sequence[Update]) -> bool:
             for name, value in entries.items()
             if isinstance(value, Tensor) and name != "step"
         )
-        for parameter, gradient, entries in updates
+        for parameter, gradient, entries, _ in updates
     )
 
 
 def _has_late_gradients(updates: Sequence[Update]) -> bool:
-    buffers = [entries.get("momentum_buffer") is None for _, _, entries in updates]
+    buffers = [entries.get("momentum_buffer") is None for _, _, entries, _ in updates]
     return any(buffers) and not all(buffers)
+
+
+def _keeps_largest(updates: Sequence[Update]) -> bool:
+    return any(each.is_amsgrad for each in updates)
 
 
 def _has_counts_elsewhere(updates: Sequence[Update]) -> bool:
     return any(
         isinstance(step := entries.get("step"), Tensor) and step.device != parameter.device
-        for parameter, _, entries in updates
+        for parameter, _, entries, _ in updates
     )
 
 
@@ -398,6 +404,12 @@ KERNEL_FAULTS = (
         "not reported",
         "2.11 to 2.13",
         _has_late_gradients,
+    ),
+    KernelFault(
+        "amsgrad, where a gradient is NaN: the last elements, which fill no vector, keep the largest that is a number",
+        "not reported",
+        "2.13, CPU",
+        _keeps_largest,
     ),
     KernelFault(
         "step counts that unfused steps left on another device than the parameters: they are refused",

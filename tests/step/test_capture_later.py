@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import abc
+import math
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable
+from decimal import Decimal
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from fasttrain.errors import EngineError
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, trace_step
+from tests.step.agreement import run_graph
 from tests.step.models import CASES, OPTIMIZERS, Case, started, with_forward
 
 pytestmark = pytest.mark.usefixtures("in_double")
@@ -253,3 +258,89 @@ def test_a_replaced_call_of_all_modules_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(nn.Module, "__call__", lambda self, *given: 2 * self.forward(*given))
     with pytest.raises(EngineError, match=r"Module\.__call__ was replaced"):
         trace_step(spec, batch)
+
+
+def test_a_class_that_answers_bool_later_is_looked_up_anew() -> None:
+    class Switch:
+        pass
+
+    switch = Switch()
+    spec, batch = weighted(lambda: 2.0 if switch else 1.0)
+    on = trace_step(spec, batch)
+    Switch.__bool__ = lambda _: False  # type: ignore[attr-defined]
+    assert isinstance(on.inputs(batch), Mismatch)
+    expected = MLP.loss(spec.model(batch[0]), batch[1])
+    torch.testing.assert_close(run_graph(trace_step(spec, batch), batch), expected.detach())
+
+
+def test_the_dtype_of_autocast_is_noticed() -> None:
+    spec, batch = weighted(lambda: 1.0 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else 2.0)
+    traced = trace_step(spec, batch)
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        found = traced.inputs(batch)
+    finally:
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
+    assert found == Mismatch("the dtype of autocast")
+    assert not isinstance(traced.inputs(batch), Mismatch)
+
+
+def test_the_sign_of_a_zero_is_noticed() -> None:
+    values = [0.0]
+    spec, batch = weighted(lambda: math.copysign(1.0, values[0]))
+    traced = trace_step(spec, batch)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    values[0] = -0.0
+    found = traced.inputs(batch)
+    assert isinstance(found, Mismatch)
+    assert re.search(r"the sign of the zero .*\[0\]", found.reason)
+
+
+class Indexed:
+    weight = 1.0
+
+    def __class_getitem__(cls, key: object) -> float:
+        return cls.weight
+
+
+class NamedBytes(bytes):
+    pass
+
+
+LIMIT, NAME, TEXT, VIEW = Decimal(2), NamedBytes(b"a"), bytearray(b"a"), memoryview(b"a")
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda: Indexed[0], r"Indexed\.__class_getitem__ is not followed"),
+        (lambda: 1.0 if LIMIT > 1 else 2.0, "a Decimal, and a compiled step would not notice .* LIMIT"),
+        (lambda: 1.0 if NAME == b"a" else 2.0, "a NamedBytes, .* NAME"),
+        (lambda: 1.0 if TEXT == b"a" else 2.0, "a bytearray, .* TEXT"),
+        (lambda: 1.0 if VIEW == b"a" else 2.0, "a memoryview, .* VIEW"),
+    ],
+)
+def test_what_dynamo_reads_without_a_guard_is_refused(read: Callable[[], float], message: str) -> None:
+    spec, batch = weighted(read)
+    with pytest.raises(EngineError, match=message):
+        trace_step(spec, batch)
+
+
+WEIGHT = 1.0
+
+
+def test_a_function_whose_globals_are_not_its_modules_is_refused() -> None:
+    def read() -> float:
+        return WEIGHT
+
+    def constant() -> float:
+        return 1.0
+
+    for function in (read, constant):
+        own = FunctionType(function.__code__, {**globals()})
+        spec, batch = weighted(own)
+        if function is read:
+            with pytest.raises(EngineError, match="has globals of its own, which are not those of the module"):
+                trace_step(spec, batch)
+        else:
+            trace_step(spec, batch)

@@ -744,11 +744,11 @@ def negative_log_likelihood(model: nn.Module, batch: Batch, **options: Any) -> T
 def test_a_distribution_that_checks_its_arguments_is_refused_with_what_to_write() -> None:
     model = nn.Linear(4, 1)
     first, second = pairs(2)
-    step = TrainStep(model, sgd(model), negative_log_likelihood, engine="compiled")
+    checked, unchecked = [functools.partial(negative_log_likelihood, validate_args=is_on) for is_on in (True, False)]
+    step = TrainStep(model, sgd(model), checked, engine="compiled")
     step(first)
     with pytest.raises(EngineError, match="validate_args=False"):
         step(second)
-    unchecked = functools.partial(negative_log_likelihood, validate_args=False)
     step = TrainStep(model, sgd(model), unchecked, engine="compiled")
     step(first)
     step(second)

@@ -13,7 +13,7 @@ from fasttrain import TrainStep
 from fasttrain.step.eager import KERNEL_FAULTS, FusedWhereOpen, Update
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, amsgrad=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, dampening=0.2),
@@ -155,6 +155,7 @@ MET = [
     updates(torch.zeros(4, 5), torch.ones(4, 5), momentum_buffer=torch.arange(20.0).view(5, 4).t()),
     updates(torch.zeros(64, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)),
     updates(torch.zeros(20), torch.ones(20), momentum_buffer=None),
+    [Update(torch.zeros(21), torch.full((21,), torch.nan), {}, True), Update(torch.zeros(3), torch.ones(3), {}, True)],
 ]
 
 
@@ -167,9 +168,15 @@ def test_torch_still_has_the_faults_of_the_table(fault: Any, met: list[Update]) 
         parameters = [each.parameter.clone(memory_format=torch.preserve_format) for each in met]
         if fault is KERNEL_FAULTS[0]:
             parameters[1] = torch.zeros(20, 2)[:, 0]
-        optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.9 if met[0].entries else 0.0, fused=is_fused)
-        for own, (_, gradient, entries) in zip(parameters, met, strict=True):
+        optimizer: torch.optim.Optimizer
+        if met[0].is_amsgrad:
+            optimizer = torch.optim.Adam(parameters, lr=0.5, amsgrad=True, fused=is_fused)
+        else:
+            optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.9 if met[0].entries else 0.0, fused=is_fused)
+        for own, (_, gradient, entries, _) in zip(parameters, met, strict=True):
             own.grad = gradient.clone()
+            if not entries:
+                continue
             optimizer.state[own] = {
                 name: None if value is None else value.clone(memory_format=torch.preserve_format)
                 for name, value in entries.items()
@@ -179,5 +186,6 @@ def test_torch_still_has_the_faults_of_the_table(fault: Any, met: list[Update]) 
         except (TypeError, RuntimeError) as error:
             outcomes.append(type(error))
         else:
-            outcomes.append(parameters[1].tolist())
+            kept = [each["max_exp_avg_sq"].isnan().tolist() for each in optimizer.state.values() if met[0].is_amsgrad]
+            outcomes.append((parameters[1].tolist(), kept))
     assert outcomes[0] != outcomes[1]

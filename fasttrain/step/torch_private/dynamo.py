@@ -7,11 +7,13 @@ from __future__ import annotations
 import ast
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
+from math import copysign
 from threading import get_ident
 from traceback import FrameSummary
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
@@ -81,13 +83,11 @@ class Guarded(NamedTuple):
         value: the object.
         name: what the user calls it, with the line that reads it.
         argument: the function's argument that it is reached through; None: a closure or a global.
-        expression: what reads it, over the names that guards use.
     """
 
     value: Any
     name: str
     argument: str | None
-    expression: str
 
 
 class _InputsRead(BaseException):
@@ -109,7 +109,9 @@ class DynamoCapture:
         modules: the Python modules that code was found in or imports, by name.
     """
 
-    def __init__(self, function: FunctionType, output: Any, guards: Any, scope: dict[str, Any]) -> None:
+    def __init__(
+        self, function: FunctionType, output: Any, guards: Any, scope: dict[str, Any], known: Callable[[str], bool]
+    ) -> None:
         captured = output.graph_capture_output
         self.graph: torch.fx.GraphModule = output.backend_input.graph_module
         self.codes: list[CodeType] = list(dict.fromkeys(captured.traced_code))
@@ -117,19 +119,21 @@ class DynamoCapture:
         self._manager: Any = guards.guard_manager
         sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
-        self._guard_names = _names_of_guards(scope, function.__globals__)
-        self.objects = _reached(captured.output_graph.guards, self._guard_names)
-        self._compared = self._tensors_besides_inputs(_input_names(captured))
-        self.names = {name for guard in captured.output_graph.guards for name in re.findall(r"\w+", guard.name)}
+        guarded, names = captured.output_graph.guards, _names_of_guards(scope, function.__globals__)
+        self.objects = _reached(guarded, names)
+        self._watched = _loosely_guarded(guarded, names, known)
+        self._guard_names = {name: value for name, value in names.items() if name != "L"}
+        self.names = {name for guard in guarded for name in re.findall(r"\w+", guard.name)}
         self.modules = {name: import_module(name) for name in captured.import_sources.values()}
         self._backend_id: str = output.backend_input.backend_id
-        names: dict[str, Any] = {
+        self._names: dict[str, Any] = {
             **function.__globals__,
             **{alias: _imported(name) for alias, name in captured.import_sources.items()},
             self._backend_id: self._stop,
         }
-        self._names = names
-        self._bytecode = FunctionType(captured.bytecode, names, closure=captured.closure, argdefs=captured.argdefs)
+        self._bytecode = FunctionType(
+            captured.bytecode, self._names, closure=captured.closure, argdefs=captured.argdefs
+        )
 
     @staticmethod
     def _stop(*inputs: Any) -> None:
@@ -137,31 +141,20 @@ class DynamoCapture:
 
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether every guard holds, given the function's arguments and closure by name."""
-        return self._manager.check(scope) and (not self._compared or self._replaced(scope) is None)
+        return self._manager.check(scope) and (not self._watched or self._other_value(scope) is None)
 
     def first_broken(self, scope: dict[str, Any]) -> str:
         """What the first guard that does not hold is about, with the user's expression and line."""
         found = self._manager.check_verbose(scope)
-        if found.result and (replaced := self._replaced(scope)) is not None:
-            return f"the tensor {replaced.name}"
+        if found.result and (name := self._other_value(scope)) is not None:
+            return name
         parts = [str(part) for part in found.verbose_code_parts]
         return _described(parts[0]) if parts else "what forward reads"
 
-    def _tensors_besides_inputs(self, inputs: set[str]) -> list[tuple[CodeType, Guarded]]:
-        """Tensors that forward reads but does not compute with, as `a is b` does, and the expressions that read them.
-
-        Those of a batch are other tensors in each step.
-        """
-        return [
-            (compile(each.expression, each.name, "eval"), each)
-            for each in self.objects
-            if isinstance(each.value, Tensor) and each.argument != "batch" and each.expression not in inputs
-        ]
-
-    def _replaced(self, scope: dict[str, Any]) -> Guarded | None:
-        """The first of these tensors that is another one now."""
+    def _other_value(self, scope: dict[str, Any]) -> str | None:
+        """The name of the first watched value that is another one now."""
         names = {**self._guard_names, "L": scope}
-        return next((each for code, each in self._compared if eval(code, names) is not each.value), None)
+        return next((name for name, code, value in self._watched if not _is_still(value, eval(code, names))), None)
 
     def read(self, *arguments: Any) -> tuple[Any, ...]:
         """The graph's inputs, read anew from the user's objects."""
@@ -239,7 +232,8 @@ def capture_function(
         stack.enter_context(_no_marks_left())
         for tensor, dim in open_dims:
             _leave_open(tensor, dim, stack)
-        _forget_modules()
+        _forget_lookups()
+        changed: list[str] = []
         try:
             try:
                 output = fullgraph_capture(function, tuple(arguments.values()))
@@ -252,13 +246,14 @@ def capture_function(
             if output.backend_input is None:
                 raise EngineError("forward computes nothing from tensors")
             captured = output.graph_capture_output
-            hooks = Hooks(guard_filter_fn=partial(_are_needed, inputs=_input_names(captured)))
+            known = _known_elsewhere(captured, changed)
+            hooks = Hooks(guard_filter_fn=partial(_are_needed, known=known))
             guards = captured.build_guards(function.__code__, hooks)
         except EngineError:
             raise
         except Exception as error:
             raise EngineError(_why_refused(error)) from error
-        return DynamoCapture(function, output, guards, scope_of(function, arguments))
+        return DynamoCapture(function, output, guards, scope_of(function, arguments), known)
 
 
 def function_modes() -> list[TorchFunctionMode]:
@@ -266,22 +261,31 @@ def function_modes() -> list[TorchFunctionMode]:
     return [mode for mode in _get_current_function_mode_stack() if not type(mode).__module__.startswith("fasttrain.")]
 
 
-def _forget_modules() -> None:
-    """Has Dynamo look imported modules up again: it keeps those of the first capture, and one may be another now."""
-    from torch._dynamo import symbolic_convert
-
-    forget = getattr(getattr(symbolic_convert, "_import_module", None), "cache_clear", None)
-    if forget is not None:
-        forget()
-
-
-def _input_names(captured: Any) -> set[str]:
-    """The expressions that read the inputs of a captured graph."""
-    return {source.name for source in captured.output_graph.export_metadata.graph_input_idx_to_local_source.values()}
+def _forget_lookups() -> None:
+    """Has Dynamo look modules and classes up again, as they may be others now: it keeps what its first look found."""
+    for module, name in (("symbolic_convert", "_import_module"), ("variables.object_protocol", "_get_cached_slots")):
+        lookup: Any = getattr(sys.modules.get(f"torch._dynamo.{module}"), name, None)
+        if hasattr(lookup, "cache_clear"):
+            lookup.cache_clear()
 
 
-def _are_needed(guards: Sequence[Any], inputs: set[str]) -> list[bool]:
-    """Which guards are checked: not those of inputs besides the batch's, which whoever reads the inputs compares.
+def _known_elsewhere(captured: Any, changed: Sequence[str]) -> Callable[[str], bool]:
+    """Whether an expression reads a tensor whose changes the caller notices: an input, or a buffer that is replaced.
+
+    Tensors of a batch are none of these, though they may be inputs.
+
+    Args:
+        captured: what Dynamo captured.
+        changed: the tables that forward writes to.
+    """
+    sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source.values()
+    inputs = {source.name for source in sources if not source.name.startswith("L['batch']")}
+    tables = tuple(f"{table}[" for table in changed)
+    return lambda name: name in inputs or name.startswith(tables)
+
+
+def _are_needed(guards: Sequence[Any], known: Callable[[str], bool]) -> list[bool]:
+    """Which guards are checked: not those of tensors whose changes the caller notices.
 
     Nor those of Python's own functions and of this package's code, which do not change.
     """
@@ -290,7 +294,7 @@ def _are_needed(guards: Sequence[Any], inputs: set[str]) -> list[bool]:
         if guard.guard_type == "TORCH_FUNCTION_STATE":
             return False  # see `function_modes`
         if guard.guard_type == "TENSOR_MATCH":
-            return guard.name.startswith("L['batch']") or guard.name not in inputs
+            return not known(guard.name)
         if guard.name.startswith("G['__builtins_dict__"):
             return not isinstance(guard.value, type | BuiltinFunctionType)
         return not guard.name.startswith(_OWN_NAMES)
@@ -401,8 +405,39 @@ def _reached(guards: Any, names: dict[str, Any]) -> list[Guarded]:
             continue
         if id(value) not in found:
             name = f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
-            found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source), guard.name)
+            found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source))
     return list(found.values())
+
+
+def _loosely_guarded(
+    guards: Any, names: dict[str, Any], known: Callable[[str], bool]
+) -> list[tuple[str, CodeType, Any]]:
+    """What guards compare too loosely: its name, the expression that reads it, and its value.
+
+    Zeros of either sign are equal. Tensors are compared by their kind: those that forward only looks at, as `a is b`
+    does, are no inputs, whose reader would notice another one. A batch has other tensors in each step.
+    """
+    found: dict[str, tuple[str, CodeType, Any]] = {}
+    for guard in guards:
+        with suppress(Exception):  # of what is not there
+            value = eval(guard.name, names)
+            is_zero = type(value) is float and value == 0.0 and not _is_of_torchs_module(guard, names)
+            is_fixed = isinstance(value, Tensor) and not guard.name.startswith("L['batch']")
+            is_other = is_fixed and not known(guard.name)
+            if is_zero or is_other:
+                what = f"the {'sign of the zero' if is_zero else 'tensor'} {_spelled(guard.name)}"
+                found[guard.name] = what, compile(guard.name, guard.name, "eval"), value
+    return list(found.values())
+
+
+def _is_of_torchs_module(guard: Any, names: dict[str, Any]) -> bool:
+    """Whether a value is an attribute of one of torch's modules, such as the probability of a dropout."""
+    owner = getattr(guard.originating_source, "base", None)
+    return owner is not None and type(eval(owner.name, names)).__module__.startswith("torch.nn.")
+
+
+def _is_still(before: Any, now: Any) -> bool:
+    return now is before or (type(now) is float and now == before and copysign(1.0, now) == copysign(1.0, before))
 
 
 def _described(part: str) -> str:
