@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import math
 import os
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from types import FunctionType
@@ -239,6 +241,17 @@ def test_the_dtype_of_autocast_is_noticed() -> None:
         torch.set_autocast_dtype("cpu", torch.bfloat16)
     assert found == Mismatch("the dtype of autocast")
     assert not isinstance(traced.inputs(batch), Mismatch)
+
+
+def test_the_sign_of_a_zero_is_noticed() -> None:
+    values = [0.0]
+    spec, batch = weighted(lambda: math.copysign(1.0, values[0]))
+    traced = trace_step(spec, batch)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    values[0] = -0.0
+    found = traced.inputs(batch)
+    assert isinstance(found, Mismatch)
+    assert re.search(r"the sign of the zero .*\[0\]", found.reason)
 
 
 class Indexed:

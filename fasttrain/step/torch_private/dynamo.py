@@ -10,8 +10,9 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
+from math import copysign
 from threading import get_ident
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -112,7 +113,9 @@ class DynamoCapture:
         self._manager: Any = guards.guard_manager
         sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
-        self.objects = _reached(captured.output_graph.guards, _names_of_guards(scope, function.__globals__))
+        self._guard_names = _names_of_guards(scope, function.__globals__)
+        self.objects = _reached(captured.output_graph.guards, self._guard_names)
+        self._zeros = _zeros(captured.output_graph.guards, self._guard_names)
         self.names = {name for guard in captured.output_graph.guards for name in re.findall(r"\w+", guard.name)}
         self.modules = {name: import_module(name) for name in captured.import_sources.values()}
         self._backend_id: str = output.backend_input.backend_id
@@ -130,13 +133,22 @@ class DynamoCapture:
 
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether every guard holds, given the function's arguments and closure by name."""
-        return self._manager.check(scope)
+        return self._manager.check(scope) and (not self._zeros or self._other_zero(scope) is None)
 
     def first_broken(self, scope: dict[str, Any]) -> str:
         """What the first guard that does not hold is about, with the user's expression and line."""
         found = self._manager.check_verbose(scope)
+        if found.result and (zero := self._other_zero(scope)) is not None:
+            return f"the sign of the zero {zero}"
         parts = [str(part) for part in found.verbose_code_parts]
         return _described(parts[0]) if parts else "what forward reads"
+
+    def _other_zero(self, scope: dict[str, Any]) -> str | None:
+        """The first zero whose sign is another one: guards compare by `==`."""
+        for code, sign in self._zeros:
+            if copysign(1.0, eval(code, self._guard_names, {"L": scope})) != sign:
+                return _spelled(code.co_filename)
+        return None
 
     def read(self, *arguments: Any) -> tuple[Any, ...]:
         """The graph's inputs, read anew from the user's objects."""
@@ -359,6 +371,17 @@ def _reached(guards: Any, names: dict[str, Any]) -> list[Guarded]:
         if id(value) not in found:
             name = f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
             found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source))
+    return list(found.values())
+
+
+def _zeros(guards: Any, names: dict[str, Any]) -> list[tuple[CodeType, float]]:
+    """The expressions of guarded floats that are zero, and its sign."""
+    found: dict[str, tuple[CodeType, float]] = {}
+    for guard in guards:
+        with suppress(Exception):  # of what is not there
+            value = eval(guard.name, names)
+            if type(value) is float and value == 0.0:
+                found[guard.name] = compile(guard.name, guard.name, "eval"), copysign(1.0, value)
     return list(found.values())
 
 
