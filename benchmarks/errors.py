@@ -157,6 +157,11 @@ def read_record(path: Path) -> ErrorRecord:
         raise DataError(error.problem, file=str(path)) from None
 
 
+def section_of(path: Path) -> str:
+    """The section of benchmarks/README.md that a record's file gives; raises `DataError`."""
+    return markdown(read_record(path))
+
+
 def markdown(record: ErrorRecord) -> str:
     """The section of benchmarks/README.md."""
     by_name = {(pair.optimizer, pair.model): pair for pair in record.pairs}

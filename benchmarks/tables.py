@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import errors
-from benchmarks.errors import ErrorRecord
+from benchmarks import errors, fuzz
 from benchmarks.places import REPOSITORY, log
 from benchmarks.records import Record, Series, read_record
 from fasttrain.errors import DataError, FasttrainError
@@ -64,6 +63,8 @@ date. Measure on a machine that does nothing else.
 - `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.
 - `python -m tests.step.errors`: how far compiled steps are from exact ones, beside eager steps; writes
   `results/errors-cpu.json`.
+- `python -m tests.step.fuzzing record 5000 100 benchmarks/results/fuzz-cpu.json`: random training jobs, by FastLoop and
+  by a plain loop.
 - `python -m benchmarks.gpu`: checks and measures fasttrain on a machine with one CUDA GPU in two calls of 8 and 5
   minutes. `python -m benchmarks.gpu pack` first puts data and wheels into `.data/` and `.whl/`, which travel with the
   checkout; then, on that machine, `python -m benchmarks.gpu --call 1 --out OUT`, and after its results were read
@@ -98,7 +99,10 @@ the faster of JAX's arms.
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
 
-Found = tuple[list[BenchRecord], list[Record], list[ErrorRecord]]
+KINDS = {module.KIND: module for module in (errors, fuzz)}
+"""Records with a table of their own, by kind."""
+
+Found = tuple[list[BenchRecord], list[Record], list[str]]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -145,24 +149,24 @@ def update(root: Path, *, is_check: bool) -> list[Path]:
 
 
 def read_results(folder: Path) -> Found:
-    """Records of `bench` in the order of their workloads, those of other measurements, and those of errors.
+    """Records of `bench` in the order of their workloads, those of other measurements, and the sections of `KINDS`.
 
     Raises:
         DataError: a file is none of these.
     """
     trainings: list[BenchRecord] = []
     others: list[Record] = []
-    exactness: list[ErrorRecord] = []
+    sections: list[str] = []
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
         kind = content.get("kind") if isinstance(content, dict) else None
         if kind == "bench":
             trainings.append(bench.read_record(path))
-        elif kind == errors.KIND:
-            exactness.append(errors.read_record(path))
+        elif kind in KINDS:
+            sections.append(KINDS[kind].section_of(path))
         else:
             others.append(read_record(path))
-    return sorted(trainings, key=place), others, exactness
+    return sorted(trainings, key=place), others, sections
 
 
 def place(record: BenchRecord) -> tuple[int, str, int]:
@@ -180,11 +184,11 @@ def where(record: BenchRecord) -> str:
 
 def benchmarks_page(found: Found) -> str:
     """The whole of benchmarks/README.md."""
-    trainings, others, exactness = found
+    trainings, others, of_kinds = found
     sections = [
         *(f"\n{markdown(each, f'Training: {job(each)}')}" for each in trainings),
         *(section(each) for each in others),
-        *(f"\n{errors.markdown(each)}" for each in exactness),
+        *(f"\n{each}" for each in of_kinds),
     ]
     return INTRODUCTION + ("".join(sections) or NO_RECORDS)
 

@@ -11,45 +11,12 @@ the module must be the same; a refusal with a reason ends the job.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, field
 
+from tests.step.fuzz_homes import HOMES, KINDS, PRELUDE, WRAPS
+
 __all__ = ["Change", "Job", "draw_job"]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of values.
-
-    Attributes:
-        values: literals.
-        uses: expressions that make a number or a scalar tensor of a value `{r}`.
-        changes: statements that change a value `{r}` in place.
-    """
-
-    values: Sequence[str]
-    uses: Sequence[str]
-    changes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Home:
-    """A place where a value stays; `{n}` is its number, `{v}` the value, `{m}` the model.
-
-    Attributes:
-        read: the expression that forward reads it by.
-        sets: statements that put another value `{w}` there.
-        top: lines of the module.
-        base, cls: lines of the model's base class and class.
-        init: lines of the model's `__init__`.
-    """
-
-    read: str
-    sets: Sequence[str]
-    top: str = ""
-    base: str = ""
-    cls: str = ""
-    init: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +36,7 @@ class Job:
         changes: what runs between steps.
         options: of FastLoop.
         is_resident: whether its batches are rows of resident data.
+        is_one_epoch: whether all steps are one epoch, the changes being made by what gives the batches.
         has_thread: whether another thread works meanwhile.
     """
 
@@ -78,329 +46,16 @@ class Job:
     steps: int
     options: dict[str, object] = field(default_factory=dict[str, object])
     is_resident: bool = False
+    is_one_epoch: bool = False
     has_thread: bool = False
     traits: list[str] = field(default_factory=list[str])
 
     def recipe(self) -> str:
         """All of it, to read."""
         changes = "\n".join(f"# before step {each.step}: {each.statement}" for each in self.changes)
-        more = f"# options {self.options}, resident {self.is_resident}, thread {self.has_thread}, {self.steps} steps"
+        more = f"# options {self.options}, resident {self.is_resident}, one epoch {self.is_one_epoch}, thread {self.has_thread}, {self.steps} steps"
         return f"# seed {self.seed}\n{self.source}\n{changes}\n{more}\n# {', '.join(self.traits)}\n"
 
-
-KINDS = {
-    "float": Kind(["0.5", "1.5", "2.0", "-1.0", "0.0"], ["{r}", "(2.0 if {r} > 1 else 1.0)", "float({r})", "math.exp({r})", "round({r} * 3)", 'float(f\"\"\"{{{r}:.3f}}\"\"\")']),
-    "int": Kind(["1", "2", "3", "0"], ["{r}", "sum(0.5 for _ in range({r}))", "TABLE[{r}]", "x[{r}].mean()", "x[:, {r}].sum()", "{{1: 0.5, 2: 3.0}}.get({r}, 1.0)", "sum(q for q in TABLE[:{r}])", "float(bin({r}).count('1'))", "1.0 * 0.5 ** {r}", "torch.zeros(3, {r} + 1).numel() * 0.1", "(x.roll({r}, 0) * x).mean()", "x.repeat(1, {r} + 1).sum()", "x.sum(dim={r} % 2).mean()", "(x ** {r}).mean()", "float(len(range({r})))"]),
-    "bool": Kind(["True", "False", "1", "0"], ["(2.0 if {r} else 1.0)", "{r} * 1.5", "float(not {r})", "(2.0 if {r} is True else 1.0)", "(2.0 if {r} == 1 else 1.0)", "(2.0 if isinstance({r}, bool) else 1.0)", "{{'True': 1.0, '1': 2.0}}.get(str({r}), 3.0)"]),
-    "none": Kind(["None", "0.0", "2.5", "''"], ["(1.0 if {r} is None else 2.0)", "({r} or 3.0)", "(1.0 if not {r} else 2.0)", "float(str({r}) == 'None')"]),
-    "str": Kind(["'a'", "'b'", "'ab'", "''"], ["{{'a': 1.0, 'b': 2.0}}.get({r}, 3.0)", "float(len({r}))", '{{"k_a": 1.0, "k_b": 2.0}}.get(f\"\"\"k_{{{r}}}\"\"\", 0.5)', "float('a' in {r})", "(2.0 if {r} == 'a' else 1.0)", "(2.0 if {r}.startswith('a') else 1.0)", "{{'A': 3.0}}.get({r}.upper(), 1.0)", "{{'k_a': 1.0}}.get('k_' + {r}, 0.5)", "{{'k_a': 1.0}}.get('k_%s' % {r}, 0.5)", "getattr(TARGET, 'attr_' + {r}, 0.25)"]),
-    "tuple": Kind(["(1.0, 2.0)", "(2.0, 1.0)", "(1.0,)", "(3.0, 2.0, 1.0)", "(1, True)"], ["{r}[0]", "sum({r})", "float(len({r}))", "{r}[-1]", "max({r})", "float(1.0 in {r})", "float(sorted({r})[0])", "sum(i * e for i, e in enumerate({r}))", "(2.0 if {r} == (1.0, 2.0) else 1.0)", "{{(1.0, 2.0): 3.0}}.get({r}, 0.5)"]),
-    "list": Kind(["[1.0, 2.0]", "[2.0, 1.0]", "[3.0]", "[1.0, 2.0, 3.0]"], ["{r}[0]", "sum({r})", "float(len({r}))", "{r}[-1]", "min({r})", "float(3.0 in {r})", "sum(e for e in {r} if e > 1)", "sum(a * b for a, b in zip({r}, TABLE))", "(2.0 if {r} == [1.0, 2.0] else 1.0)", "sum({r}[::-1][:1])", "{r}.index({r}[-1])", "x.mean() * torch.tensor({r}, dtype=x.dtype).sum()"], ["{r}.append(5.0)", "{r}[0] = 7.0", "{r}.reverse()", "{r}.insert(0, 0.25)", "{r}[-1] = 1", "{r}.extend([1.0, 1.0])", "{r}[:] = [4.0]"]),
-    "dict": Kind(["{'a': 1.0, 'b': 2.0}", "{'b': 2.0, 'a': 1.0}", "{'a': 3.0}", "OrderedDict(a=1.0, b=2.0)", "SubDict(a=1.0, b=2.0)", "defaultdict(float, a=1.0)", "{1: 1.0, 'a': 2.0}"], ["{r}['a']", "sum({r}.values())", "float(len({r}))", "list({r}.values())[0]", "next(iter({r}.values()))", "{r}.get('c', 0.5)", "float('b' in {r})", "sum(i * v for i, v in enumerate({r}.values()))", "sum(v for k, v in {r}.items() if k == 'a')", "float(list({r})[0] == 'a')", "ident(**{{'v': {r}['a']}})"], ["{r}['a'] = 9.0", "{r}['c'] = 4.0", "{r}.update(b=0.25)", "{r}['a'] = {r}.pop('a')", "{r}.setdefault('d', 6.0)"]),
-    "set": Kind(["{1.0, 2.0}", "{2.0}", "frozenset({1.0, 3.0})", "{1.0, 2.0, 3.0}"], ["float(1.0 in {r})", "float(len({r}))", "sum(sorted({r}))", "float(3.0 in {r})"], ["{r}.add(3.0) if isinstance({r}, set) else None", "{r}.discard(1.0) if isinstance({r}, set) else None", "{r}.clear() if isinstance({r}, set) else None"]),
-    "enum": Kind(["Color.RED", "Color.BLUE", "Level.LOW", "Level.HIGH", "Flag.A", "Flag.A | Flag.B"], ["float({r}.value)", "(2.0 if {r} is Color.RED else 1.0)", "(2.0 if {r} == 2 else 1.0)", "{{Color.RED: 2.0}}.get({r}, 1.0)", "float(len(str({r}.name)))", "(2.0 if {r} in (Color.BLUE, Level.HIGH) else 1.0)"]),
-    "tensor": Kind(["torch.tensor(2.0)", "torch.tensor(0.5)", "torch.tensor(3.0)", "torch.tensor([1.0, 2.0])", "nn.Parameter(torch.tensor(1.5), requires_grad=False)", "torch.ones(2, 2) * 2"], ["{r}.sum()", "({r} * x.mean()).mean()", "torch.where({r} > 1, 2.0, 1.0).mean()", "{r}.detach().sum()", "torch.clamp({r}, max=1.0).sum()", "float({r}.dim())", "float({r}.shape[0]) if {r}.dim() else 0.5", "(2.0 if {r}.requires_grad else 1.0)", "float({r}.numel())"], ["{r}.fill_(3.0)", "{r}.mul_(2.0)", "setattr({r}, 'data', torch.full_like({r}, 4.0))", "setattr({r}, 'data', torch.ones(3))", "{r}.requires_grad_({r}.is_leaf and False)", "{r}.add_(1)", "{r}.data.add_(1.0)"]),
-    "function": Kind(["double", "negate", "math.sin", "torch.sin", "operator.neg", "abs", "lambda v: v * 4.0", "functools.partial(operator.mul, 3.0)", "F.relu", "nn.ReLU()", "Caller(2.0)", "Caller(3.0).call", "Caller.make"], ["{r}(torch.ones(())) * 1.0 if {r} is not math.sin else 2.5", "{r}(out.mean().detach()) if {r} not in (math.sin,) else 2.5", "float({r} is double)", "(2.0 if callable({r}) and {r} == abs else 1.0)", "float(len(getattr({r}, '__name__', '')))", "float(len(getattr({r}, '__doc__', None) or ''))"], ["setattr(double, '__code__', (lambda v: v * 5.0).__code__)", "setattr(double, '__code__', double_again.__code__)", "setattr(Caller, '__call__', lambda self, v: v * 9.0)", "setattr(Caller, 'call', lambda self, v: v * 8.0)", "setattr(Caller, 'make', classmethod(lambda cls, v: v * 7.0))", "setattr(Caller, 'static', staticmethod(lambda v: v * 6.0))", "globals().__setitem__('double', negate)"]),
-    "class": Kind(["Alpha", "Beta", "Gamma", "int", "float", "nn.Linear"], ["float(getattr({r}, 'factor', 0.5))", "(2.0 if {r} is Alpha else 1.0)", "(2.0 if isinstance(THING, {r}) else 1.0)", "(2.0 if issubclass({r}, Alpha) else 1.0)", "float(len({r}.__name__))", "float(len({r}.__mro__))", "float(len({r}.__doc__ or ''))", "float(getattr({r}(), 'factor', 0.5)) if {r} in (Alpha, Beta, Gamma) else 1.5"], ["Gamma.__bases__ = (Beta,)", "setattr(Alpha, '__doc__', 'a doc')", "Alpha.__name__ = 'Longer'", "del Gamma.factor", "setattr(Alpha, 'factor', 4.0)", "setattr(Beta, 'factor', 4.5)", "setattr(Alpha, '__init__', lambda self: setattr(self, 'factor', 8.0))", "globals().__setitem__('THING', Beta())", "setattr(THING, '__class__', Gamma)"]),
-    "dtype": Kind(["torch.float32", "torch.float64", "torch.int64", "torch.bfloat16"], ["(x * 1.3).to({r}).double().mean()", "torch.full((), 1.7).to({r}).double()", "(2.0 if {r} == torch.float32 else 1.0)", "(2.0 if {r}.is_floating_point else 1.0)", "float({r}.itemsize)", "x.sum(dtype={r}).double()"]),
-    "slice": Kind(["slice(0, 2)", "slice(1, None)", "slice(None, None, 2)", "slice(None)"], ["x[:, {r}].sum()", "x[{r}].mean()", "sum(TABLE[{r}])", "float(len(TABLE[{r}]))", "out[..., {r}].mean()"]),
-    "complex": Kind(["1 + 2j", "2 + 1j", "0j", "(1 + 0j)"], ["{r}.real", "abs({r})", "{r}.imag", "({r} * {r}).real"]),
-    "nan": Kind(["float('nan')", "1.0", "float('inf')", "-0.0", "0.0"], ["(2.0 if {r} == {r} else 1.0)", "(2.0 if {r} > 1 else 1.0)", "(2.0 if math.isnan({r}) else 1.0)", "math.copysign(1.0, {r})", "(x + {r}).nan_to_num(0.0, 1.0, 1.0).mean()", "torch.clamp(x, max={r}).nan_to_num(1.0).mean()"]),
-    "numpy": Kind(["np.float64(2.0)", "np.float32(0.5)", "np.int64(3)", "np.array([1.0, 2.0])", "np.array(2.0)", "np.bool_(True)", "np.str_('a')"], ["float(np.sum({r}))", "{r} * 1.0", "x.mean() * float({r})", "(2.0 if {r} is None else 1.0)", "torch.as_tensor({r}).sum().double()", "float({r}.shape == ())", "torch.full((), 2.0) * {r}"], ["{r}.__setitem__(..., 3.0)", "{r}.__setitem__(0, 7.0)"]),
-    "object": Kind(["Caller(2.0)", "Caller(3.0)", "Point(1.0, 2.0)", "Point(2.0, 1.0)", "types.SimpleNamespace(value=2.0)", "Slotted(2.0)", "Lazy(2.0)", "Frozen(2.0)", "Pair(2.0, 3.0)", "Described(2.0)", "Getter(2.0)", "Deep(2.0)"], ["{r}.value", "float({r}.value > 1)", "getattr({r}, 'value')", "float(hasattr({r}, 'extra'))", "getattr({r}, 'extra', 0.5)", "vars({r}).get('value', 0.5) if hasattr({r}, '__dict__') else 1.0", "float(type({r}).__name__ == 'Caller')"], ["setattr({r}, 'value', 4.0)", "setattr({r}, 'extra', 5.0)", "setattr(type({r}), 'value', 6.0)", "setattr(type({r}), 'value', property(lambda self: 7.0))", "setattr(type({r}), 'extra', 8.0)", "setattr({r}, '__class__', Caller)", "setattr(type({r}), '__getattribute__', lambda self, name: 9.0 if name == 'value' else object.__getattribute__(self, name))", "setattr(type({r}), '__getattr__', lambda self, name: 3.0)"]),
-}
-
-_GETTERS = """
-def make_cell{n}():
-    cell = {v}
-    def get():
-        return cell
-    def put(value):
-        nonlocal cell
-        cell = value
-    return get, put
-get{n}, put{n} = make_cell{n}()
-"""
-
-_NESTED = """
-def outer{n}():
-    hidden = [{v}]
-    def middle():
-        def inner():
-            return hidden[0]
-        return inner()
-    middle.hidden = hidden
-    return middle
-nested{n} = outer{n}()
-"""
-
-HOMES = {
-    "global": Home("G{n}", ["globals()['G{n}'] = {w}"], top="G{n} = {v}"),
-    "global helper": Home("helper{n}()", ["globals()['G{n}'] = {w}", "globals()['helper{n}'] = lambda: {w}"], top="G{n} = {v}\ndef helper{n}():\n    return G{n}"),
-    "global two deep": Home("deep{n}()", ["globals()['G{n}'] = {w}"], top="G{n} = {v}\ndef helper{n}():\n    return G{n}\ndef deep{n}():\n    return helper{n}()"),
-    "module": Home("M{n}.value", ["M{n}.value = {w}", "setattr(M{n}, 'value', {w})"], top="M{n} = sys.modules[__name__ + '_m{n}'] = types.ModuleType(__name__ + '_m{n}')\nM{n}.value = {v}"),
-    "sys module": Home("sys.modules['fuzz_home'].value{n}", ["sys.modules['fuzz_home'].value{n} = {w}"], top="import fuzz_home\nfuzz_home.value{n} = {v}"),
-    "imported in forward": Home("imported{n}()", ["fuzz_home.value{n} = {w}"], top="import fuzz_home\nfuzz_home.value{n} = {v}\ndef imported{n}():\n    from fuzz_home import value{n}\n    return value{n}"),
-    "instance": Home("{m}.a{n}", ["model.a{n} = {w}", "vars(model)['a{n}'] = {w}", "object.__setattr__(model, 'a{n}', {w})"], init="self.a{n} = {v}"),
-    "instance of child": Home("{m}.fc.a{n}", ["model.fc.a{n} = {w}"], init="self.fc.a{n} = {v}"),
-    "class": Home("{m}.a{n}", ["Net.a{n} = {w}", "model.a{n} = {w}", "Base.a{n} = {w}\ndel Net.a{n}", "model.__class__.a{n} = {w}"], cls="a{n} = {v}"),
-    "class by name": Home("Net.a{n}", ["Net.a{n} = {w}", "model.a{n} = {w}"], cls="a{n} = {v}"),
-    "base class": Home("{m}.b{n}", ["Base.b{n} = {w}", "Net.b{n} = {w}", "model.b{n} = {w}"], base="b{n} = {v}"),
-    "hasattr": Home("getattr({m}, 'later{n}', {v})", ["model.later{n} = {w}", "Net.later{n} = {w}", "Base.later{n} = {w}"]),
-    "super method": Home("{m}.m{n}()", ["Base.m{n} = lambda self: {w}", "Net.m{n} = lambda self: {w}", "model.m{n} = lambda: {w}", "Base.m{n}.__code__ = (lambda self: {w}).__code__"], base="def m{n}(self):\n    return {v}", cls="def m{n}(self):\n    return super().m{n}()"),
-    "super attribute": Home("{m}.m{n}()", ["Base.b{n} = {w}"], base="b{n} = {v}", cls="def m{n}(self):\n    return super().b{n}"),
-    "method": Home("{m}.m{n}()", ["Net.m{n} = lambda self: {w}", "model.m{n} = lambda: {w}", "model.m{n} = types.MethodType(lambda self: {w}, model)"], cls="def m{n}(self):\n    return {v}"),
-    "static": Home("{m}.m{n}()", ["Net.m{n} = staticmethod(lambda: {w})", "model.m{n} = lambda: {w}"], cls="@staticmethod\ndef m{n}():\n    return {v}"),
-    "classmethod": Home("{m}.m{n}()", ["Net.m{n} = classmethod(lambda cls: {w})", "Net.c{n} = {w}", "model.m{n} = lambda: {w}"], cls="c{n} = {v}\n@classmethod\ndef m{n}(cls):\n    return cls.c{n}"),
-    "property": Home("{m}.p{n}", ["Net.p{n} = property(lambda self: {w})", "model.hidden{n} = {w}"], cls="@property\ndef p{n}(self):\n    return self.hidden{n}", init="self.hidden{n} = {v}"),
-    "cached property": Home("CACHED{n}.p", ["CACHED{n}.__dict__['p'] = {w}", "CACHED{n}.__dict__.pop('p', None)\nglobals()['G{n}'] = {w}"], top="G{n} = {v}\nclass Cached{n}:\n    @functools.cached_property\n    def p(self):\n        return G{n}\nCACHED{n} = Cached{n}()\nCACHED{n}.p"),
-    "closure": Home("get{n}()", ["put{n}({w})"], top=_GETTERS),
-    "cell": Home("get{n}()", ["get{n}.__closure__[0].cell_contents = {w}"], top=_GETTERS),
-    "nested closure": Home("nested{n}()", ["nested{n}.hidden[0] = {w}"], top=_NESTED),
-    "default": Home("d{n}()", ["d{n}.__defaults__ = ({w},)"], top="def d{n}(value={v}):\n    return value"),
-    "keyword default": Home("d{n}()", ["d{n}.__kwdefaults__ = {{'value': {w}}}", "d{n}.__kwdefaults__['value'] = {w}"], top="def d{n}(*, value={v}):\n    return value"),
-    "default of method": Home("{m}.m{n}()", ["Net.m{n}.__defaults__ = ({w},)"], cls="def m{n}(self, value={v}):\n    return value"),
-    "code": Home("f{n}()", ["f{n}.__code__ = (lambda: {w}).__code__", "globals()['f{n}'] = lambda: {w}"], top="def f{n}():\n    return {v}"),
-    "function attribute": Home("f{n}.value", ["f{n}.value = {w}"], top="def f{n}():\n    pass\nf{n}.value = {v}"),
-    "containers": Home("C{n}['in'][0]", ["C{n}['in'][0] = {w}", "C{n}['in'] = [{w}]", "globals()['C{n}'] = {{'in': ({w},)}}", "C{n}['in'].insert(0, {w})"], top="C{n} = {{'in': [{v}]}}"),
-    "containers of model": Home("{m}.c{n}[1]['k']", ["model.c{n}[1]['k'] = {w}", "model.c{n}[1] = {{'k': {w}}}", "model.c{n} = [0, {{'k': {w}}}]"], init="self.c{n} = [0, {{'k': {v}}}]"),
-    "list of class": Home("{m}.c{n}[-1]", ["Net.c{n}.append({w})", "Net.c{n}[-1] = {w}", "model.c{n} = [{w}]"], cls="c{n} = [{v}]"),
-    "object in list": Home("[o.value for o in L{n}][0]", ["L{n}[0].value = {w}", "L{n}.insert(0, types.SimpleNamespace(value={w}))"], top="L{n} = [types.SimpleNamespace(value={v})]"),
-    "dict values": Home("list(D{n}.values())[-1]", ["D{n}['z'] = {w}", "D{n}['a'] = {w}"], top="D{n} = {{'a': {v}}}"),
-    "object": Home("O{n}.value", ["O{n}.value = {w}", "globals()['O{n}'] = Caller({w})", "vars(O{n})['value'] = {w}"], top="O{n} = Caller({v})"),
-    "object of class": Home("O{n}.v", ["Kept{n}.v = {w}", "O{n}.v = {w}"], top="class Kept{n}:\n    v = {v}\nO{n} = Kept{n}()"),
-    "slots": Home("O{n}.value", ["O{n}.value = {w}", "globals()['O{n}'] = Slotted({w})"], top="O{n} = Slotted({v})"),
-    "dataclass": Home("O{n}.x", ["O{n}.x = {w}", "globals()['O{n}'] = dataclasses.replace(O{n}, x={w})"], top="O{n} = Point({v}, 0)"),
-    "frozen": Home("O{n}.value", ["globals()['O{n}'] = Frozen({w})", "object.__setattr__(O{n}, 'value', {w})"], top="O{n} = Frozen({v})"),
-    "named tuple": Home("O{n}.first", ["globals()['O{n}'] = O{n}._replace(first={w})"], top="O{n} = Pair({v}, 0)"),
-    "getattr": Home("O{n}.anything", ["O{n}.table['anything'] = {w}", "O{n}.anything = {w}"], top="O{n} = Getter({v})\nO{n}.table = {{'anything': {v}}}"),
-    "getattribute": Home("O{n}.value", ["O{n}.value = {w}"], top="O{n} = Deep({v})"),
-    "descriptor": Home("O{n}.value", ["O{n}.value = {w}", "O{n}.hidden = {w}", "Described.value = Described.other"], top="O{n} = Described({v})"),
-    "module getattr": Home("{m}.dyn{n}", ["model.extra['dyn{n}'] = {w}", "model.dyn{n} = {w}", "Net.dyn{n} = {w}"], init="self.extra['dyn{n}'] = {v}"),
-    "metaclass": Home("Made{n}.v", ["Meta.v = {w}", "Made{n}.v = {w}"], top="class Meta(type):\n    v = {v}\nclass Made{n}(metaclass=Meta):\n    pass"),
-    "partial": Home("P{n}()", ["globals()['P{n}'] = functools.partial(ident, {w})"], top="P{n} = functools.partial(ident, {v})"),
-    "partial keyword": Home("P{n}()", ["globals()['P{n}'] = functools.partial(ident, v={w})", "P{n}.keywords['v'] = {w}"], top="P{n} = functools.partial(ident, v={v})"),
-    "param group": Home("OPT.param_groups[0]['extra{n}']", ["opt.param_groups[0]['extra{n}'] = {w}"], top="EXTRA['extra{n}'] = {v}"),
-    "bound method": Home("B{n}()", ["globals()['B{n}'] = Caller({w}).get", "B{n}.__self__.value = {w}"], top="B{n} = Caller({v}).get"),
-    "decorated": Home("f{n}()", ["G{n}[0] = {w}", "f{n}.__wrapped__.__code__ = (lambda: {w}).__code__"], top="G{n} = [{v}]\n@decorate\ndef f{n}():\n    return G{n}[0]"),
-    "generator": Home("next(g{n}())", ["globals()['G{n}'] = {w}"], top="G{n} = {v}\ndef g{n}():\n    yield G{n}\n    yield 0"),
-    "context manager": Home("cm{n}()", ["globals()['G{n}'] = {w}"], top="G{n} = {v}\n@contextlib.contextmanager\ndef managed{n}():\n    yield G{n}\ndef cm{n}():\n    with managed{n}() as value:\n        return value"),
-    "own context manager": Home("cm{n}()", ["O{n}.value = {w}", "Caller.__enter__ = lambda self: {w}"], top="O{n} = Caller({v})\ndef cm{n}():\n    with O{n} as value:\n        return value"),
-    "mutable default": Home("d{n}()", ["d{n}.__defaults__[0][0] = {w}", "d{n}.__defaults__[0].insert(0, {w})"], top="def d{n}(values=[{v}]):\n    return values[0]"),
-    "enum attribute": Home("E{n}.ONE.payload", ["E{n}.ONE.payload = {w}"], top="class E{n}(enum.Enum):\n    ONE = 1\nE{n}.ONE.payload = {v}"),
-    "environment": Home("EV{n}[os.environ.get('FUZZ{n}', 'a')]", ["EV{n}['b'] = {w}\nos.environ['FUZZ{n}'] = 'b'"], top="EV{n} = {{'a': {v}, 'b': {v}}}"),
-    "sequence of modules": Home("[c.a{n} for c in {m}.children() if hasattr(c, 'a{n}')][-1]", ["model.act.a{n} = {w}", "model.fc.a{n} = {w}"], init="self.fc.a{n} = {v}"),
-    "dunder len": Home("(ident({v}) if len(O{n}) == 2 else EV{n})", ["O{n}.size = 3"], top="O{n} = Sized()\nEV{n} = {v}"),
-    "exception": Home("tried{n}()", ["D{n}['k'] = {w}"], top="D{n} = {{}}\ndef tried{n}():\n    try:\n        return D{n}['k']\n    except KeyError:\n        return {v}"),
-    "abc": Home("({v} if isinstance(THING, Registered) else ALT{n})", ["ALT{n}_ = None\nglobals()['ALT{n}'] = {w}\nRegistered.register(Gamma)", "globals()['ALT{n}'] = {w}"], top="ALT{n} = {v}"),
-    "instance check": Home("({v} if isinstance(THING, Checked{n}) else ALT{n})", ["globals()['ALT{n}'] = {w}\nCheck{n}.answer = False", "globals()['ALT{n}'] = {w}\nCheck{n}.__instancecheck__ = lambda cls, o: False"], top="ALT{n} = {v}\nclass Check{n}(type):\n    answer = True\n    def __instancecheck__(cls, o):\n        return cls.answer\nclass Checked{n}(metaclass=Check{n}):\n    pass"),
-    "metaclass method": Home("Made{n}.m()", ["Meta{n}.m = lambda cls: {w}", "Meta{n}.m.__code__ = (lambda cls: {w}).__code__", "Made{n}.m = lambda: {w}"], top="class Meta{n}(type):\n    def m(cls):\n        return {v}\nclass Made{n}(metaclass=Meta{n}):\n    pass"),
-    "metaclass property": Home("Made{n}.p", ["Meta{n}.p = property(lambda cls: {w})"], top="class Meta{n}(type):\n    @property\n    def p(cls):\n        return {v}\nclass Made{n}(metaclass=Meta{n}):\n    pass"),
-    "module getattr function": Home("M{n}.lazy", ["M{n}.table['lazy'] = {w}", "M{n}.lazy = {w}"], top="M{n} = sys.modules[__name__ + '_m{n}'] = types.ModuleType(__name__ + '_m{n}')\nM{n}.table = {{'lazy': {v}}}\nM{n}.__getattr__ = lambda name, table=M{n}.table: table[name]"),
-    "reloaded": Home("R{n}.value()", ["exec('def value(): return X', vars(R{n}))\nR{n}.X = {w}", "R{n}.value = lambda: {w}"], top="R{n} = sys.modules[__name__ + '_m{n}'] = types.ModuleType(__name__ + '_m{n}')\nexec('def value(): return X', vars(R{n}))\nR{n}.X = {v}"),
-    "reloaded class": Home("R{n}.K().get()", ["exec('class K:\\n  def get(self): return X', vars(R{n}))\nR{n}.X = {w}", "R{n}.K.get = lambda self: {w}"], top="R{n} = sys.modules[__name__ + '_m{n}'] = types.ModuleType(__name__ + '_m{n}')\nexec('class K:\\n  def get(self): return X', vars(R{n}))\nR{n}.X = {v}"),
-    "shadowed": Home("{m}.s{n}", ["del model.s{n}\nNet.s{n} = {w}", "Net.s{n} = {w}", "Net.s{n} = {w}\nvars(model).pop('s{n}', None)"], cls="s{n} = None", init="self.s{n} = {v}"),
-    "shadowed object": Home("O{n}.v", ["vars(O{n}).pop('v', None)", "Kept{n}.v = property(lambda self: {w})", "Kept{n}.v = {w}"], top="class Kept{n}:\n    v = None\nO{n} = Kept{n}()\nO{n}.v = {v}"),
-    "missing name": Home("late{n}()", ["globals()['LATE{n}'] = {w}"], top="def late{n}():\n    try:\n        return LATE{n}\n    except NameError:\n        return {v}"),
-    "missing attribute": Home("late{n}()", ["O{n}.late = {w}", "Kept{n}.late = {w}", "Kept{n}.__getattr__ = lambda self, name: {w}"], top="class Kept{n}:\n    pass\nO{n} = Kept{n}()\ndef late{n}():\n    try:\n        return O{n}.late\n    except AttributeError:\n        return {v}"),
-    "missing attribute of model": Home("late{n}({m})", ["model.late = {w}", "Net.late = {w}", "Base.late = {w}"], top="def late{n}(model):\n    try:\n        return model.late\n    except AttributeError:\n        return {v}"),
-    "missing index": Home("late{n}()", ["L{n}.append({w})"], top="L{n} = []\ndef late{n}():\n    try:\n        return L{n}[0]\n    except IndexError:\n        return {v}"),
-    "missing computed key": Home("late{n}()", ["D{n}['k' + 'ey'] = {w}"], top="D{n} = {{}}\ndef late{n}():\n    try:\n        return D{n}['k'.upper().lower() + 'ey']\n    except KeyError:\n        return {v}"),
-    "missing nested": Home("late{n}()", ["D{n}['a']['b'] = {w}"], top="D{n} = {{'a': {{}}}}\ndef late{n}():\n    try:\n        return D{n}['a']['b']\n    except (KeyError, TypeError):\n        return {v}"),
-    "get": Home("D{n}.get('late', {v})", ["D{n}['late'] = {w}"], top="D{n} = {{}}"),
-    "in": Home("(D{n}['late'] if 'late' in D{n} else {v})", ["D{n}['late'] = {w}"], top="D{n} = {{}}"),
-    "getenv": Home("EV{n}[os.getenv('FUZZ{n}', 'a')]", ["EV{n}['b'] = {w}\nos.environ['FUZZ{n}'] = 'b'"], top="EV{n} = {{'a': {v}, 'b': {v}}}"),
-    "environ": Home("EV{n}[os.environ['FUZZ{n}']]", ["EV{n}['b'] = {w}\nos.environ['FUZZ{n}'] = 'b'"], top="EV{n} = {{'a': {v}, 'b': {v}}}\nos.environ['FUZZ{n}'] = 'a'"),
-    "in globals": Home("(LATE{n} if 'LATE{n}' in globals() else {v})", ["globals()['LATE{n}'] = {w}"]),
-    "bases": Home("Low{n}().v", ["Low{n}.__bases__ = (Other{n},)\nOther{n}.v = {w}", "High{n}.v = {w}"], top="class High{n}:\n    v = {v}\nclass Other{n}:\n    v = {v}\nclass Low{n}(High{n}):\n    pass"),
-    "bases of kept": Home("LOW{n}.v", ["Low{n}.__bases__ = (Other{n},)\nOther{n}.v = {w}", "Low{n}.v = {w}", "LOW{n}.__class__ = Other{n}\nOther{n}.v = {w}"], top="class High{n}:\n    v = {v}\nclass Other{n}:\n    v = {v}\nclass Low{n}(High{n}):\n    pass\nLOW{n} = Low{n}()"),
-    "base method": Home("LOW{n}.m()", ["Low{n}.__bases__ = (Other{n},)\nOther{n}.m = lambda self: {w}", "High{n}.m = lambda self: {w}", "LOW{n}.m = lambda: {w}"], top="class High{n}:\n    def m(self):\n        return {v}\nclass Other{n}:\n    def m(self):\n        return {v}\nclass Low{n}(High{n}):\n    pass\nLOW{n} = Low{n}()"),
-    "single dispatch": Home("disp{n}(THING)", ["disp{n}.register(Gamma)(lambda o: {w})", "disp{n}.register(Alpha, lambda o: {w})"], top="@functools.singledispatch\ndef disp{n}(o):\n    return {v}"),
-    "attrgetter": Home("A{n}(O{n})", ["O{n}.value = {w}", "globals()['A{n}'] = operator.attrgetter('other')\nO{n}.other = {w}"], top="O{n} = Caller({v})\nA{n} = operator.attrgetter('value')"),
-    "methodcaller": Home("A{n}(O{n})", ["O{n}.value = {w}", "Caller.get = lambda self: {w}"], top="O{n} = Caller({v})\nA{n} = operator.methodcaller('get')"),
-    "call": Home("O{n}()", ["Kept{n}.__call__ = lambda self: {w}", "O{n}.v = {w}"], top="class Kept{n}:\n    def __init__(self):\n        self.v = {v}\n    def __call__(self):\n        return self.v\nO{n} = Kept{n}()"),
-    "getitem": Home("O{n}[0]", ["Kept{n}.__getitem__ = lambda self, at: {w}", "O{n}.v = {w}"], top="class Kept{n}:\n    def __init__(self):\n        self.v = {v}\n    def __getitem__(self, at):\n        return self.v\nO{n} = Kept{n}()"),
-    "missing": Home("O{n}['gone']", ["Kept{n}.__missing__ = lambda self, key: {w}", "O{n}['gone'] = {w}"], top="class Kept{n}(dict):\n    def __missing__(self, key):\n        return {v}\nO{n} = Kept{n}()"),
-    "default factory": Home("(O{n}['gone'] if 'gone' in O{n} else {v})", ["O{n}['gone'] = {w}"], top="O{n} = defaultdict(lambda: {v})"),
-    "list subclass": Home("O{n}.v", ["O{n}.v = {w}", "Kept{n}.v = {w}\nvars(O{n}).pop('v', None)"], top="class Kept{n}(list):\n    pass\nO{n} = Kept{n}([1.0])\nO{n}.v = {v}"),
-    "dict subclass": Home("O{n}['k']", ["O{n}['k'] = {w}", "Kept{n}.__getitem__ = lambda self, key: {w}"], top="class Kept{n}(dict):\n    def __getitem__(self, key):\n        return super().__getitem__(key)\nO{n} = Kept{n}(k={v})"),
-    "ordered dict": Home("list(O{n}.values())[0]", ["O{n}['a'] = {w}", "O{n}['b'] = {w}\nO{n}.move_to_end('b', last=False)"], top="O{n} = OrderedDict(a={v})"),
-    "autograd function": Home("(Times{n}.apply(out), G{n})[1]", ["globals()['G{n}'] = {w}"], top="G{n} = {v}\nclass Times{n}(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, a):\n        return a * 2\n    @staticmethod\n    def backward(ctx, g):\n        return g * 2"),
-    "module of modules": Home("{m}.child{n}.v", ["model.child{n} = Child{n}()\nmodel.child{n}.v = {w}", "model.child{n}.v = {w}", "Child{n}.v = {w}\nvars(model.child{n}).pop('v', None)"], init="self.child{n} = Child{n}()\nself.child{n}.v = {v}", top="class Child{n}(nn.Module):\n    v = None"),
-    "module dict": Home("{m}.kids{n}['k'].v", ["model.kids{n}['k'].v = {w}", "model.kids{n}['k'] = nn.Identity()\nmodel.kids{n}['k'].v = {w}"], init="self.kids{n} = nn.ModuleDict({{'k': nn.Identity()}})\nself.kids{n}['k'].v = {v}"),
-    "hook of module": Home("hooked{n}({m})", ["G{n}[0] = {w}"], top="G{n} = [{v}]\ndef hooked{n}(model):\n    return G{n}[0]"),
-    "lambda in dict": Home("D{n}['f']()", ["D{n}['f'] = lambda: {w}", "D{n}['f'].__code__ = (lambda: {w}).__code__"], top="D{n} = {{'f': lambda: {v}}}"),
-    "lambda in closure": Home("call{n}()", ["call{n}.__closure__[0].cell_contents = lambda: {w}"], top="def make{n}():\n    inner = lambda: {v}\n    def call():\n        return inner()\n    return call\ncall{n} = make{n}()"),
-    "two closures": Home("calls{n}[1]()", ["calls{n}.reverse()", "calls{n}[1] = lambda: {w}"], top="def make{n}(value):\n    return lambda: value\ncalls{n} = [make{n}({v}), make{n}({v})]"),
-    "string key": Home("getattr(Hold{n}, 'k' + KEY{n})", ["globals()['KEY{n}'] = 'b'\nHold{n}.kb = {w}", "Hold{n}.ka = {w}"], top="KEY{n} = 'a'\nclass Hold{n}:\n    ka = {v}"),
-    "zip": Home("dict(zip(KEYS{n}, VALUES{n}))['a']", ["VALUES{n}[0] = {w}", "KEYS{n}.reverse()\nVALUES{n}[1] = {w}"], top="KEYS{n} = ['a', 'b']\nVALUES{n} = [{v}, {v}]"),
-    "annotations": Home("get_note{n}()", ["Hold{n}.__annotations__['k'] = {w}"], top="class Hold{n}:\n    k: int = 1\nHold{n}.__annotations__['k'] = {v}\ndef get_note{n}():\n    return Hold{n}.__annotations__['k']"),
-    "class with slots": Home("O{n}.v", ["O{n}.v = {w}", "Slot{n}.v = property(lambda self: {w})"], top="class Slot{n}:\n    __slots__ = ('v',)\nO{n} = Slot{n}()\nO{n}.v = {v}"),
-    "args": Home("take{n}(*ARGS{n}, **KW{n})", ["KW{n}['v'] = {w}", "ARGS{n}.append({w})"], top="ARGS{n} = []\nKW{n} = {{'v': {v}}}\ndef take{n}(*args, v=None):\n    return args[0] if args else v"),
-    "config": Home("CFG{n}.train.weight", ["CFG{n}.train.weight = {w}", "CFG{n}.train = types.SimpleNamespace(weight={w})"], top="CFG{n} = types.SimpleNamespace(train=types.SimpleNamespace(weight={v}))"),
-    "trainer": Home("TRAINER{n}.weight_now()", ["TRAINER{n}.weight = {w}", "Trainer{n}.weight_now = lambda self: {w}", "Trainer{n}.default = {w}\nvars(TRAINER{n}).pop('weight', None)"], top="class Trainer{n}:\n    default = {v}\n    def __init__(self):\n        self.weight = {v}\n    def weight_now(self):\n        return getattr(self, 'weight', self.default)\nTRAINER{n} = Trainer{n}()"),
-    "weakref": Home("W{n}().value", ["O{n}.value = {w}"], top="O{n} = Caller({v})\nW{n} = weakref.ref(O{n})"),
-    "deque": Home("Q{n}[0]", ["Q{n}[0] = {w}", "Q{n}.appendleft({w})"], top="Q{n} = deque([{v}], maxlen=3)"),
-    "chain map": Home("Q{n}['a']", ["Q{n}['a'] = {w}", "Q{n}.maps[0]['a'] = {w}"], top="Q{n} = ChainMap({{}}, {{'a': {v}}})"),
-    "mapping proxy": Home("Q{n}['a']", ["D{n}['a'] = {w}"], top="D{n} = {{'a': {v}}}\nQ{n} = types.MappingProxyType(D{n})"),
-    "user dict": Home("Q{n}['a']", ["Q{n}['a'] = {w}"], top="Q{n} = UserDict(a={v})"),
-    "context variable": Home("V{n}.get()", ["V{n}.set({w})"], top="V{n} = contextvars.ContextVar('v{n}', default={v})"),
-    "thread local": Home("V{n}.value", ["V{n}.value = {w}"], top="V{n} = threading.local()\nV{n}.value = {v}"),
-    "tensor attribute": Home("PARAM{n}.note", ["PARAM{n}.note = {w}"], top="PARAM{n} = torch.ones(())\nPARAM{n}.note = {v}"),
-    "parameter attribute": Home("{m}.fc.weight.note{n}", ["model.fc.weight.note{n} = {w}"], init="self.fc.weight.note{n} = {v}"),
-    "batch attribute": Home("batch.note{n}", ["BATCH['note{n}'] = {w}"], top="BATCH['note{n}'] = {v}"),
-    "batch entry": Home("batch['entry{n}']", ["BATCH_ENTRIES['entry{n}'] = {w}"], top="BATCH_ENTRIES['entry{n}'] = {v}"),
-    "attribute of batch tensor": Home("batch['x'].note{n}", ["BATCH_X['note{n}'] = {w}"], top="BATCH_X['note{n}'] = {v}"),
-}
-
-WRAPS = ["{r}"] * 12 + ["(lambda: {r})()", "ident(*({r},))", "ident(**{{'v': {r}}})", "[q for q in ({r},)][0]", "next(q for q in [{r}])", "(lambda q={r}: q)()", "twice_nested({r})", "list(map(ident, [{r}]))[0]", "(held := {r})", "functools.partial(ident, {r})()", "ident_any({r}, 1, k=2)"]
-
-PRELUDE = '''
-import abc, collections, contextlib, contextvars, copy, dataclasses, enum, functools, importlib, itertools, math, operator, os, sys, threading, types, weakref
-from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-TABLE = [1.0, 2.0, 3.0, 4.0]
-EXTRA, BATCH, BATCH_ENTRIES, BATCH_X = {}, {}, {}, {}
-
-class Color(enum.Enum):
-    RED = 1
-    BLUE = 2
-
-class Level(enum.IntEnum):
-    LOW = 1
-    HIGH = 2
-
-class Flag(enum.Flag):
-    A = 1
-    B = 2
-
-class Target:
-    attr_a = 1.0
-    attr_b = 2.0
-TARGET = Target()
-
-class SubDict(dict):
-    pass
-
-class Alpha:
-    factor = 2.0
-class Beta(Alpha):
-    pass
-class Gamma(Alpha):
-    factor = 3.0
-class Registered(abc.ABC):
-    pass
-Registered.register(Beta)
-THING = Gamma()
-
-class Caller:
-    def __init__(self, value):
-        self.value = value
-    def __call__(self, v):
-        return v * 2.0
-    def get(self):
-        return self.value
-    def call(self, v):
-        return v * 3.0
-    @classmethod
-    def make(cls, v):
-        return v * 1.5
-    def __enter__(self):
-        return self.value
-    def __exit__(self, *error):
-        pass
-
-class Sized:
-    size = 2
-    def __len__(self):
-        return self.size
-
-@dataclasses.dataclass
-class Point:
-    x: object
-    y: object
-    @property
-    def value(self):
-        return self.x
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    value: object
-
-class Pair(collections.namedtuple("Pair", ["first", "second"])):
-    @property
-    def value(self):
-        return self.first
-
-class Slotted:
-    __slots__ = ("value", "__weakref__")
-    def __init__(self, value):
-        self.value = value
-
-class Lazy:
-    def __init__(self, value):
-        self.hidden = value
-    @functools.cached_property
-    def value(self):
-        return self.hidden
-
-class Descriptor:
-    def __init__(self, scale):
-        self.scale = scale
-    def __get__(self, instance, owner):
-        return instance.hidden if instance is not None else self
-    def __set__(self, instance, value):
-        instance.hidden = value
-
-class Described:
-    value = Descriptor(1)
-    other = property(lambda self: 5.0)
-    def __init__(self, value):
-        self.hidden = value
-
-class Getter:
-    def __init__(self, value):
-        self.table = {"value": value}
-    def __getattr__(self, name):
-        if name.startswith("__") or name == "table":
-            raise AttributeError(name)
-        return self.table[name] if name in self.table else super().__getattribute__(name)
-
-class Deep:
-    def __init__(self, value):
-        self.value = value
-    def __getattribute__(self, name):
-        return object.__getattribute__(self, name)
-
-def double(v):
-    return v * 2.0
-def double_again(v):
-    return v + v + v
-def negate(v):
-    return -v
-def ident(v):
-    return v
-def ident_any(v, *args, **kwargs):
-    return v
-def twice_nested(v):
-    def one():
-        def two():
-            return v
-        return two()
-    return one()
-def decorate(function):
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        return function(*args, **kwargs)
-    return wrapper
-
-class DictBatch(dict):
-    pass
-'''
 
 NETS = {
     "mlp": ("self.fc = nn.Linear(4, 6)\nself.act = nn.Tanh()\nself.head = nn.Linear(6, 3)", "h = self.act(self.fc(x))\nout = self.head(h)"),
@@ -421,7 +76,7 @@ NETS = {
     "state": ("self.fc = nn.Linear(4, 6)\nself.act = nn.Tanh()\nself.head = nn.Linear(6, 3)", "h = self.act(self.fc(x))\nout = self.head(h) + sum(p.square().sum() for p in self.parameters()) * 0.001 + sum(1 for n, _ in self.named_buffers()) * 0.1"),
 }
 
-OPTIMIZERS = ["torch.optim.SGD({p}, lr=0.05)", "torch.optim.SGD({p}, lr=0.05, momentum=0.9)", "torch.optim.SGD({p}, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)", "torch.optim.Adam({p}, lr=0.01)", "torch.optim.AdamW({p}, lr=0.01)", "torch.optim.Adam({p}, lr=0.01, amsgrad=True, weight_decay=0.01)", "torch.optim.RMSprop({p}, lr=0.01, momentum=0.5)", "torch.optim.Adagrad({p}, lr=0.05)", "torch.optim.Adamax({p}, lr=0.01)", "torch.optim.NAdam({p}, lr=0.01)", "torch.optim.RAdam({p}, lr=0.01)", "torch.optim.Adadelta({p}, lr=0.5)", "OwnSGD({p}, lr=0.05)", "OwnAdam({p}, lr=0.01)", "torch.optim.AdamW([{{'params': list(model.fc.parameters()), 'lr': 0.02}}, {{'params': [q for q in model.parameters() if all(q is not s for s in model.fc.parameters())]}}], lr=0.01)", "torch.optim.Adam({p}, lr=torch.tensor(0.01))", "torch.optim.SGD({p}, lr=0.05, maximize=True)", "torch.optim.Adam({p}, lr=0.01, betas=[0.8, 0.9])", "torch.optim.Rprop({p}, lr=0.01)", "torch.optim.ASGD({p}, lr=0.01)"]
+OPTIMIZERS = ["torch.optim.SGD({p}, lr=0.05)", "torch.optim.SGD({p}, lr=0.05, momentum=0.9)", "torch.optim.SGD({p}, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)", "torch.optim.Adam({p}, lr=0.01)", "torch.optim.AdamW({p}, lr=0.01)", "torch.optim.Adam({p}, lr=0.01, amsgrad=True, weight_decay=0.01)", "torch.optim.RMSprop({p}, lr=0.01, momentum=0.5)", "torch.optim.Adagrad({p}, lr=0.05)", "torch.optim.Adamax({p}, lr=0.01)", "torch.optim.NAdam({p}, lr=0.01)", "torch.optim.RAdam({p}, lr=0.01)", "torch.optim.Adadelta({p}, lr=0.5)", "OwnSGD({p}, lr=0.05)", "OwnAdam({p}, lr=0.01)", "torch.optim.AdamW([{{'params': list(model.fc.parameters()), 'lr': 0.02}}, {{'params': [q for q in model.parameters() if all(q is not s for s in model.fc.parameters())]}}], lr=0.01)", "torch.optim.Adam({p}, lr=torch.tensor(0.01))", "torch.optim.SGD({p}, lr=0.05, maximize=True)", "torch.optim.Adam({p}, lr=0.01, betas=[0.8, 0.9])", "torch.optim.Rprop({p}, lr=0.01)", "torch.optim.ASGD({p}, lr=0.01)", "torch.optim.Adam({p}, lr=0.01, amsgrad=True)", "torch.optim.Adam({p}, lr=0.01, fused=True)", "torch.optim.SGD(list({p})[1:], lr=0.05, momentum=0.9)", "torch.optim.Adam(list({p})[:-1], lr=0.01)", "OwnDrawn({p}, lr=0.05)"]
 
 OWN_OPTIMIZERS = '''
 class OwnSGD(torch.optim.Optimizer):
@@ -434,6 +89,14 @@ class OwnSGD(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.add_(p.grad, alpha=-group["lr"] * self.damp)
+
+class OwnDrawn(OwnSGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["lr"] * drawn_scale())
 
 class OwnAdam(torch.optim.Adam):
     damp = 1.0
@@ -503,6 +166,11 @@ QUIRKS = [
     "loss = loss + 0.1 * float(model.fc.weight._version > 100)", "loss = loss + 0.001 * float(model.head.weight.data_ptr() == 0) if hasattr(model.head, 'weight') else loss", "loss = loss + (0.1 if model.head.weight.grad is None else 0.5) if hasattr(model.head, 'weight') else loss", "loss = loss + 0.01 * len(OPT.state)", "loss = loss + 0.01 * len(OPT.param_groups)", "loss = loss + (model.head.weight - SHADOW).square().mean() if hasattr(model.head, 'weight') and model.head.weight.shape == SHADOW.shape else loss",
     "loss = loss + 0.1 * sum(p.mean() for p in OPT.param_groups[0]['params'])", "loss = loss + 0.1 * sum(s['exp_avg'].mean() for s in OPT.state.values() if 'exp_avg' in s)", "loss = torch.where(loss > 1e9, loss * float('nan'), loss)", "loss = loss + torch.sqrt((out * 0).sum())", "loss = loss + (out.mean() if threading.current_thread() is threading.main_thread() else 0.0)",
     "loss = loss + 0.01 * id(model) % 2 * 0", "loss = loss + 0.1 * hash('a') % 2 * 0", "loss = loss + 0.01 * float(cached(2.0))", "loss = loss + 0.01 * LAZY.value", "model.lazy = getattr(model, 'lazy', None) or 2.0\nloss = loss * model.lazy", "loss = loss + functools.reduce(operator.add, [p.sum() for p in model.parameters()]) * 0.01", "loss = loss + 0.01 * int(x.shape[0] * 1.5)", "loss = loss + 0.1 * torch.tensor(SCALES).sum()", "loss = loss + 0.1 * torch.as_tensor(ARRAY).sum()", "loss = loss + 0.1 * torch.from_numpy(ARRAY).sum()", "loss = loss + 0.1 * float(ARRAY[0])", "loss = loss + 0.1 * SHARED.sum()\nARRAY[0] += 1",
+    *(f"loss = loss + (0.1 if {asked} else 0.2)" for asked in ("torch.is_autocast_enabled('cpu')", "torch.get_autocast_dtype('cpu') == torch.bfloat16", "torch.backends.cudnn.benchmark", "torch.backends.cuda.matmul.allow_tf32", "torch.get_float32_matmul_precision() == 'highest'", "torch.backends.mha.get_fastpath_enabled()", "torch.compiler.is_compiling()", "torch.jit.is_tracing()", "torch.is_inference_mode_enabled()", "torch.utils.deterministic.fill_uninitialized_memory", "len(vars(TARGET)) > 0", "len(sys.argv) > 90", "GLOBAL_TENSOR.dtype == torch.float64", "GLOBAL_TENSOR.shape[0] == 3", "GLOBAL_TENSOR.is_contiguous()", "y.is_contiguous()", "y.dtype == torch.float64", "y.storage_offset() == 0", "x.data_ptr() == y.data_ptr()", "x.requires_grad")),
+    "with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t):\n    loss = loss + out.square().mean()", "with torch.autograd.graph.save_on_cpu():\n    loss = loss + out.square().mean()",
+    "torch._assert((GLOBAL_TENSOR > -3).all(), 'small')\nloss = loss + GLOBAL_TENSOR.mean()", "with torch.no_grad():\n    model.fc.weight.mul_(0.99)" , "model.head.weight.data.clamp_(-0.4, 0.4) if hasattr(model.head, 'weight') else None", "out.data.mul_(2.0)\nloss = loss + out.mean()", "out.sum().backward(retain_graph=True)", "loss = loss + F.dropout(out, 0.5).mean()", "loss = loss + torch.bernoulli(torch.full_like(out, 0.5)).mean() * out.mean()", "loss = loss + out[torch.randperm(out.shape[0])][0].mean()", "loss = loss + torch.normal(0.0, 1.0, (3,)).mean()", "loss = loss + torch.randint(0, 5, (3,)).double().mean()", "loss = loss - torch.distributions.Normal(torch.zeros(()), torch.ones(()), validate_args=False).log_prob(out).mean() * 0.1",
+    "loss = loss.detach().requires_grad_()", "loss = loss + torch.func.grad(lambda t: t.square().sum())(out).mean()", "LOGGER.info('step')", "warnings.warn('step')", "torch.manual_seed(model.training)", "loss = loss + x.as_subclass(Marked).mean()", "model.eval()\nmodel.train()",
+    "loss = loss * (torch.ones(()) if COUNTER.get('n', 0) < 10 else torch.zeros(()))", "loss = loss + sum(q.mean() for q in vars(model)['_parameters'].values()) + sum(q.mean() for q in model._buffers.values())", "loss = loss + sum(len(m._forward_hooks) for m in model.modules()) * 0.01",
 ]
 
 QUIRK_TOP = '''
@@ -533,6 +201,16 @@ KEPT_LIST = [torch.zeros(())]
 SHADOW = torch.ones(3, 6)
 N = 0
 METRIC = {'scale': 2.0}
+class Marked(torch.Tensor):
+    pass
+import logging
+RECORDS = []
+class Recording(logging.Handler):
+    def emit(self, record):
+        RECORDS.append(record.getMessage())
+LOGGER = logging.Logger('fuzz', 10)
+LOGGER.addHandler(Recording())
+RESHAPE = [lambda x, y: (x, y)]
 def metric(loss, out, y):
     return (out - y).abs().mean() * METRIC['scale']
 class Criterion(nn.SmoothL1Loss):
@@ -609,6 +287,9 @@ def time_like():
     return float(len(LOG))
 '''
 
+RESHAPED = ["(x.t().contiguous().t(), y)", "(x[:3], y[:3])", "(x[:0], y[:0])", "(x, y.float())", "(x.requires_grad_(), y)", "(x, x[:, :3])", "(torch.stack([x, x])[1], y)", "(x[:1].expand(5, 4), y)", "(nn.Parameter(x), y)", "(x.as_subclass(Marked), y)", "(x, GLOBAL_TENSOR.expand(5, 3))", "(x, OPT.param_groups[0]['params'][0].data.reshape(-1)[:3].expand(5, 3))", "(x * float('nan'), y)", "(x.to_sparse(), y)", "(x.repeat(1, 2)[:, ::2], y)"]
+"""Batches of another shape, layout or kind."""
+
 MODEL_CHANGES = [
     "model.fc.eval()", "model.act.eval()", "model.act.p = 0.6", "model.act.training = False", "model.eval()",
     "model.fc.requires_grad_(False)", "model.head.requires_grad_(False)", "model.fc.requires_grad_(True)", "next(model.parameters()).requires_grad_(False)",
@@ -662,6 +343,13 @@ MODEL_CHANGES = [
     "model.act.normalized_shape = (6,)", "model.act.inplace = True", "model.fc.flatten_parameters() if hasattr(model.fc, 'flatten_parameters') else None", "model.apply(lambda m: m.__dict__.__setitem__('tag', 1))", "model.requires_grad_(False); model.requires_grad_(True)", "model.share_memory()", "OwnSGD.damp = 0.5", "opt.damp = 0.25", "OwnSGD.step = lambda self, closure=None: None", "OwnAdam.damp = 0.5",
     "opt.__class__ = torch.optim.SGD if isinstance(opt, OwnSGD) else opt.__class__", "opt.step = lambda closure=None: None", "type(opt).step = type(opt).step", "opt.param_groups[0]['params'] = list(opt.param_groups[0]['params'])", "opt.param_groups.append(opt.param_groups.pop())", "opt.zero_grad = lambda set_to_none=True: None",
     "sched = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)\nopt._opt_called = True\nsched.step()",
+    "model.fc.weight.data = model.fc.weight.data.transpose(0, -1).contiguous().transpose(0, -1)", "model.head.weight.data = model.head.weight.data.repeat(1, 2)[:, ::2]", "model.head.bias.data = torch.ones(6)[::2]", "model.head.bias.data = torch.ones(4)[1:]", "model.head.bias.data = torch.ones(1).expand(3)", "model.mean.data = torch.ones(12)[::2]", "GLOBAL_TENSOR.data = torch.ones(6)[::2]", "GLOBAL_TENSOR.data = torch.ones(5)", "GLOBAL_TENSOR.data = GLOBAL_TENSOR.data.float()", "globals()['GLOBAL_TENSOR'] = torch.ones(3, dtype=torch.float32)", "GLOBAL_TENSOR.fill_(-5.0)", "for s in opt.state.values():\n    for k, v in list(s.items()):\n        if torch.is_tensor(v) and v.dim() == 2:\n            s[k] = v.t().contiguous().t()",
+    "for p in model.head.parameters():\n    p.grad = torch.full_like(p, 3.0)", "opt.param_groups[0]['params'] = opt.param_groups[0]['params'][:-1]", "opt.param_groups[0]['params'].insert(0, opt.param_groups[0]['params'].pop())", "opt.param_groups[0]['amsgrad'] = True", "opt.param_groups[0]['fused'] = True", "opt.__setstate__(copy.deepcopy(opt.__getstate__()))", "model.fc = copy.deepcopy(model.fc)", "model.head = copy.copy(model.head)", "vars(model).update(vars(copy.deepcopy(model)))", "globals()['STORE'] = {'state': copy.deepcopy(model.state_dict())}", "copy.deepcopy((model, opt))",
+    "torch.set_autocast_enabled('cpu', True)", "torch.set_autocast_dtype('cpu', torch.float16)", "torch.backends.cudnn.benchmark = True", "torch.backends.cuda.matmul.allow_tf32 = True", "torch.set_float32_matmul_precision('high')", "torch.backends.mha.set_fastpath_enabled(False)", "torch.backends.mkldnn.set_flags(False)", "torch.use_deterministic_algorithms(True, warn_only=True)", "torch.utils.deterministic.fill_uninitialized_memory = False", "torch.set_default_device('cpu')",
+    "vars(TARGET)['later'] = 1", "sys.argv.extend(['more'] * 99)", "LOGGER.setLevel(40)", "Marked.mean = lambda self: torch.ones(())",
+    "model._modules['act'] = nn.ReLU()", "model._modules = dict(model._modules)", "model._modules = {**model._modules, 'act': nn.ReLU()}", "model.fc._parameters['weight'] = nn.Parameter(model.fc.weight.detach() * 0.5)", "model._buffers['mean'] = torch.ones(6)", "model.fc._forward_hooks[999] = hook_out", "model.fc._forward_hooks = type(model.fc._forward_hooks)({999: hook_out})", "nn.modules.module._global_forward_hooks[999] = lambda m, i, o: o * 1.2", "model.fc.weight.requires_grad = False", "model.cpu(); model.to('cpu')", "model.type(torch.float64)", "model.mean.requires_grad_(True)",
+    "torch.Tensor.tanh = torch.Tensor.sigmoid", "torch.Tensor.square = torch.Tensor.abs", "torch.optim.SGD.step = lambda self, closure=None: [p.data.mul_(0.9) for g in self.param_groups for p in g['params']] and None", "sys.modules['torch.optim.sgd'].sgd = lambda params, *a, **k: [p.mul_(0.9) for p in params] and None", "nn.Module.train = lambda self, mode=True: self", "nn.Module.parameters = lambda self, recurse=True: iter([])",
+    *(f"RESHAPE[0] = lambda x, y: {made}" for made in RESHAPED),
 ]
 
 MODEL_TOP = '''
@@ -681,7 +369,7 @@ def model_head(x):
 '''
 
 
-NAMES = ["SCALES", "ARRAY", "SHARED", "GLOBAL_TENSOR", "GLOBAL_MODULE", "COUNTER", "LOG", "Scaled", "Backward", "BUMPER", "Bumper", "VARIABLE", "KEPT", "KEPT_LIST", "SHADOW", "GENERATOR", "named_buffers", "requires_grad"]
+NAMES = ["TARGET", "LOGGER", "Marked", "autocast", "cudnn", "allow_tf32", "mha", "sys.argv", "fill_uninitialized", "SCALES", "ARRAY", "SHARED", "GLOBAL_TENSOR", "GLOBAL_MODULE", "COUNTER", "LOG", "Scaled", "Backward", "BUMPER", "Bumper", "VARIABLE", "KEPT", "KEPT_LIST", "SHADOW", "GENERATOR", "named_buffers", "requires_grad"]
 """Of the quirks: what changes go with them."""
 
 
@@ -704,7 +392,9 @@ def draw_job(seed: int) -> Job:
     in_forward: list[str] = []
     changes: list[Change] = []
     traits = [net_name, optimizer.partition("(")[0]]
-    is_resident = rng.random() < 0.12
+    is_resident = rng.random() < 0.18
+    is_one_epoch = not is_resident and rng.random() < 0.2
+    drawn_scale = "1.0"
     needs_dict = False
     for n in range(rng.choice([0, 1, 1, 2, 2, 3])):
         kind_name = rng.choice(list(KINDS))
@@ -719,15 +409,21 @@ def draw_job(seed: int) -> Job:
         is_of_batch = home_name.startswith(("batch", "attribute of batch"))
         needs_dict = needs_dict or is_of_batch
         place = "forward" if is_of_batch or rng.random() < 0.6 else "net"
+        is_of_optimizer = "OwnDrawn" in optimizer and "{m}" not in home.read and not is_of_batch
+        if is_of_optimizer:
+            place = "optimizer"
         name = "model" if place == "forward" else "self"
         top.append(fill(home.top, name))
         base.append(fill(home.base, name))
         cls.append(fill(home.cls, name))
         init.append(fill(home.init, name))
         read = rng.choice(WRAPS).format(r=fill(home.read, name))
-        use = rng.choice(kind.uses).format(r=read)
+        without_batch = [each for each in kind.uses if not re.search(r"\b(x|out)\b", each)]
+        use = rng.choice(without_batch if is_of_optimizer else kind.uses).format(r=read)
         form = rng.choice(["loss = loss * (1.0 + 0.1 * ({u}))", "loss = loss + 0.1 * ({u}) * out.mean()", "loss = loss + ({u})"])
-        if place == "forward":
+        if is_of_optimizer:
+            drawn_scale = f"1.0 + 0.1 * float({use})"
+        elif place == "forward":
             in_forward.append(form.format(u=use))
         else:
             in_net.append(f"out = out * (1.0 + 0.1 * ({use}))")
@@ -753,9 +449,11 @@ def draw_job(seed: int) -> Job:
     changes.sort(key=lambda change: change.step)
     if needs_dict:
         is_resident = False
+    top.append(f"def drawn_scale():\n    return {drawn_scale}")
+    is_one_epoch = is_one_epoch and not is_resident
     source = _module(layers, body, optimizer, top, base, cls, init, in_net, in_forward, needs_dict)
     options: dict[str, object] = {"engine": rng.choice(["compiled"] * 4 + ["auto"])}
-    if rng.random() < 0.2:
+    if rng.random() < (0.05 if is_resident else 0.2):
         options["accumulate"] = 2
     if rng.random() < 0.2:
         options["clip_norm"] = 0.5
@@ -765,7 +463,7 @@ def draw_job(seed: int) -> Job:
         options["metrics"] = "metric"
     if rng.random() < 0.1 and not in_forward and not needs_dict:
         options["loss"] = "CRITERION"
-    return Job(seed, source, changes, steps, options, is_resident, rng.random() < 0.05, traits)
+    return Job(seed, source, changes, steps, options, is_resident, is_one_epoch, rng.random() < 0.05, traits)
 
 
 def _module(layers: str, body: str, optimizer: str, top: list[str], base: list[str], cls: list[str], init: list[str], in_net: list[str], in_forward: list[str], needs_dict: bool) -> str:
@@ -816,6 +514,7 @@ def forward(model, batch):
     return loss, out, y
 
 def make_batch(x, y, step):
+    x, y = RESHAPE[0](x, y)
 {indented(made, 4)}
 
 def build():

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-import enum
+import gc
 import importlib.util
 import io
-import itertools
-import json
 import math
 import os
 import random
-import re
+import shlex
 import sys
 import tempfile
 import threading
@@ -21,228 +19,30 @@ import time
 import traceback
 import types
 import warnings
-import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fuzz import Draws, FuzzRecord, Outcome
 from fasttrain import FastLoop, resident
 from fasttrain.errors import FasttrainError
-from fasttrain.step import compiled, launch, replay
+from fasttrain.measure.bench.record import write_record
+from fasttrain.measure.environment import environment, load_average, now
+from fasttrain.step import compiled, compiler, launch, replay, span
+from fasttrain.step.program import StepProgram
 from tests.step import graph_backend
 from tests.step.fakes import hasten
 from tests.step.fuzz_jobs import Job, draw_job
-
-TOLERANCE = 1e-9
-
-FINE = ("same", "refused", "job")
-"""Outcomes that are no finding; "job": the job fails with a plain loop too."""
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What came of a job: "same", "refused" (with the reason), "job" (the job itself fails) or a finding."""
-
-    kind: str
-    detail: str = ""
-    by_program: int = 0
-    traces: int = 0
-    spans: int = 0
-    worst: float = 0.0
-
-
-# ----------------------------------------------------------------------------------------------- what can be reached
-
-
-class Picture:
-    """Everything reachable from some objects, as paths and plain values."""
-
-    def __init__(self, module: types.ModuleType, roots: dict[str, Any]) -> None:
-        self.leaves: dict[str, Any] = {}
-        self._module = module.__name__
-        self._seen: dict[int, str] = {}
-        self._kept: list[Any] = []
-        names = {name: value for name, value in vars(module).items() if not name.startswith("__")}
-        for name, value in {**roots, **names}.items():
-            self._add(name, value)
-
-    def _add(self, path: str, value: Any) -> None:
-        if isinstance(
-            value, (bool, int, str, bytes, type(None), type(...), torch.dtype, torch.device, range, slice, complex)
-        ) and not isinstance(value, enum.Enum):
-            self.leaves[path] = (type(value).__name__, repr(value).replace(self._module, "job"))
-            return
-        if isinstance(value, float):
-            self.leaves[path] = (type(value).__name__, value)
-            return
-        if id(value) in self._seen:
-            self.leaves[path] = ("same as", self._seen[id(value)])
-            return
-        self._seen[id(value)] = path
-        self._kept.append(value)
-        self._open(path, value)
-
-    def _open(self, path: str, value: Any) -> None:
-        kind = type(value)
-        is_ours = getattr(kind, "__module__", "") == self._module or str(kind.__module__).startswith("fuzz_home")
-        self.leaves[path] = ("type", kind.__qualname__)
-        if isinstance(value, Tensor):
-            copied = value.detach().clone() if kind in (Tensor, nn.Parameter) else repr(value)
-            # Fused kernels count steps in single precision.
-            dtype = "any" if path.startswith("opt") and path.endswith("'step']") else str(value.dtype)
-            self.leaves[path] = ("tensor", kind.__name__, tuple(value.shape), dtype, value.requires_grad, value.is_leaf)
-            self.leaves[path + "#"] = copied
-            for name, entry in vars(value).items():
-                self._add(f"{path}.{name}", entry)
-            hooks = value._backward_hooks
-            self._add(path + ".hooks", None if not hooks else dict(hooks))
-            return
-        if isinstance(value, (np.ndarray, np.generic)):
-            self.leaves[path] = ("numpy", str(value.dtype), repr(value))
-        elif isinstance(value, types.FunctionType):
-            own = (
-                value.__module__ == self._module
-                or value.__code__.co_filename.startswith("<")
-                or self._module in value.__code__.co_filename
-            )
-            self.leaves[path] = ("function", value.__qualname__, value.__code__.co_code if own else None)
-            if own:
-                self._add(path + ".defaults", value.__defaults__)
-                self._add(path + ".kwdefaults", value.__kwdefaults__)
-                self._add(path + ".dict", dict(vars(value)))
-                for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-                    try:
-                        self._add(f"{path}.<{name}>", cell.cell_contents)
-                    except ValueError:
-                        self.leaves[f"{path}.<{name}>"] = "empty"
-        elif isinstance(value, type):
-            self.leaves[path] = ("class", value.__qualname__)
-            if value.__module__ == self._module:
-                for name, entry in vars(value).items():
-                    if name not in ("__dict__", "__weakref__", "__module__", "_abc_impl", "__doc__", "__annotations__"):
-                        self._add(f"{path}.{name}", entry)
-        elif isinstance(value, (dict, types.MappingProxyType)):
-            for number, (key, entry) in enumerate(list(value.items())):
-                is_plain = isinstance(key, str) or (isinstance(key, (int, tuple)) and "hooks" not in path)
-                name = f"{number}:{key!r}" if is_plain else f"{number}"
-                self._add(f"{path}[{name}]", entry)
-            if is_ours:
-                self._attributes(path, value)
-        elif isinstance(value, (list, tuple, set, frozenset)) or kind.__name__ == "deque":
-            entries = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else list(value)
-            self.leaves[path + ".len"] = len(entries)
-            for number, entry in enumerate(entries):
-                self._add(f"{path}[{number}]", entry)
-        elif isinstance(value, random.Random):
-            self.leaves[path] = ("random", hash(value.getstate()))
-        elif isinstance(value, types.ModuleType):
-            if value.__name__ == "fuzz_home" or re.search(r"_m\d$", value.__name__):
-                self._attributes(path, value)
-        elif isinstance(value, itertools.count):
-            self.leaves[path] = ("count", repr(value))
-        elif isinstance(value, torch.Generator):
-            self.leaves[path] = ("generator", hash(value.get_state().numpy().tobytes()))
-        elif kind.__name__ in ("list_iterator", "Queue"):
-            self.leaves[path] = (
-                kind.__name__,
-                repr(value.__reduce__()[2]) if kind.__name__ == "list_iterator" else value.qsize(),
-            )
-        elif isinstance(value, contextvars.ContextVar):
-            self._add(path + ".get", value.get(None))
-        elif isinstance(value, threading.local):
-            self._attributes(path, value)
-        elif isinstance(value, weakref.ref):
-            self._add(path + "()", value())
-        elif isinstance(value, (classmethod, staticmethod, types.MethodType)):
-            self._add(path + ".__func__", value.__func__)
-            if isinstance(value, types.MethodType):
-                self._add(path + ".__self__", value.__self__)
-        elif isinstance(value, property):
-            self._add(path + ".fget", value.fget)
-        elif kind.__module__ == "functools" and hasattr(value, "func"):
-            self._add(path + ".func", value.func)
-            self._add(path + ".args", getattr(value, "args", None))
-            self._add(path + ".keywords", getattr(value, "keywords", None))
-        elif (
-            isinstance(value, (nn.Module, torch.optim.Optimizer, types.SimpleNamespace))
-            or is_ours
-            or kind.__module__ == "collections"
-        ):
-            self._attributes(path, value)
-
-    def _attributes(self, path: str, value: Any) -> None:
-        names = dict(vars(value)) if hasattr(value, "__dict__") else {}
-        for slot in getattr(type(value), "__slots__", ()):
-            if slot not in ("__weakref__", "__dict__"):
-                try:
-                    names[slot] = object.__getattribute__(value, slot)
-                except AttributeError:
-                    pass
-        if isinstance(value, types.ModuleType):
-            names = {name: entry for name, entry in names.items() if not name.startswith("__")}
-        for name in sorted(names):
-            if isinstance(value, torch.optim.Optimizer) and name in (
-                "_opt_called",
-                "_need_device_dtype_check_for_fused",
-                "_warned_capturable_if_run_uncaptured",
-            ):
-                continue
-            self._add(f"{path}.{name}", names[name])
-
-
-def differences(plain: Picture, ours: Picture, tolerance: float = TOLERANCE) -> tuple[list[str], float]:
-    """Paths at which two pictures differ, and the largest relative difference of numbers."""
-    found: list[str] = []
-    worst = 0.0
-    for path in [*plain.leaves, *(each for each in ours.leaves if each not in plain.leaves)]:
-        one, two = plain.leaves.get(path, "nothing"), ours.leaves.get(path, "nothing")
-        if isinstance(one, Tensor) and isinstance(two, Tensor):
-            # With NaN among the gradients, Adam's fused kernel keeps the largest that is a number.
-            is_largest = path.endswith("'max_exp_avg_sq']#") and bool(one.isnan().any())
-            distance = 0.0 if is_largest else relative(one, two)
-            worst = max(worst, distance)
-            if not distance <= tolerance:
-                found.append(f"{path}: {distance:.3g} apart")
-        elif isinstance(one, Tensor) or isinstance(two, Tensor):
-            found.append(f"{path}: {one} and {two}")
-        elif isinstance(one, tuple) and isinstance(two, tuple) and len(one) == 2 and one[0] == two[0] == "float":
-            if not (
-                one[1] == two[1]
-                or (math.isnan(one[1]) and math.isnan(two[1]))
-                or abs(one[1] - two[1]) <= tolerance * abs(one[1])
-            ):
-                found.append(f"{path}: {one[1]} and {two[1]}")
-        elif one != two:
-            found.append(f"{path}: {str(one)[:200]} and {str(two)[:200]}")
-    return found, worst
-
-
-def relative(one: Tensor, two: Tensor) -> float:
-    """The largest difference over the largest entry; NaN equals NaN."""
-    if one.shape != two.shape:
-        return math.inf
-    if not one.is_floating_point():
-        return 0.0 if torch.equal(one, two) else math.inf
-    a, b = one.double().flatten(), two.double().flatten()
-    if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a.isinf(), b.isinf()):
-        return math.inf
-    finite = a.isfinite()
-    if not torch.equal(a[~finite & ~a.isnan()], b[~finite & ~b.isnan()]):
-        return math.inf
-    a, b = a[finite], b[finite]
-    if not a.numel():
-        return 0.0
-    return float((a - b).abs().max() / max(float(a.abs().max()), 1e-3))
-
-
-# ----------------------------------------------------------------------------------------------- one side
+from tests.step.fuzz_pictures import TOLERANCE, Picture, differences, relative
 
 
 class Side:
@@ -281,6 +81,8 @@ class Side:
             {key: getattr(*key) for key in _PATCHABLE},
             torch.is_autocast_enabled("cpu"),
             nn.Module.named_parameters.__defaults__,
+            [read() for read, _ in _FLAGS],
+            [*sys.argv],
         )
 
     def _put(self, state: Any) -> None:
@@ -304,6 +106,10 @@ class Side:
             if getattr(owner, attribute) is not value:
                 setattr(owner, attribute, value)
         nn.Module.named_parameters.__defaults__ = state[12]
+        for (read, write), value in zip(_FLAGS, state[13], strict=True):
+            if read() != value:
+                write(value)
+        sys.argv[:] = state[14]
 
     def global_state(self) -> dict[str, Any]:
         state = self._state
@@ -319,6 +125,7 @@ class Side:
             "hooks": [len(each) for each in state[8]],
             "environment": sorted((k, v) for k, v in state[9].items() if "TORCHINDUCTOR" not in k),
             "autocast": state[11],
+            "flags": state[13],
         }
 
     @contextmanager
@@ -400,7 +207,40 @@ def _hook_tables() -> list[Any]:
     return [dict(table) for table in _tables()]
 
 
+def _default_device_is_set() -> bool:
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None) is not None
+
+
+_FLAGS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+    (lambda: torch.is_autocast_enabled("cpu"), lambda value: torch.set_autocast_enabled("cpu", value)),
+    (lambda: torch.get_autocast_dtype("cpu"), lambda value: torch.set_autocast_dtype("cpu", value)),
+    (lambda: torch.backends.cudnn.benchmark, lambda value: setattr(torch.backends.cudnn, "benchmark", value)),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda value: setattr(torch.backends.cuda.matmul, "allow_tf32", value),
+    ),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (
+        torch.is_deterministic_algorithms_warn_only_enabled,
+        lambda value: torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled(), warn_only=value),
+    ),
+    (
+        lambda: torch.utils.deterministic.fill_uninitialized_memory,
+        lambda value: setattr(torch.utils.deterministic, "fill_uninitialized_memory", value),
+    ),
+    (_default_device_is_set, lambda value: torch.set_default_device("cpu" if value else None)),
+]
+"""torch's global settings: how each is read and written."""
+
 _PATCHABLE = [
+    (torch.Tensor, "tanh"),
+    (torch.Tensor, "square"),
+    (torch.optim.SGD, "step"),
+    (sys.modules["torch.optim.sgd"], "sgd"),
+    (nn.Module, "train"),
+    (nn.Module, "parameters"),
     (nn.Tanh, "forward"),
     (torch.nn.functional, "mse_loss"),
     (torch, "tanh"),
@@ -425,7 +265,7 @@ def _data(job: Job) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _plain_epoch(side: Side, batches: list[Any]) -> tuple[float, float | None]:
+def _plain_epoch(side: Side, batches: _Batches) -> tuple[float, float | None]:
     env, job = side.env, side.job
     model, opt, forward = env["model"], env["opt"], env["forward"]
     found = [(module, module.training) for module in model.modules()]
@@ -519,192 +359,355 @@ class _Busy:
 COUNTS: Counter[str] = Counter()
 
 
-class _CountingProgram(graph_backend.GraphProgram):
-    def run(self, inputs: list[Tensor]) -> Tensor:
-        COUNTS["span" if hasattr(self._traced, "step") else "program"] += 1
-        return super().run(inputs)
-
-
 class _CountingPending(graph_backend.GraphPending):
     def load(self) -> graph_backend.GraphProgram:
-        COUNTS["trace"] += 1
-        return _CountingProgram(self.traced)
+        return _counting(super().load(), self.traced)
+
+
+class _CountingBuild(compiler.Pending[Any]):
+    def load(self) -> StepProgram:
+        return _counting(super().load(), self.traced)
+
+
+def _counting(program: Any, traced: Any) -> Any:
+    """The program, which counts its runs."""
+    COUNTS["trace"] += 1
+    run, name = program.run, "span" if hasattr(traced, "step") else "program"
+
+    def counted(inputs: list[Tensor]) -> Tensor:
+        COUNTS[name] += 1
+        return run(inputs)
+
+    program.run = counted
+    return program
 
 
 def run_job(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch, *, is_compiled: bool = False) -> Outcome:
-    """Both ways, step by step."""
-    if not is_compiled:
-        graph_backend.use_graphs(monkeypatch)
-        monkeypatch.setattr("fasttrain.step.compiler.Pending", _CountingPending)
+    """Both ways, step by step.
+
+    Args:
+        job: what to run.
+        folder: where its modules are written.
+        monkeypatch: undoes what is set here.
+        is_compiled: whether programs are compiled; else they run the captured graphs. A job has two programs at most
+            then, and waits for each.
+    """
+    monkeypatch.setattr("fasttrain.step.compiler.Pending", _CountingBuild if is_compiled else _CountingPending)
+    if is_compiled:
+        job = dataclasses.replace(job, options={**job.options, "engine": "compiled"})
+        monkeypatch.setattr(compiled, "MAX_PROGRAMS", 2)
+        monkeypatch.setattr(span, "MOST_STEPS", span.LEAST_STEPS)
     monkeypatch.setattr(replay, "ENOUGH_STEPS", 1)
     for module in (launch, compiled):
         monkeypatch.setattr(module, "FROM_STEPS", 1)
     hasten(monkeypatch)
     COUNTS.clear()
     plain, ours = Side(job, folder, f"fuzz_{job.seed}_p"), Side(job, folder, f"fuzz_{job.seed}_o")
+    match = _Match(job, plain, ours)
     try:
-        outcome = _run(job, plain, ours)
+        outcome = match.run()
     finally:
         plain.close()
         ours.close()
     outcome.by_program, outcome.traces, outcome.spans = COUNTS["program"], COUNTS["trace"], COUNTS["span"]
+    outcome.worst = match.worst
     return outcome
 
 
-def _run(job: Job, plain: Side, ours: Side) -> Outcome:
-    for side in (plain, ours):
-        with side.active():
-            try:
-                side.load()
-            except Exception as error:
-                return Outcome("job", f"{type(error).__name__}: {error}")
-    with ours.active():
-        loop = FastLoop(ours.env["model"], ours.env["opt"], **_arguments(ours))
-    data, worst = _data(job), 0.0
-    per_step = len(data) // job.steps
-    sources: dict[str, Any] = {}
-    for step in range(job.steps):
-        for change in [each for each in job.changes if each.step == step]:
-            told: list[str | None] = []
-            for side in (plain, ours):
-                with side.active():
-                    told.append(side.change(change.statement))
-            if told[0] != told[1] and str(told[0]).replace("_p", "") != str(told[1]).replace("_o", ""):
-                return Outcome("other error of a change", f"{change.statement!r}: {told[0]} and {told[1]}")
-        given: list[Any] = []
-        for side in (plain, ours):
-            chosen = [(x.clone(), y.clone()) for x, y in data[step * per_step : (step + 1) * per_step]]
+FUSED_AMSGRAD = "NaN under fused=True and amsgrad, where torch's kernel keeps numbers (see KERNEL_FAULTS)"
+"""Programs have NaN there, as torch has without `fused=True`."""
+
+
+REFUSED_BY_COMPARISON = {
+    "is_compiling()": "forward asks whether it is compiled: the program is refused by comparison with eager",
+    "weight.grad is None": "forward reads a gradient: the program is refused by comparison with eager",
+}
+"""What drawn forwards do, and how it ends."""
+
+
+class _Found(NamedTuple):
+    """What an epoch gave: its loss and metric, or an error with its traceback; and what it printed."""
+
+    loss: float = math.nan
+    metric: float | None = None
+    error: Exception | None = None
+    text: str = ""
+    printed: str = ""
+
+
+class _Match:
+    """A plain loop and FastLoop on two copies of one job.
+
+    Attributes:
+        worst: the largest relative difference so far.
+    """
+
+    def __init__(self, job: Job, plain: Side, ours: Side) -> None:
+        self.worst = 0.0
+        self._job = job
+        self._sides = plain, ours
+        self._data = _data(job)
+        self._told: dict[str, list[str | None]] = {plain.name: [], ours.name: []}
+        self._sources: dict[str, Any] = {}
+        self._loop: FastLoop | None = None
+
+    def run(self) -> Outcome:
+        """All epochs, until one is a finding or a refusal."""
+        ours = self._sides[1]
+        for side in self._sides:
             with side.active():
-                if job.is_resident:
-                    if side.name not in sources:
-                        columns = [torch.cat([each[at] for each in data[:8]]) for at in (0, 1)]
-                        sources[side.name] = resident(*columns, batch_size=5, device="cpu", seed=4)
-                    given.append(sources[side.name])
-                else:
-                    given.append([side.module.make_batch(x, y, step) for x, y in chosen])
-        plain_error = our_error = None
-        with plain.active():
-            try:
-                with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as out:
-                    warnings.simplefilter("ignore")
-                    expected = _plain_epoch(plain, list(given[0]))
-            except Exception as error:
-                plain_error = error
-        plain_out = out.getvalue()
+                try:
+                    side.load()
+                except Exception as error:
+                    return Outcome("job", f"{type(error).__name__}: {error}")
+        with ours.active():
+            self._loop = FastLoop(ours.env["model"], ours.env["opt"], **_arguments(ours))
+        for epoch in range(1 if self._job.is_one_epoch else self._job.steps):
+            outcome = self._epoch(epoch)
+            if outcome is not None:
+                return dataclasses.replace(outcome, detail=f"epoch {epoch}: {outcome.detail}")
+        with ours.active():
+            self._loop.step.close()
+            return Outcome("same", str(self._loop.step.engine.reason))
+
+    def _epoch(self, epoch: int) -> Outcome | None:
+        plain, ours = self._sides
+        steps = range(self._job.steps) if self._job.is_one_epoch else [epoch]
+        given = [_Batches(self, side, steps) for side in self._sides]
+        for batches in given:
+            batches.begin()
+        expected = self._trained(plain, lambda: _plain_epoch(plain, given[0]))
         before = ours.picture()
-        with ours.active(), _Busy(ours, job.has_thread) as busy:
-            try:
-                with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as out:
-                    warnings.simplefilter("ignore")
-                    result = loop.train(given[1])
-            except Exception as error:
-                our_error = error
-                text = "".join(traceback.format_exception(error))
-        our_out = out.getvalue()
+        with _Busy(ours, self._job.has_thread) as busy:
+            found = self._trained(ours, lambda: self._our_epoch(given[1]))
         if busy.errors:
             return Outcome("thread", busy.errors[0])
-        if plain_error is not None:
-            if our_error is None:
-                return Outcome("no error", f"step {step}: plain raises {type(plain_error).__name__}: {plain_error}")
-            return Outcome("job", f"both raise at step {step}: {type(plain_error).__name__}: {plain_error}"[:300])
-        if our_error is not None:
-            if not isinstance(our_error, FasttrainError) or job.options["engine"] == "auto":
-                return Outcome("crash", f"step {step}: {text}")
-            # The fused kernel and NaN once more (see `differences`).
-            if "max_exp_avg_sq" in str(our_error):
-                return Outcome("refused", "NaN under a fused Adam with amsgrad", worst=worst)
-            if "differ from eager" in str(our_error) or "cannot run:" in str(our_error):
-                return Outcome("verify", f"step {step}: {our_error}")
-            found, _ = differences(before, ours.picture(), 0.0)
-            found = [each for each in found if ".grad" not in each and "TICKS" not in each and "RANDOM" not in each]
-            if found and len(given[1]) == 1:
-                return Outcome("changed by a refusal", f"step {step}: {our_error}: {found[:6]}")
-            return Outcome("refused", str(our_error), worst=worst)
-        if plain_out != our_out:
-            return Outcome("output", f"step {step}: {plain_out!r} and {our_out!r}; {loop.step.engine}")
-        if expected[1] is not None:
-            apart = relative(
-                torch.tensor(expected[1], dtype=torch.float64),
-                torch.tensor(result.metrics["metric"], dtype=torch.float64),
-            )
-            if not apart <= TOLERANCE:
-                return Outcome("metric", f"step {step}: plain {expected[1]}, ours {result.metrics}; {loop.step.engine}")
-        distance = relative(
-            torch.tensor(expected[0], dtype=torch.float64), torch.tensor(result.loss, dtype=torch.float64)
-        )
-        if not distance <= TOLERANCE:
-            return Outcome("loss", f"step {step}: plain {expected[0]}, ours {result.loss}; {loop.step.engine}")
+        if expected.error is not None or found.error is not None:
+            return self._of_errors(expected, found, before, len(given[1]))
+        said, ours_said = (self._told[side.name] for side in self._sides)
+        if [str(each).replace("_p", "") for each in said] != [str(each).replace("_o", "") for each in ours_said]:
+            return Outcome("other error of a change", f"{said} and {ours_said}")
+        return self._of_numbers(expected, found) or self._of_objects(given)
+
+    def _trained(self, side: Side, train: Callable[[], tuple[float, float | None]]) -> _Found:
+        error, text, result = None, "", (math.nan, None)
+        with side.active(), warnings.catch_warnings(), redirect_stdout(io.StringIO()) as out:
+            warnings.simplefilter("ignore")
+            try:
+                result = train()
+            except Exception as raised:
+                error, text = raised, "".join(traceback.format_exception(raised))
+        return _Found(*result, error, text, out.getvalue())
+
+    def _our_epoch(self, batches: _Batches) -> tuple[float, float | None]:
+        assert self._loop is not None
+        result = self._loop.train(batches.for_loop())
+        metric: Any = (result.metrics or {}).get("metric")
+        return result.loss, metric
+
+    def _of_errors(self, expected: _Found, found: _Found, before: Picture, num_batches: int) -> Outcome:
+        plain, ours = expected.error, found.error
+        if plain is not None:
+            kind = "no error" if ours is None else "job"
+            return Outcome(kind, f"plain raises {type(plain).__name__}: {plain}"[:300])
+        if not isinstance(ours, FasttrainError) or self._job.options["engine"] == "auto":
+            return Outcome("crash", found.text)
+        if "max_exp_avg_sq" in str(ours) and self._has_fused_amsgrad():
+            return Outcome("excused", FUSED_AMSGRAD)
+        known = next((why for text, why in REFUSED_BY_COMPARISON.items() if text in self._job.source), None)
+        if "differ from eager" in str(ours) and known is not None:
+            return Outcome("excused", known)
+        if "differ from eager" in str(ours) or "cannot run:" in str(ours):
+            return Outcome("verify", str(ours))
+        changed, _ = differences(before, self._sides[1].picture(), 0.0)
+        changed = [each for each in changed if ".grad" not in each]
+        if changed and num_batches == 1:
+            return Outcome("changed by a refusal", f"{ours}: {changed[:6]}")
+        return Outcome("refused", str(ours))
+
+    def _of_numbers(self, expected: _Found, found: _Found) -> Outcome | None:
+        if expected.printed != found.printed:
+            return self._finding("output", f"{expected.printed!r} and {found.printed!r}")
+        pairs = {"loss": (expected.loss, found.loss), "metric": (expected.metric, found.metric)}
+        for kind, (one, two) in pairs.items():
+            if one is not None and two is not None:
+                apart = relative(torch.tensor(one, dtype=torch.float64), torch.tensor(two, dtype=torch.float64))
+                self.worst = max(self.worst, apart)
+                if not apart <= TOLERANCE:
+                    return self._finding(kind, f"plain {one}, ours {two}")
+            elif one is not two:
+                return self._finding(kind, f"plain {one}, ours {two}")
+        return None
+
+    def _of_objects(self, given: list[_Batches]) -> Outcome | None:
+        plain, ours = self._sides
         found, apart = differences(plain.picture(), ours.picture())
-        worst = max(worst, apart, distance)
+        self.worst = max(self.worst, apart)
+        if found and all("max_exp_avg_sq" in each for each in found) and self._has_fused_amsgrad():
+            return Outcome("excused", FUSED_AMSGRAD)
         if found:
-            return Outcome("objects", f"step {step}: {found[:8]}; {loop.step.engine}")
+            return self._finding("objects", str(found[:8]))
+        changed = [
+            number
+            for number, (one, two) in enumerate(zip(given[0].made, given[1].made, strict=True))
+            for a, b in zip(_pair(one), _pair(two), strict=True)
+            if not relative(a.detach(), b.detach()) <= TOLERANCE or a.requires_grad != b.requires_grad
+        ]
+        if changed:
+            return self._finding("batch", f"batches {changed}")
         one, two = plain.global_state(), ours.global_state()
-        if not job.is_resident:
-            apart_batches = [
-                i
-                for i, (p, o) in enumerate(zip(given[0], given[1], strict=True))
-                for a, b in zip(_pair(p), _pair(o), strict=True)
-                if not relative(a.detach(), b.detach()) <= TOLERANCE or a.requires_grad != b.requires_grad
-            ]
-            if apart_batches:
-                return Outcome("batch", f"step {step}: batches {apart_batches}; {loop.step.engine}")
         if one != two:
-            return Outcome(
-                "process", f"step {step}: {[(key, one[key], two[key]) for key in one if one[key] != two[key]]}"[:600]
-            )
-    with ours.active():
-        loop.step.close()
-        reason = str(loop.step.engine.reason)
-    return Outcome("same", reason, worst=worst)
+            return self._finding("process", str([(key, one[key], two[key]) for key in one if one[key] != two[key]]))
+        return None
+
+    def _has_fused_amsgrad(self) -> bool:
+        groups = self._sides[0].env["opt"].param_groups
+        return any(group.get("amsgrad") and group.get("fused") for group in groups)
+
+    def _finding(self, kind: str, detail: str) -> Outcome:
+        assert self._loop is not None
+        return Outcome(kind, f"{detail}; {self._loop.step.engine}")
+
+
+class _Batches:
+    """The batches of some steps for one side. What is to change before a step changes when its batch is asked for.
+
+    Attributes:
+        made: the batches so far.
+    """
+
+    def __init__(self, match: _Match, side: Side, steps: Sequence[int]) -> None:
+        self.made: list[Any] = []
+        self._match = match
+        self._side = side
+        self._steps = steps
+
+    def begin(self) -> None:
+        """Changes what changes before the first step."""
+        with self._side.active():
+            self._change(self._steps[0])
+
+    def __len__(self) -> int:
+        return len(self._match._data) // self._match._job.steps * len(self._steps)
+
+    def for_loop(self) -> Any:
+        """What a loop iterates over."""
+        match, job = self._match, self._match._job
+        if not job.is_resident:
+            return iter(self)
+        if self._side.name not in match._sources:
+            columns = [torch.cat([each[at] for each in match._data[:8]]) for at in (0, 1)]
+            match._sources[self._side.name] = resident(*columns, batch_size=5, device="cpu", seed=4)
+        return match._sources[self._side.name]
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._match._job.is_resident:
+            yield from self.for_loop()
+            return
+        for step in self._steps:
+            if step != self._steps[0]:
+                self._change(step)
+            per_step = len(self._match._data) // self._match._job.steps
+            for x, y in self._match._data[step * per_step : (step + 1) * per_step]:
+                self.made.append(self._side.module.make_batch(x.clone(), y.clone(), step))
+                yield self.made[-1]
+
+    def _change(self, step: int) -> None:
+        for change in self._match._job.changes:
+            if change.step == step:
+                self._match._told[self._side.name].append(self._side.change(change.statement))
 
 
 def main(arguments: list[str]) -> None:
-    """`SEED`: prints the recipe and what comes of it. `FIRST LAST [RECORD]`: runs these seeds, prints each finding.
+    """`SEED`: prints the recipe and what comes of it. `FIRST LAST`: runs these seeds, prints each finding.
 
-    RECORD is a JSON file of counts: outcomes, refusals by reason, engines reached, and the largest difference.
+    `record GRAPHS COMPILED FILE` writes the record of so many draws of either kind (see `benchmarks.fuzz`).
     """
     torch.set_num_threads(1)
     if len(arguments) == 1:
         job = draw_job(int(arguments[0]))
         print(job.recipe())
         print(run_once(job))
-        return
-    first, last = int(arguments[0]), int(arguments[1])
-    record: dict[str, Any] = {
-        "draws": 0, "outcomes": Counter(), "refusals": Counter(), "findings": [], "draws_by_program": 0,
-        "draws_by_spans": 0, "traces": 0, "steps_by_program": 0, "worst_relative_difference": 0.0,
-    }  # fmt: skip
-    begin = time.perf_counter()
+    elif arguments[0] == "record":
+        record(int(arguments[1]), int(arguments[2]), Path(arguments[3]))
+    else:
+        found = Draws()
+        for seed in range(int(arguments[0]), int(arguments[1])):
+            one = draws(seed, seed + 1)
+            found.merge(one)
+            if one.findings:
+                print(one.findings[0], flush=True)
+        print({name: value for name, value in dataclasses.asdict(found).items() if name != "findings"})
+
+
+def draws(first: int, last: int, programs: str | None = None) -> Draws:
+    """Runs these seeds.
+
+    Args:
+        first, last: the seeds, without the last.
+        programs: the folder of compiled programs, where they are to be compiled: of the seeds, those whose captured
+            graph runs. None: the captured graphs run.
+    """
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what was imported: a capture looks through all objects of the process, which is a fifth of a draw
+    found = Draws()
+    begin = time.process_time(), os.times().children_user
     for seed in range(first, last):
         job = draw_job(seed)
         with redirect_stderr(io.StringIO()):
             outcome = run_once(job)
-        record["draws"] += 1
-        record["outcomes"][outcome.kind] += 1
-        record["draws_by_program"] += outcome.by_program > 0
-        record["draws_by_spans"] += outcome.spans > 0
-        record["traces"] += outcome.traces
-        record["steps_by_program"] += outcome.by_program
-        record["worst_relative_difference"] = max(record["worst_relative_difference"], outcome.worst)
-        if outcome.kind == "refused":
-            record["refusals"][re.sub(r": ['\"].*", "", outcome.detail.replace(f"fuzz_{seed}_o", "job"))[:100]] += 1
-        elif outcome.kind not in FINE:
-            record["findings"].append({"seed": seed, "kind": outcome.kind, "detail": outcome.detail[-300:]})
-            statements = [each.statement for each in job.changes]
-            print(seed, outcome.kind, outcome.detail[-1200:], job.traits, statements, flush=True)
-        if len(arguments) > 2 and (seed % 50 == 49 or seed == last - 1):
-            about = {"seeds": [first, seed + 1], "torch": torch.__version__, "python": sys.version.split()[0]}
-            written = {**about, "seconds": round(time.perf_counter() - begin, 1), **record}
-            written["refusals"] = dict(record["refusals"].most_common())
-            Path(arguments[2]).write_text(json.dumps(written, indent=1) + "\n")
-    print({key: value for key, value in record.items() if key != "findings"})
+            if programs is not None:
+                if not outcome.by_program:
+                    continue
+                outcome = run_once(job, programs)
+        found.draws += 1
+        found.add(seed, outcome, [*job.traits, *[each.statement for each in job.changes]])
+    found.cpu_s = time.process_time() - begin[0] + os.times().children_user - begin[1]
+    return found
 
 
-def run_once(job: Job) -> Outcome:
-    """One job in a folder of its own."""
+def record(num_graphs: int, num_compiled: int, path: Path) -> None:
+    """Writes a record, anew after each part of it."""
+    about = {
+        "command": shlex.join(["python", "-m", "tests.step.fuzzing", *sys.argv[1:]]),
+        "created": now(),
+        "environment": environment(torch.device("cpu")),
+    }
+    found = {"graphs": Draws(), "compiled": Draws()}
+    with tempfile.TemporaryDirectory() as programs, ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in range(2)]
+        begun, running = {"graphs": 0, "compiled": 0}, {}
+
+        def begin(pool: ProcessPoolExecutor) -> None:
+            kind = "compiled" if pool is pools[1] and found["compiled"].draws < num_compiled else "graphs"
+            first = begun[kind]
+            size = 2 if kind == "compiled" else min(CHUNK, num_graphs - first)
+            if size > 0:
+                begun[kind] += size
+                folder = programs if kind == "compiled" else None
+                running[pool.submit(draws, first, first + size, folder)] = kind, pool
+
+        for pool in pools:
+            begin(pool)
+        while running:
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                kind, pool = running.pop(done)
+                found[kind].merge(done.result())
+                begin(pool)
+                written = FuzzRecord(**about, tolerance=TOLERANCE, **found)
+                written.environment["load_average_after"] = load_average()
+                write_record(written, path)
+
+
+CHUNK = 25
+
+
+def run_once(job: Job, programs: str | None = None) -> Outcome:
+    """One job in a folder of its own; compiled programs stay in `programs`."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("XDG_CACHE_HOME", folder)
-        return run_job(job, Path(folder), monkeypatch)
+        monkeypatch.setenv("XDG_CACHE_HOME", programs or folder)
+        return run_job(job, Path(folder), monkeypatch, is_compiled=programs is not None)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fuzz import FINE, Draws, Outcome, family
 from tests.step.fuzz_jobs import draw_job
-from tests.step.fuzzing import FINE, run_job
+from tests.step.fuzzing import run_job
 
-ITEMS, SEEDS = 20, 12
+ITEMS, SEEDS = 20, 11
 """Test items, and jobs in each: two minutes on one core."""
+
+COMPILED = {
+    24: "a list of layers under Adam, with a metric",
+    40: "dropout under Adam",
+    180: "batch norm under AdamW, whose program no longer holds at the end",
+}
 
 pytestmark = pytest.mark.usefixtures("in_double")
 
@@ -26,3 +33,25 @@ def test_a_random_job_trains_as_plain_pytorch_does(
         assert outcome.kind in FINE, f"python -m tests.step.fuzzing {seed}: {outcome.kind}: {outcome.detail}"
     capsys.readouterr()
     assert by_program >= SEEDS // 4
+
+
+@pytest.mark.parametrize("seed", COMPILED, ids=str)
+def test_a_random_job_compiled(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = run_job(draw_job(seed), tmp_path, monkeypatch, is_compiled=True)
+    assert outcome.kind == "same", outcome.detail
+    assert outcome.by_program >= 3
+    assert 0.0 < outcome.worst < 1e-12
+
+
+def test_draws_are_counted_and_added() -> None:
+    first, second = Draws(), Draws(draws=1)
+    first.add(1, Outcome("refused", "epoch 3: forward reads a Decimal, and more: 'x' in fuzz_1_o.py:3"), [])
+    second.add(2, Outcome("refused", 'epoch 1: forward reads a Decimal: "y" in fuzz_2_o.py:4', 2, 1, 1, 1e-15), [])
+    second.add(3, Outcome("objects", "a: 1 and 2"), ["mlp"])
+    first.merge(second)
+    assert first.outcomes == {"refused": 2, "objects": 1}
+    assert first.refusals == {"forward reads a Decimal": 2}
+    assert (first.draws_by_program, first.draws_by_spans, first.objects_changed) == (1, 1, 1)
+    assert [each["seed"] for each in first.findings] == [3]
+    assert first.worst_relative_difference == 1e-15
+    assert family("epoch 1: Kept0.__class_getitem__ is not followed; use") == "... is not followed"
