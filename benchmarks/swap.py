@@ -1,8 +1,9 @@
-"""What `auto` costs beside `eager`: first step, trace, swap, a short job and a long one, all in fresh processes.
+"""What `auto` costs beside `eager`: first step, trace, swap, jobs of several lengths, all in fresh processes.
 
 Each repeat runs the long job with eager, with auto and an empty cache, and with auto once more over what that has left,
 one after the other. The short job runs with eager and with auto over an empty cache side by side, on two cores that the
-two trade all the time: one after the other, they would differ by what the cores' speed does meanwhile.
+two trade all the time: one after the other, they would differ by what the cores' speed does meanwhile. So do the jobs
+that take eager a given time (`--jobs`), with an empty cache and once more with what that has left.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,6 +86,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Measures and writes the record."""
     started_at = environment(torch.device("cpu"))
     ran = {**run_long(options), **run_short(options)}
+    jobs = run_jobs(options)
     record = Record(
         benchmark="swap",
         title=f"What auto costs, {options.workload}, cpu",
@@ -91,7 +94,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         created=now(),
         environment={**started_at, "load_average_after": load_average()},
         workload={"name": options.workload, "epochs": options.epochs, "epochs of the short job": options.short_epochs},
-        **figures(ran),
+        **with_jobs(figures(ran), jobs),
     )
     path = options.out or RESULTS / f"swap-{options.workload}-cpu.json"
     write_record(record, path)
@@ -106,9 +109,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--short-epochs", type=int, default=3, help="of the short job (default: 3)")
     parser.add_argument("--repeats", type=int, default=5, help="of each long job (default: 5)")
     parser.add_argument("--short-repeats", type=int, default=20, help="of the two short jobs (default: 20)")
+    parser.add_argument("--jobs", type=float, nargs="*", default=[5, 10, 20, 60], help="seconds of eager training")
+    parser.add_argument("--job-repeats", type=int, default=3, help="of each of these (default: 3)")
     parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/swap-<workload>-cpu.json)")
     options = parser.parse_args(arguments)
-    if min(options.epochs, options.short_epochs, options.repeats, options.short_repeats) < 1:
+    counts = (options.epochs, options.short_epochs, options.repeats, options.short_repeats, options.job_repeats)
+    if min(*counts, *options.jobs) < 1:
         parser.error("every number must be 1 or more")
     return options
 
@@ -139,11 +145,40 @@ def run_short(options: argparse.Namespace) -> dict[str, list[Watched]]:
     return ran
 
 
+def run_jobs(options: argparse.Namespace) -> dict[tuple[float, str], list[tuple[Watched, Watched]]]:
+    """Pairs of eager and auto side by side, for each job (its eager seconds) and state of the cache."""
+    if not options.jobs:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
+        first = watched(run_child(*training(options.workload, "eager", options.short_epochs), cache=Path(scratch)))
+    epoch_s = first.fit_s / options.short_epochs
+    ran: dict[tuple[float, str], list[tuple[Watched, Watched]]] = {}
+    for repeat in range(options.job_repeats):
+        for seconds in options.jobs:
+            epochs = max(1, round(seconds / epoch_s))
+            with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
+                for name in (COLD, WARM):
+                    arms = [Command(training(options.workload, each, epochs), Path(scratch)) for each in JOB_ENGINES]
+                    in_turn = arms if repeat % 2 == 0 else arms[::-1]  # no engine always has the same core first
+                    both = [watched(each) for each in run_side_by_side(in_turn)]
+                    eager, auto = both if repeat % 2 == 0 else both[::-1]
+                    ran.setdefault((seconds, name), []).append((eager, auto))
+                    log(f"{seconds:g} s, {name}: eager {eager.fit_s:.2f} s, auto {auto.fit_s:.2f} s, {auto.engine}")
+    return ran
+
+
+JOB_ENGINES = ("eager", "auto")
+
+
 def arguments_of(name: str, options: argparse.Namespace) -> list[str]:
     """The arguments of Python for a training."""
     engine = "eager" if name in (EAGER, SHORT_EAGER) else "auto"
-    epochs = options.short_epochs if name in SHORT else options.epochs
-    return ["-m", "benchmarks.swap", "--child", options.workload, engine, str(epochs)]
+    return training(options.workload, engine, options.short_epochs if name in SHORT else options.epochs)
+
+
+def training(workload: str, engine: str, epochs: int) -> list[str]:
+    """The arguments of Python for a training."""
+    return ["-m", "benchmarks.swap", "--child", workload, engine, str(epochs)]
 
 
 def watched(ran: Ran) -> Watched:
@@ -184,7 +219,7 @@ def child(workload: str, engine: str, epochs: str) -> int:
     return 0
 
 
-def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
+def figures(ran: dict[str, list[Watched]]) -> dict[str, Any]:
     """The record's series, ratios and notes.
 
     Raises:
@@ -241,6 +276,17 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, object]:
         "refused": {},
         "notes": [f"an eager step takes {step_us:.0f} us", *ends],
     }
+
+
+def with_jobs(found: dict[str, Any], jobs: dict[tuple[float, str], list[tuple[Watched, Watched]]]) -> dict[str, Any]:
+    """The figures of a record with those of jobs of several lengths."""
+    for (seconds, name), pairs in jobs.items():
+        title = f"job of {seconds:g} s, {name}"
+        eager = Series(description="the training, eager", unit="s", values=tuple(pair[0].fit_s for pair in pairs))
+        auto = Series(description="the same, side by side", unit="s", values=tuple(pair[1].fit_s for pair in pairs))
+        found["series"] |= {f"{title}: eager": eager, title: auto, f"{title}, times as fast": times_better(auto, eager)}
+        found["notes"].append(f"{title}: {pairs[-1][1].engine}")
+    return found
 
 
 def trace_s(watched: Watched) -> float:

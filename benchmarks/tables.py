@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import errors, fuzz
+from benchmarks import conformance, errors, fuzz, loops
 from benchmarks.places import REPOSITORY, log
 from benchmarks.records import Record, Series, read_record
 from fasttrain.errors import DataError, FasttrainError
@@ -63,6 +63,10 @@ date. Measure on a machine that does nothing else.
 - `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.
 - `python -m tests.step.errors`: how far compiled steps are from exact ones, beside eager steps; writes
   `results/errors-cpu.json`.
+- `python -m tests.step.conformance --compile`: torch's own test modules and optimizers, compiled, against plain
+  PyTorch; writes `results/conformance-cpu.json`.
+- `python -m tests.public_loops_speed`: training loops as books and public repositories have them, compiled, against
+  plain PyTorch; writes `results/public-loops-cpu.json`.
 - `python -m tests.step.fuzzing record 5000 100 benchmarks/results/fuzz-cpu.json`: random training jobs, by FastLoop and
   by a plain loop.
 - `python -m benchmarks.gpu`: checks and measures fasttrain on a machine with one CUDA GPU in two calls of 8 and 5
@@ -99,7 +103,7 @@ the faster of JAX's arms.
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
 
-KINDS = {module.KIND: module for module in (errors, fuzz)}
+KINDS = {module.KIND: module for module in (errors, conformance, fuzz, loops)}
 """Records with a table of their own, by kind."""
 
 Found = tuple[list[BenchRecord], list[Record], list[str]]

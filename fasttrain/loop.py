@@ -22,7 +22,7 @@ from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, EpochRow, History
 from fasttrain.metrics import LossObserver, Metric, RunningMetrics, copies_of
 from fasttrain.progress import Progress
-from fasttrain.step.arguments import check_train_method, describe
+from fasttrain.step.arguments import check_batches, check_train_method, describe
 from fasttrain.step.eager import run_forward
 from fasttrain.step.train_step import TrainStep
 
@@ -166,6 +166,7 @@ class FastLoop:
             The epoch's figures; loss and accuracy are means of the batches' values, as in the book.
 
         Raises:
+            ConfigError: `batches` is a dataset, whose items are single rows.
             DataError: there was no batch.
         """
         step = self.step
@@ -198,6 +199,7 @@ class FastLoop:
             The figures; every sample counts once. Accuracy is over all positions that the loss does not ignore.
 
         Raises:
+            ConfigError: `batches` is a dataset, whose items are single rows.
             DataError: there was no batch, or no sample in any.
         """
         metrics = self._evaluation
@@ -356,6 +358,7 @@ class FastLoop:
         if kept is not None and kept[0] is batches:
             self._prefetchers[id(batches)] = kept  # the last used comes last
             return kept[1]
+        check_batches(batches)
         if len(self._prefetchers) >= MAX_PREFETCHERS:
             self._prefetchers.pop(next(iter(self._prefetchers)))
         prefetcher = prefetch(batches, self.step.device)

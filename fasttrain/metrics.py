@@ -6,6 +6,7 @@ import copy
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -208,6 +209,9 @@ class RunningMetrics:
             weight: see `update`.
             scoring: see `update`.
             values: of the user's metrics; None: they are called.
+
+        Raises:
+            ConfigError: a metric returned neither a number nor a tensor with one element.
         """
         cells[_LOSS].add_(loss, alpha=weight)
         if scoring is None and self.rule is not None:
@@ -216,8 +220,8 @@ class RunningMetrics:
             self._accumulate_accuracy(cells, predictions, targets, weight, scoring)
         if values is None:
             values = [metric(loss, predictions, targets) for metric in self.user_metrics.values()]
-        for cell, value in zip(cells[FIRST_USER_TOTAL:], values, strict=True):
-            cell.add_(value, alpha=weight)
+        for name, cell, value in zip(self.user_metrics, cells[FIRST_USER_TOTAL:], values, strict=True):
+            cell.add_(_number(name, value), alpha=weight)
 
     def _accumulate_accuracy(
         self, cells: list[Tensor], predictions: Tensor, targets: Tensor, weight: float, scoring: Scoring | None
@@ -370,6 +374,16 @@ def _score(scoring: Scoring, predictions: Tensor, targets: Tensor) -> tuple[Tens
         counted = counted & (targets != scoring.ignored)
         hits = hits & counted
     return hits.sum(dtype=torch.float64), counted.sum()
+
+
+def _number(name: str, value: Any) -> Any:
+    """The value of a user's metric for a batch: a float or a scalar tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    if isinstance(value, Real):
+        return float(value)
+    found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise ConfigError(f"metrics[{name!r}] must return a number or a tensor with one element; it returned {found}")
 
 
 def _may_be_senseless(scoring: Scoring, targets: Tensor) -> bool:

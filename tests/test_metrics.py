@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fasttrain.errors import ConfigError
 from fasttrain.metrics import LossObserver, RunningMetrics, Scoring, count_correct, scoring_of
 
 CPU = torch.device("cpu")
@@ -200,3 +202,17 @@ def test_metrics_of_a_users_own_loop_have_the_accuracy_that_is_asked_for() -> No
     metrics.update(torch.tensor(0.5), predictions, targets)
     assert metrics.compute().accuracy == pytest.approx(50.0)
     assert RunningMetrics("cpu").compute().accuracy is None
+
+
+@pytest.mark.parametrize("value", [torch.tensor([0.5]), torch.tensor([[0.5]]), np.float32(0.5), 0.5])
+def test_a_metric_may_return_any_number(value: Any) -> None:
+    metrics = RunningMetrics("cpu", metrics={"half": lambda *_: value})
+    metrics.update(torch.tensor(1.0))
+    assert metrics.compute().metrics == {"half": 0.5}
+
+
+@pytest.mark.parametrize(("value", "found"), [(torch.ones(2, 3), r"shape \[2, 3\]"), ("high", "a str")])
+def test_a_metric_that_returns_no_number_is_named(value: Any, found: str) -> None:
+    metrics = RunningMetrics("cpu", metrics={"mine": lambda *_: value})
+    with pytest.raises(ConfigError, match=rf"metrics\['mine'\] must return .* it returned .*{found}"):
+        metrics.update(torch.tensor(1.0))

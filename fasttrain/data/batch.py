@@ -1,4 +1,4 @@
-"""What a batch is: tensors in tuples, lists, dicts or dataclasses, nested as the user likes."""
+"""What a batch is: tensors in tuples, lists, dicts, dataclasses or attributes of an object, nested at will."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from operator import is_
+from types import ModuleType
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fasttrain.data.ragged import Ragged
@@ -53,6 +54,24 @@ def _leaves(batch: Any) -> Iterator[Tensor | Ragged | PackedSequence]:
     elif is_dataclass(batch):
         for field in fields(batch):
             yield from _leaves(getattr(batch, field.name))
+    else:
+        for value in _attributes(batch).values():
+            yield from _leaves(value)
+
+
+def _attributes(batch: Any) -> dict[str, Any]:
+    """The attributes of an object of the user's class that hold tensors, themselves or in containers.
+
+    Objects among its attributes are passed over: they may hold anything, such as the dataset.
+    """
+    own: dict[str, Any] | None = getattr(batch, "__dict__", None)
+    if not own or isinstance(batch, type | ModuleType | nn.Module) or callable(batch):
+        return {}
+    return {
+        name: value
+        for name, value in own.items()
+        if isinstance(value, Tensor | Ragged | PackedSequence | Mapping | list | tuple) or is_dataclass(value)
+    }
 
 
 def map_tensors(node: Any, move: Callable[[Tensor], Tensor]) -> Any:
@@ -67,7 +86,7 @@ def map_tensors(node: Any, move: Callable[[Tensor], Tensor]) -> Any:
         old = cast("Sequence[Any]", node)
     elif is_dataclass(node) and not isinstance(node, type):
         old = [getattr(node, entry.name) for entry in fields(node)]
-    else:
+    elif not (old := list(_attributes(node).values())):
         return node
     new = [map_tensors(child, move) for child in old]
     return node if all(map(is_, new, old)) else _rebuilt(node, new)
@@ -85,6 +104,8 @@ def _rebuilt(node: Any, new: list[Any]) -> Any:
             result[key] = child
     elif isinstance(node, list):
         result[:] = new
+    elif not is_dataclass(node):
+        vars(result).update(zip(_attributes(node), new, strict=True))
     else:
         for entry, child in zip(fields(node), new, strict=True):
             object.__setattr__(result, entry.name, child)  # frozen ones too

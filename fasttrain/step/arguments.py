@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, IterableDataset
 
 from fasttrain.errors import ConfigError
 from fasttrain.step.torch_private import was_compiled_by_user
 
-__all__ = ["check_functions", "check_model", "check_optimizer", "check_train_method", "describe"]
+__all__ = ["check_batches", "check_functions", "check_model", "check_optimizer", "check_train_method", "describe"]
 
 MAX_OBJECTS = 20_000
 """So many objects are searched for the optimizer's parameters; where there are more, the optimizer is accepted."""
@@ -152,6 +153,19 @@ def _check_callable(name: str, value: Any, *arguments: str) -> None:
     signature = _signature(value.forward if isinstance(value, nn.Module) else value)
     if signature is not None and not _takes(signature, *arguments):
         raise ConfigError(f"{name} is called with {called}, but it takes {signature}")
+
+
+def check_batches(batches: Any) -> None:
+    """Checks that iterating gives batches.
+
+    Raises:
+        ConfigError: it is a dataset, whose items are single rows.
+    """
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise ConfigError(
+            f"batches is a dataset, {type(batches).__name__}, whose items are rows: give DataLoader(dataset, "
+            "batch_size=...), or batch_size=None where an item is a whole batch"
+        )
 
 
 def check_train_method(model: nn.Module) -> None:

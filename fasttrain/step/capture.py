@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import sys
 from abc import ABCMeta, get_cache_token
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from enum import Enum
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -49,6 +51,10 @@ TIMED = "timed_by_fasttrain"
 
 MAX_EXAMPLE_BYTES = 1 << 26
 """An example batch of up to this size is kept, so that the guards can be checked where there is no batch."""
+
+
+_CELL = re.compile(r"([\w.]+)\.__closure__\[(\d+)\]\.cell_contents")
+"""How Dynamo's expressions name a variable that a function closes over."""
 
 
 class Captured(NamedTuple):
@@ -106,7 +112,7 @@ class Capture:
         inputs = self._dynamo.inputs
         places = {id(tensor): place for place, (tensor, _) in reversed(list(enumerate(walked)))}
         found = self._dynamo.read(spec.model, batch)
-        _refuse_made_anew(inputs, found, self._dynamo.read(spec.model, batch))
+        _refuse_made_anew(self._dynamo, found, self._dynamo.read(spec.model, batch))
         leaves = [at for at, each in enumerate(inputs) if each.argument == "batch" and each.size_of is None]
         self._leaves = sorted(leaves, key=lambda at: places.get(id(found[at]), len(walked)))
         self.leaf_places = [places.get(id(found[at])) for at in self._leaves]
@@ -127,13 +133,19 @@ class Capture:
         self._expected: list[Tensor] = []
         self._places: dict[int, tuple[bool, int]] = {}  # of the state (True) or among the others, and which
         self._replaced: list[int] = []
+        self._homes: list[tuple[dict[str, Any], str, Tensor]] = []  # of buffers that forward replaces and may not read
         self._labels = ExitStack()
         if spec.metrics.user_metrics:
             self._dynamo.call_where_grad_is_last_turned_off(self._begin_metrics)
         self.facts = list(self._facts())
 
+    @property
+    def checkpointed(self) -> str | None:
+        """The user's line that has a part of forward computed again in backward; None where there is none."""
+        return self._dynamo.checkpointed
+
     def bind(self, state: StepState, batch: Batch | None = None) -> bool:
-        """Takes up the tensors that forward reads now, besides those of the batch.
+        """Reads anew the tensors besides the batch's, and finds which of them belong to the state.
 
         Args:
             state: where the step's own tensors are.
@@ -160,11 +172,25 @@ class Capture:
                 places[at] = True, place
         if self._places and places != self._places:
             return False
-        replaced = [state.place_of(module.get_buffer(name)) for module, name in self._result.replaced]
+        tables = [(cast("Any", module)._buffers, name) for module, name in self._result.replaced]
+        self._homes = [(table, name, table[name]) for table, name in tables]
+        replaced = [state.place_of(buffer) for _, _, buffer in self._homes]
         self._replaced = [place for place in replaced if place is not None]
         state.refuse_closed_over(list(others.values()))
         self._expected, self._places, self.others = [found[at] for at in self._fixed], places, list(others.values())
         return True
+
+    def name_of(self, other: Tensor) -> str:
+        """What the user calls one of `others`."""
+        pairs = zip(self._fixed, self._expected, strict=True)
+        names = (self._dynamo.inputs[at].name for at, tensor in pairs if tensor is other)
+        name = next(names, f"a tensor of shape {list(other.shape)}")
+        if cell := _CELL.match(name):  # a variable that forward closes over
+            with suppress(AttributeError, IndexError, KeyError):
+                first, *path = cell[1].split(".")
+                function = functools.reduce(getattr, path, self._scope[first])
+                return function.__code__.co_freevars[int(cell[2])] + name[cell.end() :]
+        return name
 
     def leaves(self, batch: Batch | None = None) -> list[Tensor] | str:
         """The tensors of a batch that forward reads, or what has changed of all else that it reads.
@@ -183,7 +209,10 @@ class Capture:
         found = self._dynamo.read(self._model, batch)
         for at, expected in zip(self._fixed, self._expected, strict=True):
             if found[at] is not expected:
-                return f"the tensor {self._dynamo.inputs[at].name}"
+                return f"the tensor {self.name_of(expected)}"
+        for table, name, buffer in self._homes:
+            if table.get(name) is not buffer:
+                return f"the buffer {name}"
         return [found[at] for at in self._leaves]
 
     def call(self, state: Sequence[Tensor], leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Captured:
@@ -240,7 +269,8 @@ class Capture:
     def _facts(self) -> Iterator[Fact]:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
         followed = set(self._dynamo.codes)
-        functions = _functions_of({code for code in followed if not _is_library_code(code)})
+        user_codes = {code for code in followed if not _is_library_code(code)}
+        functions = _functions_of(user_codes)
         yield from _facts_of_functions(functions)
         yield from _facts_of_globals(functions)
         names = _DUNDERS.union(self._dynamo.names, *map(_names_in, followed))
@@ -248,9 +278,12 @@ class Capture:
         kinds = _classes([*(each.value for each in self._dynamo.objects), *_named_in(functions)])
         for kind in kinds:
             yield from _facts_of_class(kind, names, followed)
-        may_catch = any(code.co_exceptiontable for code in followed if not _is_library_code(code))
-        for value, name, _ in self._dynamo.objects:
+        may_catch = any(code.co_exceptiontable for code in user_codes)
+        looks_into_tables = any({"__dict__", "vars"}.intersection(_names_in(code)) for code in user_codes)
+        for value, name, *_ in self._dynamo.objects:
             yield from _facts_of_object(value, name, names, may_catch=may_catch)
+            if looks_into_tables and hasattr(value, "__dict__") and not isinstance(value, type | ModuleType):
+                yield Fact(f"the attributes of {name}", "len({}) == {}", (vars(value), len(vars(value))))
         if not {"environ", "getenv"}.isdisjoint(names):
             environment: dict[Any, Any] = vars(os.environ)["_data"]
             yield Fact("the environment", "{} == {}", (environment, dict(environment)))
@@ -396,7 +429,13 @@ def _refuse_unfit(dynamo: DynamoCapture) -> None:
             raise EngineError(
                 f"forward asks for instances of {value.__qualname__}, whose class answers by code that is not followed"
             )
-    for value, name, _ in dynamo.objects:
+    for value, name, *_ in dynamo.objects:
+        if isinstance(value, int | float | complex | str | bytes) and not isinstance(value, Enum):
+            if not _is_library(type(value)):
+                raise EngineError(
+                    f"forward reads a {type(value).__qualname__}, a subclass of {type(value).__base__.__name__} whose "
+                    f"operators are not followed: {name}"
+                )
         if isinstance(value, functools._lru_cache_wrapper) and not str(value.__module__).startswith("torch"):  # pyright: ignore[reportPrivateUsage]
             raise EngineError(f"functools caches the results of what forward calls, a graph computes them anew: {name}")
 
@@ -434,11 +473,12 @@ def _answers_itself(kind: type) -> bool:
     return any(isinstance(each, FunctionType) and not _is_library(kind) for each in asked)
 
 
-def _refuse_made_anew(inputs: Sequence[GraphInput], found: Sequence[Any], again: Sequence[Any]) -> None:
+def _refuse_made_anew(dynamo: DynamoCapture, found: Sequence[Any], again: Sequence[Any]) -> None:
     """Raises EngineError for an input that is no tensor of the user's, such as a numpy value that Dynamo converts."""
-    for each, value, other in zip(inputs, found, again, strict=True):
+    for each, value, other in zip(dynamo.inputs, found, again, strict=True):
         if each.size_of is None and (value is not other or not isinstance(value, Tensor)):
-            raise EngineError(f"forward reads the numpy value {each.name}: make it a Python number or a tensor")
+            name = next((item.name for item in dynamo.objects if item.name.startswith(f"{each.name}: ")), each.name)
+            raise EngineError(f"forward reads a numpy value, make it a Python number or a tensor: {name}")
 
 
 def _functions_of(codes: set[CodeType]) -> list[FunctionType]:
@@ -469,7 +509,7 @@ def _facts_of_globals(functions: Sequence[FunctionType]) -> Iterator[Fact]:
 
 
 def _named_in(functions: Sequence[FunctionType]) -> Iterator[Any]:
-    """What functions name: what they close over, and globals."""
+    """The values that functions refer to by name: closure variables and globals."""
     for function in functions:
         for cell in function.__closure__ or ():
             with suppress(ValueError):
@@ -551,6 +591,8 @@ def _facts_of_object(value: Any, name: str, names: frozenset[str], *, may_catch:
     Dynamo does not look for it again where the class answers by a `__getattr__` of its own, nor (`may_catch`) where the
     user's code catches the error.
     """
+    if isinstance(value, OrderedDict) and value:  # move_to_end
+        yield Fact(f"the order of {name}", "list(map({}, {})) == {}", (id, value, list(map(id, value))))
     if type(value) in (dict, list, OrderedDict, defaultdict) and may_catch:
         yield Fact(f"the length of {name}", "len({}) == {}", (value, len(value)))
     if isinstance(value, type | ModuleType) or not hasattr(value, "__dict__"):

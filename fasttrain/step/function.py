@@ -100,11 +100,15 @@ class StepFunction:
         with recorded_as("backward"):
             wanted = [*variables.values(), *frozen]
             found = cast("Sequence[Tensor | None]", torch.autograd.grad(loss, wanted, allow_unused=True))
-            if any(gradient is not None for gradient in found[len(variables) :]):
-                raise EngineError(
-                    "forward computes with a tensor that requires a gradient and is a parameter neither of the model "
-                    "nor of the optimizer: register it as one, or read it under torch.no_grad()"
-                )
+            named = [self._capture.name_of(each) for each in self._capture.others if each.requires_grad]
+            for name, gradient in zip(named, found[len(variables) :], strict=True):
+                if gradient is not None:
+                    raise EngineError(
+                        f"forward needs the gradient of {name}, which is neither in the step's model nor in its "
+                        "optimizer: give the step a model that holds all networks which forward runs, such as "
+                        "nn.ModuleDict({'generator': ..., 'discriminator': ...}), or read the tensor under "
+                        "torch.no_grad()"
+                    )
             gradients = list(zip(self.differentiated, found, strict=False))
             for place, gradient in gradients:
                 if gradient is not None and gradient.layout is not torch.strided:

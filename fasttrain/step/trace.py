@@ -176,7 +176,7 @@ class TracedStep:
             self._gradients[due].drop()
 
     def rebind(self, batch: Batch | None = None) -> bool:
-        """Takes up tensors that were replaced by others of the same kind, as `load_state_dict` does.
+        """Binds the step to tensors that have replaced its own, as `load_state_dict` of an optimizer does.
 
         Args:
             batch: one for which the step is to hold; None: the example that was traced.
@@ -258,7 +258,15 @@ def _trace_parts(
 ) -> TracedStep:
     state, options = StepState(spec), GroupOptions(spec.optimizer, spec.device, moved)
     capture.bind(state, batch)
-    traced = [_trace_part(spec, part, batch, capture, state, options) for part in parts]
+    try:
+        traced = [_trace_part(spec, part, batch, capture, state, options) for part in parts]
+    except RuntimeError as error:
+        if capture.checkpointed is None:
+            raise
+        raise EngineError(
+            "torch.utils.checkpoint recomputes a part of forward that draws random numbers or changes a buffer (as "
+            f"dropout and batch norm do), which cannot be recorded{capture.checkpointed}"
+        ) from error
     return TracedStep(spec, traced, capture, state, options, why_eager)
 
 
@@ -273,7 +281,7 @@ def _trace_part(
     gradients = [] if part == "whole" else [torch.zeros_like(state.tensors[place]) for place in function.differentiated]
     fixed: list[frozenset[int]] = [frozenset()] * (len(before) + len(gradients))
     graph = _record(function, [*before, *gradients, *leaves], [*fixed, *capture.open_dims])
-    closed_over = _lift_closed_over(graph)
+    closed_over = _lift_closed_over(graph, capture)
     if part != "whole":
         gradients = _drop_unreached(graph, function, len(before), gradients)
     use_kernels(graph)
@@ -327,7 +335,7 @@ def _refuse_unsupported(spec: StepSpec) -> None:
             raise EngineError("a parameter has gradient hooks: a compiled step would not call them")
 
 
-def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
+def _lift_closed_over(graph: torch.fx.GraphModule, capture: Capture) -> list[Tensor]:
     """Turns the real tensors that were met while tracing into inputs of the graph, after the others."""
     lifted: dict[int, tuple[Tensor, torch.fx.Node]] = {}
     held: set[str] = set()
@@ -351,8 +359,9 @@ def _lift_closed_over(graph: torch.fx.GraphModule) -> list[Tensor]:
     for tensor, node in lifted.values():
         if is_changed(graph, node):
             raise EngineError(
-                f"forward changes a tensor of shape {list(tensor.shape)} that is no buffer of the model: register it "
-                "as one (register_buffer), or it could not be brought back when a program is compared with eager"
+                f"forward changes {capture.name_of(tensor)}, which is no buffer of the step's model: give the step a "
+                "model that holds all networks which forward runs, such as nn.ModuleDict({'generator': ..., "
+                "'discriminator': ...}), or make a buffer of a tensor of your own (register_buffer)"
             )
     return [tensor for tensor, _ in lifted.values()]
 

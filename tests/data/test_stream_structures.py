@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
+from fasttrain.data.batch import num_samples
 from fasttrain.data.stream import prefetch
 from tests.data.late_copies import LateCopies, late
 
@@ -120,6 +121,27 @@ def test_dataclasses_are_copied_without_their_constructor(lane: LateCopies) -> N
     assert moved.num_made == [1]
     assert torch.equal(moved.half, torch.arange(4.0) / 2)
     assert moved.half is not batch.half
+
+
+class Graph:
+    def __init__(self, nodes: Tensor, dataset: Any) -> None:
+        self.nodes = nodes
+        self.edges = {"from": torch.tensor([0, 1]), "to": (torch.tensor([1, 2]),)}
+        self.dataset = dataset
+        self.itself = self
+
+
+def test_tensors_among_the_attributes_of_an_object_are_moved(lane: LateCopies) -> None:
+    dataset = Graph(torch.ones(2), None)
+    batch = Graph(torch.arange(4.0), dataset)
+    [moved] = late([batch], lane)
+    lane.finish()
+    assert type(moved) is Graph
+    assert torch.equal(moved.nodes, batch.nodes)
+    assert moved.nodes is not batch.nodes
+    assert moved.edges["to"][0] is not batch.edges["to"][0]
+    assert moved.dataset is dataset
+    assert num_samples(batch) == 4
 
 
 def test_kinds_of_mappings_lists_and_tuples_are_kept(lane: LateCopies) -> None:

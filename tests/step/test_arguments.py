@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
+from torch.utils.data import TensorDataset
 
 from fasttrain import ConfigError, EngineError, FastLoop, TrainStep
 
@@ -365,6 +366,14 @@ def test_fits_that_cannot_work(options: dict[str, Any], message: str) -> None:
     model = net()
     with pytest.raises(ConfigError, match=message):
         FastLoop(model, sgd(model), loss=MSE, engine="eager").fit(data(), **options)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_dataset_is_not_taken_for_batches(kind: str) -> None:
+    model = net()
+    loop = FastLoop(model, sgd(model), loss=MSE)
+    with pytest.raises(ConfigError, match=r"a dataset, TensorDataset, whose items are rows: give DataLoader\(dataset"):
+        getattr(loop, kind)(TensorDataset(torch.randn(8, 4), torch.randn(8, 1)))
 
 
 def test_a_plateau_of_the_largest_value_is_refused() -> None:

@@ -6,6 +6,7 @@ import abc
 import math
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from decimal import Decimal
 from types import FunctionType
@@ -112,6 +113,45 @@ def caught_attribute() -> Home:
     return read, lambda: setattr(kept, "weight", 2.0)
 
 
+def entry_of_an_object() -> Home:
+    class Empty:
+        pass
+
+    kept: Any = Empty()
+    return lambda: kept.__dict__.get("weight", 1.0), lambda: setattr(kept, "weight", 2.0)
+
+
+def variable_of_an_object() -> Home:
+    class Empty:
+        pass
+
+    kept: Any = Empty()
+    return lambda: vars(kept).get("weight", 1.0), lambda: setattr(kept, "weight", 2.0)
+
+
+def one_tensor() -> Home:
+    class Two:
+        first, second = torch.ones(2), torch.ones(2)
+
+    kept: Any = Two()
+    return lambda: 2.0 if kept.first is kept.second else 1.0, lambda: setattr(kept, "second", kept.first)
+
+
+def order_of_a_dict() -> Home:
+    kept = OrderedDict(first=1.0, second=2.0)
+    return lambda: next(iter(kept.values())), lambda: kept.move_to_end("first")
+
+
+def tensor_that_needs_gradients() -> Home:
+    kept = torch.ones(2)
+    return lambda: 2.0 if kept.requires_grad else 1.0, lambda: setattr(kept, "requires_grad", True)
+
+
+def shape_of_a_tensor() -> Home:
+    kept = torch.ones(1, 2)
+    return lambda: float(kept.shape[0]), lambda: setattr(kept, "data", torch.ones(2, 1))
+
+
 def environment() -> Home:
     return lambda: float(os.environ.get("FASTTRAIN_TEST_WEIGHT", "1")), lambda: os.environ.update(
         FASTTRAIN_TEST_WEIGHT="2"
@@ -134,7 +174,9 @@ def hidden_builtin() -> Home:
 
 
 HOMES = [shadowed_in_a_class, other_bases, of_a_metaclass, method_of_a_metaclass, answered_by_getattr, caught_key,
-         caught_attribute, environment, registered, hidden_builtin]  # fmt: skip
+         caught_attribute, entry_of_an_object, variable_of_an_object, one_tensor, order_of_a_dict,
+         tensor_that_needs_gradients, shape_of_a_tensor, environment, registered,
+         hidden_builtin]  # fmt: skip
 
 
 def weighted(read: Callable[[], Any]) -> tuple[StepSpec, Any]:

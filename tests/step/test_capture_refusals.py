@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from fasttrain import TrainStep
 from fasttrain.data.ragged import Ragged
@@ -198,7 +200,7 @@ REFUSALS: dict[str, Refusal] = {
     "dict": Refusal(kept_in_a_dict, CHANGES_OBJECTS + "'counter.kept", lambda counter: counter.kept),
     "average": Refusal(averaged, CHANGES_OBJECTS + "'counter.average =", lambda counter: counter.average),
     "tensor changed in place": Refusal(
-        changed_in_place, "changes a tensor of shape .* that is no buffer", lambda counter: counter.average
+        changed_in_place, "forward changes counter.average, which is no buffer", lambda counter: counter.average
     ),
     "deque": Refusal(from_a_deque, CHANGES_OBJECTS + "'counter.recent", lambda counter: list(counter.recent)),
     "iterator": Refusal(
@@ -211,7 +213,9 @@ REFUSALS: dict[str, Refusal] = {
         lambda counter: counter.array[0],
     ),
     "numpy scalar": Refusal(
-        read_from_a_numpy_scalar, "forward reads the numpy value .*[.]scalar: make", lambda counter: counter.scalar
+        read_from_a_numpy_scalar,
+        r"forward reads a numpy value, .*scalar: 'return .* in test_capture_ref",
+        lambda counter: counter.scalar,
     ),
     "model": Refusal(kept_on_the_model, CHANGES_OBJECTS + "'model.last =", lambda _: 0),
     "hook": Refusal(kept_on_a_part_of_the_model, "forward ", lambda _: 0),
@@ -332,6 +336,45 @@ def test_buffers_that_change_places_compile() -> None:
         return Job(model, mean_square, lambda: model.older.zero_())
 
     assert_same_on_all_sides(make)
+
+
+def test_a_buffer_that_forward_replaces_and_never_reads_holds_each_steps_value() -> None:
+    class Watched(nn.Linear):
+        seen: Tensor
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.seen = input.mean(0)
+            return super().forward(input)
+
+    def seen_by(engine: str) -> tuple[list[Tensor], str]:
+        torch.manual_seed(0)
+        model = Watched(4, 1)
+        model.register_buffer("seen", torch.zeros(4))
+        step = TrainStep(model, sgd(model), mean_square, engine=engine)
+        found: list[Tensor] = []
+        for number, batch in enumerate(pairs(8)):
+            if number == 5:
+                model.seen = torch.zeros(4)
+            step(batch)
+            found.append(model.seen.clone())
+        return found, step.engine.value
+
+    (found, engine), (wanted, _) = seen_by("compiled"), seen_by("eager")
+    torch.testing.assert_close(found, wanted)
+    assert engine == "compiled"
+
+
+def test_a_warning_of_forward_is_left_to_eager() -> None:
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        warnings.warn("few rows", stacklevel=1)
+        return mean_square(model, batch)
+
+    spec, batch = spec_of(nn.Linear(4, 1), forward), pairs(1)[0]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        traced = trace_step(spec, batch)
+        run_graph(traced, batch)
+    assert not found
 
 
 def test_a_buffer_that_is_replaced_by_one_of_another_shape_is_refused() -> None:
@@ -656,3 +699,57 @@ def test_a_capture_holds_in_another_thread() -> None:
     with ThreadPoolExecutor(1) as pool:
         assert not isinstance(pool.submit(traced.inputs, batch).result(), Mismatch)
         assert pool.submit(trace_step, traced.spec, batch).result().parts
+
+
+def test_a_checkpointed_part_that_draws_random_numbers_is_refused_with_its_line() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    inner = Job(model, lambda model, batch: checkpoint(model, batch[0], use_reentrant=False).mean(), lambda: None)
+    step = TrainStep(model, sgd(model), inner.forward, engine="compiled")
+    first, second = pairs(2)
+    step(first)
+    message = r"checkpoint recomputes .* cannot be recorded: 'inner = Job.*checkpoint\(.* in test_capture_refusals"
+    with pytest.raises(EngineError, match=message):
+        step(second)
+
+
+def test_a_hook_of_torchs_own_that_changes_the_model_is_named() -> None:
+    model = prune.l1_unstructured(nn.Linear(4, 1), "weight", amount=0.5)
+    step = TrainStep(model, sgd(model), mean_square, engine="compiled")
+    first, second = pairs(2)
+    step(first)
+    with pytest.raises(EngineError, match=r"changes Python objects.* by torch/nn/utils/prune\.py:\d+"):
+        step(second)
+
+
+class Doubling(float):
+    def __rmul__(self, other: Any) -> Any:
+        return 2 * float(self) * other
+
+
+def test_a_number_whose_class_has_operators_of_its_own_is_refused() -> None:
+    scale = Doubling(1.0)
+    model = nn.Linear(4, 1)
+    step = TrainStep(model, sgd(model), lambda model, batch: mean_square(model, batch)[0] * scale, engine="compiled")
+    first, second = pairs(2)
+    step(first)
+    with pytest.raises(EngineError, match=r"a Doubling, a subclass of float .*'.*\* scale.* in test_capture_refusals"):
+        step(second)
+
+
+def negative_log_likelihood(model: nn.Module, batch: Batch, **options: Any) -> Tensor:
+    inputs, targets = batch
+    return -torch.distributions.Normal(model(inputs), 1.0, **options).log_prob(targets).mean()
+
+
+def test_a_distribution_that_checks_its_arguments_is_refused_with_what_to_write() -> None:
+    model = nn.Linear(4, 1)
+    first, second = pairs(2)
+    step = TrainStep(model, sgd(model), negative_log_likelihood, engine="compiled")
+    step(first)
+    with pytest.raises(EngineError, match="validate_args=False"):
+        step(second)
+    unchecked = functools.partial(negative_log_likelihood, validate_args=False)
+    step = TrainStep(model, sgd(model), unchecked, engine="compiled")
+    step(first)
+    step(second)
+    assert step.engine.value == "compiled"

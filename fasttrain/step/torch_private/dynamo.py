@@ -11,9 +11,11 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from math import copysign
 from threading import get_ident
+from traceback import FrameSummary
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -38,6 +40,8 @@ _OPTIONS: dict[str, Any] = {
     "capture_scalar_outputs": False,
     "capture_dynamic_output_shape_ops": False,
     "allow_rnn": True,
+    # Eager's first step has warned; Python shows a warning of one line once.
+    "ignore_logging_functions": {warnings.warn},
     "trace_autograd_ops": False,
     "suppress_errors": False,
     "verbose": False,
@@ -79,11 +83,13 @@ class Guarded(NamedTuple):
         value: the object.
         name: what the user calls it, with the line that reads it.
         argument: the function's argument that it is reached through; None: a closure or a global.
+        expression: what reads it, over the names that guards use.
     """
 
     value: Any
     name: str
     argument: str | None
+    expression: str
 
 
 class _InputsRead(BaseException):
@@ -115,6 +121,7 @@ class DynamoCapture:
         self.inputs = [_graph_input(sources[index]) for index in range(len(sources))]
         self._guard_names = _names_of_guards(scope, function.__globals__)
         self.objects = _reached(captured.output_graph.guards, self._guard_names)
+        self._compared = self._tensors_besides_inputs(_input_names(captured))
         self._zeros = _zeros(captured.output_graph.guards, self._guard_names)
         self.names = {name for guard in captured.output_graph.guards for name in re.findall(r"\w+", guard.name)}
         self.modules = {name: import_module(name) for name in captured.import_sources.values()}
@@ -133,15 +140,35 @@ class DynamoCapture:
 
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether every guard holds, given the function's arguments and closure by name."""
-        return self._manager.check(scope) and (not self._zeros or self._other_zero(scope) is None)
+        if not self._manager.check(scope):
+            return False
+        return (not self._compared or self._replaced(scope) is None) and self._other_zero(scope) is None
 
     def first_broken(self, scope: dict[str, Any]) -> str:
         """What the first guard that does not hold is about, with the user's expression and line."""
         found = self._manager.check_verbose(scope)
         if found.result and (zero := self._other_zero(scope)) is not None:
             return f"the sign of the zero {zero}"
+        if found.result and (replaced := self._replaced(scope)) is not None:
+            return f"the tensor {replaced.name}"
         parts = [str(part) for part in found.verbose_code_parts]
         return _described(parts[0]) if parts else "what forward reads"
+
+    def _tensors_besides_inputs(self, inputs: set[str]) -> list[tuple[CodeType, Guarded]]:
+        """Tensors that forward reads but does not compute with, as `a is b` does, and the expressions that read them.
+
+        Those of a batch are other tensors in each step.
+        """
+        return [
+            (compile(each.expression, each.name, "eval"), each)
+            for each in self.objects
+            if isinstance(each.value, Tensor) and each.argument != "batch" and each.expression not in inputs
+        ]
+
+    def _replaced(self, scope: dict[str, Any]) -> Guarded | None:
+        """The first of these tensors that is another one now."""
+        names = {**self._guard_names, "L": scope}
+        return next((each for code, each in self._compared if eval(code, names) is not each.value), None)
 
     def _other_zero(self, scope: dict[str, Any]) -> str | None:
         """The first zero whose sign is another one: guards compare by `==`."""
@@ -166,6 +193,16 @@ class DynamoCapture:
             with self.graph.graph.inserting_before(found[-1]):
                 self.graph.graph.call_function(function)
             self.graph.recompile()
+
+    @property
+    def checkpointed(self) -> str | None:
+        """The user's line that has a part of forward computed again in backward; None where there is none."""
+        checkpoint = torch.ops.higher_order.tag_activation_checkpoint
+        for node in self.graph.graph.nodes:
+            if node.target is checkpoint:
+                frames = re.findall(r'File "(.*)", line (\d+), in .*\n +(.*)', node.meta.get("stack_trace", ""))
+                return _place_of([FrameSummary(name, int(number), "", line=line) for name, number, line in frames])
+        return None
 
     def result(self, outputs: Sequence[Any], *arguments: Any) -> Any:
         """What the function returns where the graph returns `outputs`."""
@@ -228,7 +265,9 @@ def capture_function(
                 output = fullgraph_capture(function, tuple(arguments.values()))
             if output.backend_input is None:
                 raise EngineError("forward computes nothing from tensors")
-            guards = output.graph_capture_output.build_guards(function.__code__, Hooks(guard_filter_fn=_is_needed))
+            captured = output.graph_capture_output
+            hooks = Hooks(guard_filter_fn=partial(_are_needed, inputs=_input_names(captured)))
+            guards = captured.build_guards(function.__code__, hooks)
         except EngineError:
             raise
         except Exception as error:
@@ -249,8 +288,13 @@ def _forget_lookups() -> None:
             lookup.cache_clear()
 
 
-def _is_needed(guards: Sequence[Any]) -> list[bool]:
-    """Which guards are checked: not those of tensors besides the batch's, which whoever reads the inputs compares.
+def _input_names(captured: Any) -> set[str]:
+    """The expressions that read the inputs of a captured graph."""
+    return {source.name for source in captured.output_graph.export_metadata.graph_input_idx_to_local_source.values()}
+
+
+def _are_needed(guards: Sequence[Any], inputs: set[str]) -> list[bool]:
+    """Which guards are checked: not those of inputs besides the batch's, which whoever reads the inputs compares.
 
     Nor those of Python's own functions and of this package's code, which do not change.
     """
@@ -259,7 +303,7 @@ def _is_needed(guards: Sequence[Any]) -> list[bool]:
         if guard.guard_type == "TORCH_FUNCTION_STATE":
             return False  # see `function_modes`
         if guard.guard_type == "TENSOR_MATCH":
-            return guard.name.startswith("L['batch']")
+            return guard.name.startswith("L['batch']") or guard.name not in inputs
         if guard.name.startswith("G['__builtins_dict__"):
             return not isinstance(guard.value, type | BuiltinFunctionType)
         return not guard.name.startswith(_OWN_NAMES)
@@ -370,7 +414,7 @@ def _reached(guards: Any, names: dict[str, Any]) -> list[Guarded]:
             continue
         if id(value) not in found:
             name = f"{_spelled(guard.name)}{_place_of(guard.user_stack or ())}"
-            found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source))
+            found[id(value)] = Guarded(value, name, _argument_of(guard.originating_source), guard.name)
     return list(found.values())
 
 
@@ -417,9 +461,18 @@ def _place_of_change(error: BaseException, changed: Sequence[str]) -> str:
         for stacks in of_changed or stacks_by_variable.values():
             for stack in stacks:
                 if place := _place_of(stack):
-                    return place
+                    return place + _place_in_torch(stack)
         trace = trace.tb_next
     return ""
+
+
+def _place_in_torch(frames: Sequence[Any]) -> str:
+    """The line of torch's that does it for the user's, such as a hook of `torch.nn.utils.weight_norm`."""
+    folder = os.path.dirname(torch.__file__)
+    inner = next(frame for frame in reversed(list(frames)) if not frame.filename.endswith("torch/nn/modules/module.py"))
+    if not inner.filename.startswith(folder):
+        return ""
+    return f", by {os.path.relpath(inner.filename, os.path.dirname(folder))}:{inner.lineno}"
 
 
 def _why_refused(error: Exception) -> str:
@@ -462,6 +515,11 @@ _ADVICE = (
         r"Caused by: .*gaussian_nll_loss",
         "gaussian_nll_loss reads on the host whether a variance is negative; use operators in its place: "
         "0.5 * (variance.log() + (prediction - target) ** 2 / variance)",
+    ),
+    (
+        r"torch\.distributions|torch/distributions",
+        "torch.distributions checks its arguments on the host; switch that off: validate_args=False, or "
+        "torch.distributions.Distribution.set_default_validate_args(False)",
     ),
     (
         r"pack_padded_sequence|pad_packed_sequence",
