@@ -162,7 +162,11 @@ def _name_of(value: Any) -> str:
     if isinstance(value, nn.Module):
         settings = [_plain_attributes(module) for module in value.modules()]
         return f"{value!r} {settings!r}"
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    kind = type(value)
+    try:
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', kind.__qualname__)}"
+    except Exception:  # a __getattr__ of the user's, such as one that looks into a dict
+        return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _machine(device: torch.device) -> tuple[str, ...]:

@@ -202,6 +202,26 @@ def test_metrics_and_what_they_call_are_part_of_the_signature(monkeypatch: pytes
     assert len(found) == 3
 
 
+class Settings(dict[str, float]):
+    """As configurations often are: what is missing is a KeyError."""
+
+    def __getattr__(self, name: str) -> float:
+        return self[name]
+
+
+SETTINGS = Settings(weight=2.0)
+
+
+def weighted(_loss: Tensor, predictions: Tensor | None, _targets: Tensor | None) -> Tensor:
+    assert predictions is not None
+    return predictions.sum() * SETTINGS.weight
+
+
+def test_a_global_that_raises_for_any_attribute_has_a_signature() -> None:
+    [batch] = batches(1)
+    assert job_signature(train_step("eager", metrics={"weighted": weighted}).spec, batch)
+
+
 IN_ANOTHER_PROCESS = """
 import torch
 from fasttrain.step.identity import job_signature

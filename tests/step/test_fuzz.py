@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,18 +12,28 @@ from benchmarks.fuzz import FINE, Draws, Outcome, family
 from tests.step.fuzz_jobs import draw_job
 from tests.step.fuzzing import run_job
 
-ITEMS, SEEDS = 20, 11
-"""Test items, and jobs in each: two minutes on one core."""
+ITEMS, SEEDS = 20, 10
+"""Test items, and jobs in each: a minute and a half on one core."""
 
 COMPILED = {
+    24: "a list of layers under Adam, with a metric",
     40: "dropout under Adam",
     180: "batch norm under AdamW, whose program no longer holds at the end",
-    191: "resident rows under Adam, several steps a call, with a metric",
 }
 
 pytestmark = pytest.mark.usefixtures("in_double")
 
 
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """A capture looks through all objects of the process, most of which were imported: a fifth of a draw."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen")
 @pytest.mark.parametrize("item", range(ITEMS))
 def test_a_random_job_trains_as_plain_pytorch_does(
     item: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -40,7 +52,6 @@ def test_a_random_job_compiled(seed: int, tmp_path: Path, monkeypatch: pytest.Mo
     outcome = run_job(draw_job(seed), tmp_path, monkeypatch, is_compiled=True)
     assert outcome.kind == "same", outcome.detail
     assert outcome.by_program >= 3
-    assert (outcome.spans > 0) == (seed == 191)
     assert 0.0 < outcome.worst < 1e-12
 
 
