@@ -8,6 +8,7 @@ weighs less. Steps of the first epochs, in which programs are made, are not time
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -29,7 +30,6 @@ from fasttrain.measure.bench.record import write_record
 from fasttrain.measure.environment import environment, load_average, now
 from tests import public_loops
 from tests.public_loops import BATCHES, EPOCHS, LOOPS, ROWS, TOLERANCE, Expected, Side, trained
-from tests.step.programs import compile_here
 
 TURN_S = 0.1
 
@@ -74,7 +74,7 @@ def side_of(expected: Expected, engine: str | None, parent: Connection, folder: 
     """A child: tells what a loop's losses and states are, and by which engine; then takes turns."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    compile_here(folder)
+    os.environ["XDG_CACHE_HOME"] = folder
     reason = None
     side = Side(engine)
     try:
@@ -95,7 +95,7 @@ def make_programs(place: int, folder: str) -> None:
     """A child: has the programs of a loop made, before anything is timed."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    compile_here(folder)
+    os.environ["XDG_CACHE_HOME"] = folder
     with suppress(EngineError):
         trained(LOOPS[place], Side("compiled"))
 
