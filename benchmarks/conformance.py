@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,9 +163,13 @@ def reasons(outcomes: Sequence[Outcome]) -> list[str]:
     found: dict[str, dict[str, int]] = {}
     for each in outcomes:
         if each.why is not None and each.difference is None:
-            names = found.setdefault(each.why, {})
+            names = found.setdefault(_PLACE.sub("", each.why), {})
             names[each.name] = names.get(each.name, 0) + 1
     return [f"{', '.join(f'{name} ({num})' for name, num in names.items())}: {why}" for why, names in found.items()]
+
+
+_PLACE = re.compile(r": '[^']*' in \S+\.py:\d+$")
+"""The line of the test's own forward, which every refusal names."""
 
 
 def differences(outcomes: Sequence[Outcome]) -> list[str]:

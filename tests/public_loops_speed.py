@@ -8,13 +8,14 @@ weighs less. Steps of the first epochs, in which programs are made, are not time
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,13 +30,13 @@ from fasttrain.measure.bench.record import write_record
 from fasttrain.measure.environment import environment, load_average, now
 from tests import public_loops
 from tests.public_loops import BATCHES, EPOCHS, LOOPS, ROWS, TOLERANCE, Expected, Side, trained
-from tests.step.programs import compile_here
 
 TURN_S = 0.1
 
 WARM_STEPS = 4 * BATCHES * EPOCHS
 
-MANY_EPOCHS = 4_000
+MANY_EPOCHS = 40_000
+"""More than any loop needs for its turns."""
 
 
 class _EndOfTurns(BaseException):
@@ -73,7 +74,7 @@ def side_of(expected: Expected, engine: str | None, parent: Connection, folder: 
     """A child: tells what a loop's losses and states are, and by which engine; then takes turns."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    compile_here(folder)
+    os.environ["XDG_CACHE_HOME"] = folder
     reason = None
     side = Side(engine)
     try:
@@ -94,7 +95,7 @@ def make_programs(place: int, folder: str) -> None:
     """A child: has the programs of a loop made, before anything is timed."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    compile_here(folder)
+    os.environ["XDG_CACHE_HOME"] = folder
     with suppress(EngineError):
         trained(LOOPS[place], Side("compiled"))
 
@@ -136,14 +137,15 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.public_loops_speed", description=__doc__)
     names = [each.loop.__name__ for each in LOOPS]
     parser.add_argument("--loops", nargs="+", choices=names, default=names, help="(default: all)")
+    parser.add_argument("--cache", help="folder of programs, which is kept (default: one that goes)")
     parser.add_argument("--jobs", type=int, default=2, help="processes that make programs (default: 2)")
-    parser.add_argument("--turns", type=int, default=20, help="of each side (default: 20)")
+    parser.add_argument("--turns", type=int, default=10, help="of each side (default: 10)")
     parser.add_argument("--out", type=Path, default=RESULTS / "public-loops-cpu.json", help="the record")
     options = parser.parse_args(arguments)
     started_at = environment(torch.device("cpu"))
     found: list[Loop] = []
     places = [place for place, each in enumerate(LOOPS) if each.loop.__name__ in options.loops]
-    with tempfile.TemporaryDirectory(prefix="public-loops-") as folder:
+    with nullcontext(options.cache) if options.cache else tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(options.jobs, get_context("spawn")) as workers:
             list(workers.map(make_programs, places, [folder] * len(places)))
         for place in places:

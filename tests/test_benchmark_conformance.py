@@ -30,7 +30,13 @@ def record(*outcomes: Outcome) -> ConformanceRecord:
 
 SAME = Outcome(name="nn.Linear", number=0, is_module=True)
 REFUSED = [
-    Outcome(name="nn.CTCLoss", number=number, is_module=True, why="refused: it reads a | length") for number in (0, 7)
+    Outcome(
+        name="nn.CTCLoss",
+        number=number,
+        is_module=True,
+        why=f"refused: it reads a | length: 'x = f(x)' in a.py:{number}",
+    )
+    for number in (0, 7)
 ]
 EAGER = Outcome(name="Muon", number=1, is_module=False, why="optimizer eager: its products have factors")
 DIFFERENT = Outcome(name="SGD", number=2, is_module=False, difference="1 is not 2")
