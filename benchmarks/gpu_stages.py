@@ -65,9 +65,17 @@ BENCH_START_S, BENCH_ARM_S = 14.0, 8.0
 CHILD_SETTINGS = {
     "combo": "import torch._inductor.config as config; config.combo_kernels = True",
     "pdl": "import torch._inductor.config as config; config.triton.enable_pdl = True",
-    "cudnn-norm": "import torch; from torch._inductor.decomposition import decompositions as table\n"
-    "for name in ('cudnn_batch_norm', 'native_batch_norm'):\n"
-    "    for each in (name, name + '_backward'): del table[getattr(torch.ops.aten, each).default]",
+    "cudnn-norm": """
+import torch
+from torch._inductor.decomposition import decompositions as table
+from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
+for name in ("cudnn_batch_norm", "native_batch_norm"):
+    for each in (name, name + "_backward"):
+        del table[getattr(torch.ops.aten, each).default]
+        # Without the constraint its input may come in another memory format than the graph says, and its output is
+        # then read in a wrong order.
+        make_fallback(getattr(torch.ops.aten, each), constrain_to_fx_strides, warn=False)
+""",
 }
 """Variants that are settings of the process that compiles: Python code that it runs when it starts."""
 
