@@ -88,6 +88,9 @@ LEAST_S = 2.0
 
 LOOK_S = 0.2
 
+TOLD = 300
+"""Characters of an error in the summary."""
+
 TEST_PROCESSES = 8
 """Of 16 cores; the stages beside the tests compile five programs."""
 
@@ -439,31 +442,41 @@ class Check:
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """A short table: how stages ended, and what was predicted beside what was measured."""
     lines = [f"{each['stage']}: {each['how']}" for each in results if each["kind"] == "stage" and each["how"] != "ok"]
+    errors = [each for each in results if each["kind"] == "error" and "KeyboardInterrupt" not in each["error"]]
+    lines += [f"{each['stage']}: {each['what']}: {each['error'][:TOLD]}" for each in errors]
     lines += [f"test failed: {each['test']}" for each in results if each["kind"] == "test" and each["how"] == "failed"]
-    timed = [each for each in results if each["kind"] == "step"]
-    best: dict[str, dict[str, Any]] = {}
-    eager = {each["workload"]: each["step_us"] for each in timed if each["arm"] == "eager"}
+    timed = last_times(results)
     for each in timed:
-        workload = each["workload"]
         told = "" if each["agrees"] else "; its losses are not those of the first arm"
-        lines.append(f"{workload} {each['arm']}: {each['step_us']:.1f} us a step (n={each['n']}){told}")
-        if not each["agrees"]:
-            continue
-        if workload not in best or each["step_us"] < best[workload]["step_us"]:
-            best[workload] = each
-    lines.append("workload: predicted us, measured us (fastest arm), times eager")
-    for workload, (low, high) in PREDICTED_US.items():
-        found = best.get(workload)
-        measured = "not measured"
-        if found is not None:
-            ratio = eager[workload] / found["step_us"] if workload in eager else None
-            measured = f"{found['step_us']:.1f} ({found['arm']}), {'-' if ratio is None else f'{ratio:.2f}x'}"
-        lines.append(f"{workload}: {low} to {high}, {measured}")
+        told += "" if each["kind"] == "step" else f" ({each['kind'].removeprefix('step, ')})"
+        lines.append(f"{each['workload']} {each['arm']}: {each['step_us']:.1f} us a step (n={each['n']}){told}")
+    lines += ["workload: predicted us, measured us (fastest arm), times eager", *predicted_and_measured(timed)]
     for each in (each for each in results if each["kind"] == "bench"):
         rate = f"{each['samples_per_s']:,.0f} samples/s" if each.get("samples_per_s") else each.get("refused")
         lines.append(f"{each['stage']} {each['arm']}: {rate}")
     lines += [f"target: {each}" for each in TARGETS]
     return "\n".join(lines)
+
+
+def last_times(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last time of a step that a stage has told of each arm: of all rounds, or of what came before it ended."""
+    kinds = ("step", "step, so far", "step, alone")
+    return list({(each["stage"], each["arm"]): each for each in results if each["kind"] in kinds}.values())
+
+
+def predicted_and_measured(timed: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each workload; an arm whose losses are not those of eager steps does not count."""
+    lines: list[str] = []
+    for workload, (low, high) in PREDICTED_US.items():
+        found = [each for each in timed if each["workload"] == workload and each["agrees"]]
+        best = min(found, key=lambda each: each["step_us"], default=None)
+        measured = "not measured"
+        if best is not None:
+            eager = next((each["step_us"] for each in found if each["arm"] == "eager"), None)
+            ratio = "-" if eager is None else f"{eager / best['step_us']:.2f}x"
+            measured = f"{best['step_us']:.1f} ({best['arm']}), {ratio}"
+        lines.append(f"{workload}: {low} to {high}, {measured}")
+    return lines
 
 
 def recompiled(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -276,12 +276,30 @@ def test_tests_that_have_passed_are_not_run_again(tmp_path: Path) -> None:
 
 
 def test_predictions_are_shown_beside_what_was_measured() -> None:
-    step = {"kind": "step", "workload": "mlp", "n": 9, "agrees": True}
-    timed = [{**step, "arm": "eager", "step_us": 300.0}, {**step, "arm": "graph of 16", "step_us": 60.0}]
-    shown = gpu.summary([*timed, {**step, "arm": "graph of 4", "step_us": 50.0, "agrees": False}])
+    step = {"kind": "step", "stage": "headline-mlp", "workload": "mlp", "n": 9, "agrees": True}
+    shown = gpu.summary(
+        [
+            {**step, "kind": "step, alone", "arm": "graph of 16", "step_us": 10.0, "n": 1},
+            {**step, "arm": "eager", "step_us": 300.0},
+            {**step, "arm": "graph of 16", "step_us": 60.0},
+            {**step, "arm": "graph of 4", "step_us": 50.0, "agrees": False},
+            {
+                **step,
+                "kind": "step, alone",
+                "stage": "headline-cnn",
+                "workload": "cnn",
+                "arm": "eager",
+                "step_us": 400.0,
+            },
+            {"kind": "error", "stage": "headline-cnn", "what": "cnn: program", "error": "EngineError: no compiler"},
+        ]
+    ).splitlines()
+    assert "headline-cnn: cnn: program: EngineError: no compiler" in shown
     assert "mlp graph of 4: 50.0 us a step (n=9); its losses are not those of the first arm" in shown
     assert "mlp: 40 to 50, 60.0 (graph of 16), 5.00x" in shown
-    assert "cnn: 140 to 180, not measured" in shown
+    assert "cnn eager: 400.0 us a step (n=9) (alone)" in shown  # the stage was cut off
+    assert "cnn: 140 to 180, 400.0 (eager), 1.00x" in shown
+    assert "chars: 800 to 1000, not measured" in shown
 
 
 def test_an_earlier_call_is_needed_where_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
