@@ -1,16 +1,19 @@
 """Checks and measures fasttrain on a machine with one CUDA GPU, within a budget of minutes.
 
-A GPU is often lent for minutes, on a machine without a network. So the check runs in two calls, each of which fits in
-ten minutes; whatever cuts a call off, what came before is on disk.
+A GPU is often lent for minutes, on a machine without a network. So the check runs in two calls, of 6 and 4 minutes;
+whatever cuts a call off, what came before is on disk.
 
 1. Where there is a network, in the root of a checkout: `python -m benchmarks.gpu pack`. It puts the data into `.data/`
    and the wheels that the other machine may lack into `.whl/`; git ignores both folders. Copy the checkout with them.
-2. On the machine with the GPU, in the root of the checkout, about 7 minutes:
+2. On the machine with the GPU, in the root of the checkout, at most 6 minutes:
    `python -m benchmarks.gpu --call 1 --out OUT`
-3. Read `OUT/results.jsonl` and mend what failed. Keep OUT as `.data/call-1`.
-4. On that machine again, about 5 minutes: `python -m benchmarks.gpu --call 2 --out OUT2 --archive .data/call-1`.
-   It runs what failed again, tries variants of the compiled programs, and measures reviews in two blocks. The compiled
-   programs come from the archive.
+3. Read `OUT/results.jsonl` and mend what failed. Keep it and `OUT/programs-*.tar` in `.data/call-1`.
+4. On that machine again, at most 4 minutes: `python -m benchmarks.gpu --call 2 --out OUT2`.
+   It runs what failed again, tests that passed left out; then it tries variants of the compiled programs, and measures
+   reviews in two blocks. The compiled programs come from `.data/call-1`.
+
+Stages run in the order of what their results are worth, and each has a deadline, fixed from the start: what a stage
+does not use, those after it may; what takes too long is interrupted, and takes time from no other.
 
 A rehearsal on a machine without a GPU: `python -m benchmarks.gpu --call 1 --out OUT --device cpu --budget-s 1800`. With
 `--sabotage STAGE=fail`, `hang` or `deaf` a stage fails, hangs, or hangs and ignores Ctrl-C.
@@ -24,26 +27,24 @@ the GPU and its driver are left as they are; TF32 is off (NVIDIA_TF32_OVERRIDE=0
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.gpu_archive import Archive, restore_programs
 from benchmarks.places import REPOSITORY, log
 
 DATA = ("reviews_lite.csv.gz", "mnist_t10k.npz", "tinyshakespeare.txt")
@@ -87,10 +88,16 @@ LEAST_S = 2.0
 
 LOOK_S = 0.2
 
-MOST_FILES, MOST_BYTES, MOST_TOTAL_BYTES = 8, 16 << 20, 60 << 20
-"""Of the folder that is kept: files, bytes of an archive, bytes of all."""
+TOLD = 300
+"""Characters of an error in the summary."""
+
+TEST_PROCESSES = 8
+"""Of 16 cores; the stages beside the tests compile five programs."""
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+NO_DEVICE = 2
+"""The exit code of a stage that finds no GPU."""
 
 
 class Stage(NamedTuple):
@@ -116,40 +123,46 @@ def first_call() -> list[Group]:
     """The stages of the first call, in order."""
     programs = [inner(f"programs-{name}", "programs", name) for name in WORKLOADS]
     return [
-        Group(15, [inner("probe", "probe")]),
-        Group(135, [*programs, Stage("tests", tests())]),
+        Group(24, [inner("probe", "probe")]),
+        Group(140, [*programs, Stage("tests", tests())]),
+        *[Group(24, [inner(f"headline-{name}", "headline", name)]) for name in WORKLOADS],
         Group(12, [Stage("overlap", overlap())]),
-        Group(10, [inner("ceilings", "ceilings")]),
-        *[Group(28, [inner(f"headline-{name}", "headline", name)]) for name in WORKLOADS],
-        Group(65, [inner("bench-reviews", "bench", "reviews", "1")]),
-        Group(50, [inner("bench-mlp", "bench", "mlp", "1")]),
+        Group(8, [inner("ceilings", "ceilings")]),
+        Group(34, [inner("bench-reviews", "bench", "reviews", "1")]),
+        Group(26, [inner("bench-mlp", "bench", "mlp", "1")]),
     ]
 
 
 def second_call(earlier: Sequence[dict[str, Any]]) -> list[Group]:
     """The stages of the second call: what failed in the first, the variants, and reviews once more.
 
+    The more has failed, the fewer of the others are reached.
+
     Args:
         earlier: results of the first call.
     """
     failed = {each["stage"] for each in earlier if each["kind"] == "stage" and each["how"] != "ok"} - {"probe"}
-    again = [Group(group.seconds, [each for each in group.stages if each.name in failed]) for group in first_call()]
+    again = [group._replace(stages=[each for each in group.stages if each.name in failed]) for group in first_call()]
     variants = [(workload, name) for workload, names in VARIANTS.items() for name in names]
     programs = [inner(f"programs-{workload}-{name}", "programs", workload, name) for workload, name in variants]
     return [
-        Group(10, [inner("probe", "probe")]),
+        Group(16, [inner("probe", "probe")]),
         *[group for group in again if group.stages],
         Group(80, programs),
-        *[Group(22, [inner(f"variants-{workload}", "variants", workload)]) for workload in VARIANTS],
-        Group(80, [inner("bench-reviews-2", "bench", "reviews", "2")]),
+        *[Group(20, [inner(f"variants-{workload}", "variants", workload)]) for workload in VARIANTS],
+        Group(50, [inner("bench-reviews-2", "bench", "reviews", "2")]),
     ]
 
 
 def tests() -> list[str]:
-    """The tests that need a GPU, by path, in four processes; warnings are no errors here."""
+    """The tests that need a GPU, by path; warnings are no errors here.
+
+    Most of them compile, which a file's tests would do one after the other in one process.
+    """
     paths = sorted((REPOSITORY / "tests").rglob("test_*.py"))
     marked = [path.relative_to(REPOSITORY) for path in paths if "mark.gpu" in path.read_text("utf-8")]
-    spread = ["-n", "4"] if importlib.util.find_spec("xdist") is not None else []
+    can_spread = importlib.util.find_spec("xdist") is not None
+    spread = ["-n", str(TEST_PROCESSES), "--dist", "worksteal"] if can_spread else []
     return [*pytest_command(), "-m", "gpu", "-k", "not copies_run_while", *spread, *map(str, marked)]
 
 
@@ -186,129 +199,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-class Archive:
-    """What is kept of the work folder: `check.tar.gz` for all but programs, `programs-N.tar` for these.
-
-    Args:
-        out: where the archives go.
-        work: what they are of.
-        tell: is told what does not fit.
-        most_bytes: of an archive.
-    """
-
-    def __init__(
-        self, out: Path, work: Path, tell: Callable[[dict[str, Any]], None], most_bytes: int = MOST_BYTES
-    ) -> None:
-        self._out = out
-        self._work = work
-        self._tell = tell
-        self._most_bytes = most_bytes
-        self._bins: list[list[tuple[str, bytes]]] = []
-        self._known: set[str] = set()
-        self._left_out: set[str] = set()
-
-    def write(self) -> None:
-        """Writes anew the archives whose content has changed, each at once."""
-        for number in self._take_programs():
-            self._replace(f"programs-{number}.tar", lambda tar, held=self._bins[number]: _add_all(tar, held), "w")
-        files = sorted((file for file in self._kept() if file.is_file()), key=lambda file: file.stat().st_size)
-        while not self._replace("check.tar.gz", lambda tar: _add_files(tar, files, self._work), "w:gz"):
-            self._leave_out(str(files.pop().relative_to(self._work)), "too large for an archive")
-
-    def _kept(self) -> Iterable[Path]:
-        return (file for name in ("logs", "records", "profiles") for file in (self._work / name).rglob("*"))
-
-    def _take_programs(self) -> set[int]:
-        """Puts new programs into the archives; returns the numbers of those that changed."""
-        changed: set[int] = set()
-        names = (*self._work.glob("cache/**/programs/*.pt2"), *self._work.glob("cache/**/programs/*.json"))
-        for file in sorted((file for file in names if str(file) not in self._known), key=lambda f: f.stat().st_mtime):
-            self._known.add(str(file))
-            name = f"{file.relative_to(self._work)}.gz"
-            try:
-                packed = gzip.compress(file.read_bytes(), 6)
-            except FileNotFoundError:
-                continue
-            number = self._bin_for(len(packed) + 2048)
-            if number is None:
-                self._leave_out(name, "no archive has room for it")
-                continue
-            self._bins[number].append((name, packed))
-            changed.add(number)
-        return changed
-
-    def _bin_for(self, num_bytes: int) -> int | None:
-        sizes = [sum(len(content) + 2048 for _, content in held) for held in self._bins]
-        most = self._most_bytes - (64 << 10)
-        if sum(sizes) + num_bytes > MOST_TOTAL_BYTES - self._most_bytes or num_bytes > most:
-            return None
-        for number, size in enumerate(sizes):
-            if size + num_bytes <= most:
-                return number
-        if len(self._bins) >= MOST_FILES - 2:
-            return None
-        self._bins.append([])
-        return len(self._bins) - 1
-
-    def _replace(self, name: str, fill: Callable[[tarfile.TarFile], None], mode: Any) -> bool:
-        """Writes an archive in place of an older one; False: it would be too large, and the older one stays."""
-        with tempfile.TemporaryDirectory(dir=self._work) as scratch:
-            made = Path(scratch, name)
-            with tarfile.open(made, mode) as tar:
-                fill(tar)
-            if made.stat().st_size > self._most_bytes:
-                return False
-            shutil.copyfile(made, self._out / f".{name}")  # the folders may be of two file systems
-            os.replace(self._out / f".{name}", self._out / name)
-        return True
-
-    def _leave_out(self, name: str, reason: str) -> None:
-        if name not in self._left_out:
-            self._left_out.add(name)
-            self._tell({"kind": "left out", "file": name, "reason": reason})
-
-
-def _add_all(tar: tarfile.TarFile, held: Iterable[tuple[str, bytes]]) -> None:
-    for name, content in held:
-        entry = tarfile.TarInfo(name)
-        entry.size = len(content)
-        tar.addfile(entry, io.BytesIO(content))
-
-
-def _add_files(tar: tarfile.TarFile, files: Iterable[Path], work: Path) -> None:
-    for file in files:
-        with suppress(FileNotFoundError):
-            tar.add(file, str(file.relative_to(work)))
-
-
-def restore_programs(archive: Path, work: Path) -> int:
-    """Brings the programs of an earlier call back; returns how many there are."""
-    count = 0
-    for path in sorted(archive.glob("programs-*.tar")):
-        with tarfile.open(path) as tar:
-            for entry in tar.getmembers():
-                target = work / entry.name.removesuffix(".gz")
-                content = tar.extractfile(entry)
-                if content is None or work.resolve() not in target.resolve().parents:
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                target.write_bytes(gzip.decompress(content.read()))
-                count += target.suffix == ".pt2"
-    for folder in work.glob("cache/**/"):
-        folder.chmod(0o700)  # code is loaded from there
-    return count
-
-
 class Running:
     """A stage that runs, in a session of its own.
 
     Args:
         stage: which.
         check: whose.
-        seconds: that it may take.
+        planned_s: seconds after which it is to end.
+        deadline: when it is interrupted; later, where stages before it have left time.
     """
 
-    def __init__(self, stage: Stage, check: Check, seconds: float) -> None:
+    def __init__(self, stage: Stage, check: Check, planned_s: float, deadline: float) -> None:
         self.stage = stage
         self.how = ""
         self.is_over = False
@@ -318,7 +219,7 @@ class Running:
         self._mark = f"FASTTRAIN_CHECK_MARK={uuid.uuid4().hex}"
         self._scratch = check.work / "tmp" / stage.name
         self._scratch.mkdir(parents=True, exist_ok=True)
-        variables = check.variables(stage.name, self._scratch, self.begin + seconds)
+        variables = check.variables(stage.name, self._scratch, min(self.begin + planned_s, deadline), deadline)
         variables.update([self._mark.split("=")])
         # A shell has what it starts in the background ignore Ctrl-C, and a child inherits that, but no handler.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -397,6 +298,7 @@ class Check:
         device: "cuda" or "cpu".
         data: the folder of data, if there is one.
         sabotage: stages that are to fail, and how.
+        earlier: results of an earlier call; tests that have passed there are left out.
     """
 
     def __init__(
@@ -408,6 +310,7 @@ class Check:
         device: str = "cuda",
         data: Path | None = None,
         sabotage: dict[str, str] | None = None,
+        earlier: Path | None = None,
     ) -> None:
         self.begin = time.time()
         self.out = out
@@ -417,6 +320,7 @@ class Check:
         self._device = device
         self._data = data
         self._sabotage = sabotage or {}
+        self._earlier = earlier
         self._site = work / "site"
         self._programs: set[str] = set()
         out.mkdir(parents=True, exist_ok=True)
@@ -441,15 +345,15 @@ class Check:
         how = self._sabotage.get(stage.name)
         return stage.arguments if how is None else ["-c", SABOTAGE[how]]
 
-    def variables(self, stage: str, scratch: Path, until: float) -> dict[str, str]:
+    def variables(self, stage: str, scratch: Path, until: float, deadline: float) -> dict[str, str]:
         """The environment of a stage."""
         paths = [str(self._site), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        data = {} if self._data is None else {"FASTTRAIN_DATA": str(self._data)}
+        folders = {"FASTTRAIN_DATA": self._data, "FASTTRAIN_CHECK_EARLIER": self._earlier}
         return {
             **os.environ,
             **threads,
-            **data,
+            **{name: str(path) for name, path in folders.items() if path is not None},
             "NVIDIA_TF32_OVERRIDE": "0",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONUNBUFFERED": "1",
@@ -462,21 +366,28 @@ class Check:
             "FASTTRAIN_CHECK_DEVICE": self._device,
             "FASTTRAIN_CHECK_BEGIN": str(self.begin),
             "FASTTRAIN_CHECK_UNTIL": str(until),
+            "FASTTRAIN_CHECK_DEADLINE": str(deadline),
         }
 
-    def run(self, groups: Sequence[Group]) -> bool:
+    def run(self, groups: Sequence[Group], planned_s: float | None = None) -> bool:
         """Runs all groups, each until its deadline; returns whether all stages ended well.
 
         Deadlines are fixed from the start: what one group does not use, those after it may.
+
+        Args:
+            groups: in order.
+            planned_s: seconds that the budget is scaled to; of all groups if not given. Where the groups have more,
+                the last ones have no time.
         """
-        scale = (self._budget_s - MARGIN_S) / sum(group.seconds for group in groups)
-        planned_s, is_well = 0.0, True
+        scale = (self._budget_s - MARGIN_S) / (planned_s or sum(group.seconds for group in groups))
+        end = self.begin + self._budget_s - MARGIN_S
+        deadline, is_well = self.begin, True
         for group in groups:
-            planned_s += group.seconds
-            ended = self._run_group(group, self.begin + scale * planned_s, scale * group.seconds)
+            deadline = min(deadline + scale * group.seconds, end)
+            ended = self._run_group(group, deadline, scale * group.seconds)
             is_well = is_well and all(how == "ok" for how in ended.values())
-            if "probe" in ended and ended["probe"] != "ok" and "probe" not in self._sabotage:
-                log("the probe failed: nothing else can run here; see results.jsonl")
+            if ended.get("probe") == f"exit code {NO_DEVICE}":
+                log("there is no GPU: nothing else can run here; see results.jsonl")
                 return False
         return is_well
 
@@ -491,7 +402,7 @@ class Check:
         reason = "interrupted: the check was ended"
         try:
             for stage in group.stages:
-                running.append(Running(stage, self, min(left_s, max(planned_s, LEAST_S))))
+                running.append(Running(stage, self, planned_s, deadline))
             self._wait(running, deadline)
             reason = f"interrupted after {time.time() - running[0].begin:.0f} s"
         finally:
@@ -531,31 +442,41 @@ class Check:
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """A short table: how stages ended, and what was predicted beside what was measured."""
     lines = [f"{each['stage']}: {each['how']}" for each in results if each["kind"] == "stage" and each["how"] != "ok"]
+    errors = [each for each in results if each["kind"] == "error" and "KeyboardInterrupt" not in each["error"]]
+    lines += [f"{each['stage']}: {each['what']}: {each['error'][:TOLD]}" for each in errors]
     lines += [f"test failed: {each['test']}" for each in results if each["kind"] == "test" and each["how"] == "failed"]
-    timed = [each for each in results if each["kind"] == "step"]
-    best: dict[str, dict[str, Any]] = {}
-    eager = {each["workload"]: each["step_us"] for each in timed if each["arm"] == "eager"}
+    timed = last_times(results)
     for each in timed:
-        workload = each["workload"]
         told = "" if each["agrees"] else "; its losses are not those of the first arm"
-        lines.append(f"{workload} {each['arm']}: {each['step_us']:.1f} us a step (n={each['n']}){told}")
-        if not each["agrees"]:
-            continue
-        if workload not in best or each["step_us"] < best[workload]["step_us"]:
-            best[workload] = each
-    lines.append("workload: predicted us, measured us (fastest arm), times eager")
-    for workload, (low, high) in PREDICTED_US.items():
-        found = best.get(workload)
-        measured = "not measured"
-        if found is not None:
-            ratio = eager[workload] / found["step_us"] if workload in eager else None
-            measured = f"{found['step_us']:.1f} ({found['arm']}), {'-' if ratio is None else f'{ratio:.2f}x'}"
-        lines.append(f"{workload}: {low} to {high}, {measured}")
+        told += "" if each["kind"] == "step" else f" ({each['kind'].removeprefix('step, ')})"
+        lines.append(f"{each['workload']} {each['arm']}: {each['step_us']:.1f} us a step (n={each['n']}){told}")
+    lines += ["workload: predicted us, measured us (fastest arm), times eager", *predicted_and_measured(timed)]
     for each in (each for each in results if each["kind"] == "bench"):
         rate = f"{each['samples_per_s']:,.0f} samples/s" if each.get("samples_per_s") else each.get("refused")
         lines.append(f"{each['stage']} {each['arm']}: {rate}")
     lines += [f"target: {each}" for each in TARGETS]
     return "\n".join(lines)
+
+
+def last_times(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last time of a step that a stage has told of each arm: of all rounds, or of what came before it ended."""
+    kinds = ("step", "step, so far", "step, alone")
+    return list({(each["stage"], each["arm"]): each for each in results if each["kind"] in kinds}.values())
+
+
+def predicted_and_measured(timed: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each workload; an arm whose losses are not those of eager steps does not count."""
+    lines: list[str] = []
+    for workload, (low, high) in PREDICTED_US.items():
+        found = [each for each in timed if each["workload"] == workload and each["agrees"]]
+        best = min(found, key=lambda each: each["step_us"], default=None)
+        measured = "not measured"
+        if best is not None:
+            eager = next((each["step_us"] for each in found if each["arm"] == "eager"), None)
+            ratio = "-" if eager is None else f"{eager / best['step_us']:.2f}x"
+            measured = f"{best['step_us']:.1f} ({best['arm']}), {ratio}"
+        lines.append(f"{workload}: {low} to {high}, {measured}")
+    return lines
 
 
 def recompiled(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -629,23 +550,28 @@ def main(arguments: Sequence[str]) -> int:
     archive = None if archive is None else archive.resolve()
     earlier = [] if archive is None else read_lines(archive / "results.jsonl")
     groups = first_call() if options.call == 1 else second_call(earlier)
+    planned_s = sum(group.seconds for group in (groups if options.call == 1 else second_call([])))
     if options.stage:
-        groups = [Group(group.seconds, [s for s in group.stages if s.name in options.stage]) for group in groups]
+        groups = [group._replace(stages=[s for s in group.stages if s.name in options.stage]) for group in groups]
         groups = [group for group in groups if group.stages]
+        planned_s = sum(group.seconds for group in groups)
     if not groups:
         log(f"there is no stage {', '.join(options.stage)} in this call")
         return EXIT_USAGE
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as work:
-        return run_check(options, Path(work), groups, archive)
+        return run_check(options, Path(work), groups, planned_s, archive)
 
 
-def run_check(options: argparse.Namespace, work: Path, groups: list[Group], archive: Path | None) -> int:
+def run_check(
+    options: argparse.Namespace, work: Path, groups: list[Group], planned_s: float, archive: Path | None
+) -> int:
     """Runs groups of stages; returns the exit code."""
-    budget_s = options.budget_s or sum(group.seconds for group in groups) + MARGIN_S
+    budget_s = options.budget_s or planned_s + MARGIN_S
     data = data_folder(options.data)
     sabotage = dict(each.split("=") for each in options.sabotage)
-    check = Check(options.out, work, budget_s, device=options.device, data=data, sabotage=sabotage)
+    earlier = None if archive is None else archive / "results.jsonl"
+    check = Check(options.out, work, budget_s, device=options.device, data=data, sabotage=sabotage, earlier=earlier)
     restored = 0 if archive is None else restore_programs(archive, work)
     commit = REPOSITORY / ".data" / "commit"
     about = {"call": options.call, "device": options.device, "budget_s": budget_s, "data": data, "restored": restored}
@@ -654,7 +580,7 @@ def run_check(options: argparse.Namespace, work: Path, groups: list[Group], arch
     check.tell({"kind": "begin", **about, "unix_time": check.begin})
     code = EXIT_FAILED
     try:
-        code = 0 if check.run(groups) else EXIT_FAILED
+        code = 0 if check.run(groups, planned_s) else EXIT_FAILED
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     results = read_lines(check.results)

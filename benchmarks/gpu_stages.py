@@ -1,6 +1,7 @@
 """The stages of `benchmarks.gpu`, each run in a process of its own: STAGE and its arguments.
 
-As a plugin of pytest, it appends the outcome of each test to the results.
+As a plugin of pytest, it appends the outcome of each test to the results, and leaves out tests that an earlier call has
+passed.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import DATA, VARIANTS, append_line, data_folder
-from fasttrain import EngineError, FastLoop
+from benchmarks.gpu import DATA, NO_DEVICE, VARIANTS, append_line, data_folder, read_lines
+from fasttrain import FastLoop
 from fasttrain.measure.bench.arms import LoopArm
 from fasttrain.measure.bench.losses import check_losses, running_means
 from fasttrain.workloads.job import Job, load_job
@@ -52,6 +53,9 @@ LEAST_ROUNDS = 3
 TRACE_S = 6.0
 """Kept for the traces, before the deadline."""
 
+LEAST_ARM_S, LEAST_TRACE_S = 4.0, 1.0
+"""With less time left, no further arm is made, and nothing is timed or traced."""
+
 BENCH_ARMS = ("textbook", "graphed", "eager", "auto", "tuned", "compiled")
 """In this order they are left out where time is short."""
 
@@ -61,11 +65,34 @@ BENCH_START_S, BENCH_ARM_S = 14.0, 8.0
 CHILD_SETTINGS = {
     "combo": "import torch._inductor.config as config; config.combo_kernels = True",
     "pdl": "import torch._inductor.config as config; config.triton.enable_pdl = True",
-    "cudnn-norm": "import torch; from torch._inductor.decomposition import decompositions as table\n"
-    "for name in ('cudnn_batch_norm', 'native_batch_norm'):\n"
-    "    for each in (name, name + '_backward'): table.pop(getattr(torch.ops.aten, each).default, None)",
+    "cudnn-norm": """
+import torch
+from torch._inductor.decomposition import decompositions as table
+from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
+for name in ("cudnn_batch_norm", "native_batch_norm"):
+    for each in (name, name + "_backward"):
+        del table[getattr(torch.ops.aten, each).default]
+        # Without the constraint its input may come in another memory format than the graph says, and its output is
+        # then read in a wrong order.
+        make_fallback(getattr(torch.ops.aten, each), constrain_to_fx_strides, warn=False)
+""",
 }
 """Variants that are settings of the process that compiles: Python code that it runs when it starts."""
+
+SITE_CUSTOMIZE = """import os, sys, traceback
+if "fasttrain.step.build" in sys.orig_argv:
+    try:
+        exec({settings!r})
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    with open({noted!r}, "a") as file:
+        file.write("set\\n")
+"""
+"""The module `sitecustomize`, which Python runs when it starts: settings, and a note that they are set."""
+
+ERRORS: list[str] = []
+"""What this stage has told of as an error: it then ends as failed, and a second call runs it again."""
 
 
 def tell(kind: str, **record: Any) -> None:
@@ -79,8 +106,13 @@ def tell(kind: str, **record: Any) -> None:
 
 
 def left_s() -> float:
-    """Seconds until this stage's deadline."""
-    return float(os.environ.get("FASTTRAIN_CHECK_UNTIL", "inf")) - time.time()
+    """Seconds until this stage is interrupted."""
+    return float(os.environ.get("FASTTRAIN_CHECK_DEADLINE", "inf")) - time.time()
+
+
+def planned_end() -> float:
+    """When this stage is to end, by `time.time`: at its deadline, or before where earlier stages have left time."""
+    return float(os.environ.get("FASTTRAIN_CHECK_UNTIL", "inf"))
 
 
 @contextmanager
@@ -90,6 +122,7 @@ def told_if_it_fails(what: str) -> Generator[None]:
         yield
     except Exception as error:
         traceback.print_exc()
+        ERRORS.append(what)
         tell("error", what=what, error=f"{type(error).__name__}: {error}"[:2000])
 
 
@@ -100,6 +133,15 @@ def pytest_runtest_logreport(report: Any) -> None:
         return
     text = str(report.longrepr)[-3000:] if report.outcome == "failed" else None
     tell("test", test=report.nodeid, how=report.outcome, seconds=round(report.duration, 2), text=text)
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Of pytest: leaves out the tests that have passed in an earlier call."""
+    earlier = os.environ.get("FASTTRAIN_CHECK_EARLIER")
+    told = [] if earlier is None else read_lines(Path(earlier))
+    passed = {each["test"] for each in told if each["kind"] == "test" and each["how"] == "passed"}
+    config.hook.pytest_deselected(items=[each for each in items if each.nodeid in passed])
+    items[:] = [each for each in items if each.nodeid not in passed]
 
 
 def probe() -> None:
@@ -219,19 +261,40 @@ def variant_in_use(workload: str, variant: str, *, compiles: bool) -> Iterator[N
     if not variant:
         yield
         return
-    kept, path = os.environ["XDG_CACHE_HOME"], list(sys.path)
-    os.environ["XDG_CACHE_HOME"] = str(cache_of(workload, variant))
+    kept, cache = os.environ["XDG_CACHE_HOME"], cache_of(workload, variant)
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    settings = CHILD_SETTINGS.get(variant) if compiles else None
     try:
-        with tempfile.TemporaryDirectory() as folder, foreach_in_use(variant == "foreach"):
-            if compiles and variant in CHILD_SETTINGS:
-                code = (
-                    f"import sys\nif 'fasttrain.step.build' in sys.orig_argv:\n    exec({CHILD_SETTINGS[variant]!r})\n"
-                )
-                Path(folder, "sitecustomize.py").write_text(code)  # Python runs it when it starts
-                sys.path.insert(0, folder)  # the process that compiles is given this path
+        with foreach_in_use(variant == "foreach"), set_in_children(settings, cache):
             yield
     finally:
-        os.environ["XDG_CACHE_HOME"], sys.path[:] = kept, path
+        os.environ["XDG_CACHE_HOME"] = kept
+
+
+@contextmanager
+def set_in_children(settings: str | None, cache: Path) -> Iterator[None]:
+    """Has the processes that compile run Python code when they start.
+
+    Raises:
+        RuntimeError: programs were compiled without it; they are removed, for they are not of the variant.
+    """
+    if settings is None:
+        yield
+        return
+    before, path = set(cache.rglob("*.pt2")), list(sys.path)
+    with tempfile.TemporaryDirectory() as folder:
+        noted = Path(folder, "noted")
+        Path(folder, "sitecustomize.py").write_text(SITE_CUSTOMIZE.format(settings=settings, noted=str(noted)))
+        sys.path.insert(0, folder)  # the process that compiles is given this path
+        try:
+            yield
+        finally:
+            sys.path[:] = path
+            count = len(noted.read_text().splitlines()) if noted.exists() else 0
+    new = set(cache.rglob("*.pt2")) - before
+    if len(new) > count:
+        shutil.rmtree(cache)
+        raise RuntimeError(f"{len(new)} programs were compiled, {count} of them with the settings of the variant")
 
 
 @contextmanager
@@ -411,25 +474,36 @@ def variants(workload: str) -> None:
 
 def measure(workload: str, specs: Sequence[ArmSpec]) -> None:
     """Makes arms, compares their losses with the first one's, lets them take turns, and traces them."""
-    until = time.time() + left_s() - TRACE_S
-    arms = made_arms(workload, specs, until)
-    rounds = 0
-    while arms and (rounds < LEAST_ROUNDS or time.time() < until) and left_s() > 1:
-        for arm in arms:
-            with told_if_it_fails(f"{workload}: {arm.spec.label}: a turn"):
-                arm.turn()
-        rounds += 1
-        if rounds == LEAST_ROUNDS:
-            tell_times(workload, arms, kind="step, so far")
-    tell_times(workload, arms, kind="step")
-    for arm in arms:
+    arms = made_arms(workload, specs)
+    try:
+        take_turns(workload, arms, planned_end() - TRACE_S)
+    finally:
+        tell_times(workload, arms, kind="step")
+    for arm in reversed(arms):  # the last ones are of most interest
+        if left_s() < LEAST_TRACE_S:
+            tell("skipped", workload=workload, what=f"trace of {arm.spec.label}", reason="no time was left")
+            continue
         with told_if_it_fails(f"{workload}: {arm.spec.label}: trace"):
             tell_syncs(workload, arm)
             trace(workload, arm)
 
 
-def made_arms(workload: str, specs: Sequence[ArmSpec], until: float) -> list[TimedArm]:
-    """The arms that can be made here by then; each one's losses are compared with the first one's."""
+def take_turns(workload: str, arms: Sequence[TimedArm], until: float) -> None:
+    """Rounds in which each arm has one turn; an arm that fails has no more."""
+    alive, rounds = list(arms), 0
+    while alive and (rounds < LEAST_ROUNDS or time.time() < until) and left_s() > LEAST_TRACE_S:
+        for arm in list(alive):
+            alive.remove(arm)
+            with told_if_it_fails(f"{workload}: {arm.spec.label}: a turn"):
+                arm.turn()
+                alive.append(arm)
+        rounds += 1
+        if rounds == LEAST_ROUNDS:
+            tell_times(workload, arms, kind="step, so far")
+
+
+def made_arms(workload: str, specs: Sequence[ArmSpec]) -> list[TimedArm]:
+    """The arms that can be made here in time; each one's losses are compared with the first one's."""
     arms: list[TimedArm] = []
     for spec in specs:
         if spec.engine == "graphed" and DEVICE.type != "cuda":
@@ -438,7 +512,7 @@ def made_arms(workload: str, specs: Sequence[ArmSpec], until: float) -> list[Tim
         if spec.variant and not list(cache_of(workload, spec.variant).glob("**/*.pt2")):
             tell("skipped", workload=workload, what=spec.label, reason="its programs were not compiled")
             continue
-        if arms and time.time() > until - 1:
+        if arms and left_s() < LEAST_ARM_S:
             tell("skipped", workload=workload, what=spec.label, reason="no time was left")
             continue
         with told_if_it_fails(f"{workload}: {spec.label}"):
@@ -450,6 +524,9 @@ def made_arms(workload: str, specs: Sequence[ArmSpec], until: float) -> list[Tim
             agreed = check_losses(running_means(arm.losses), running_means(arms[0].losses), arm.tolerance)
             arm.agrees = True
             tell("losses", workload=workload, arm=spec.label, largest_difference=agreed, first=arm.losses[:20])
+            arm.turn()
+            tell_times(workload, [arm], kind="step, alone")  # stays where a later arm hangs or breaks the device
+            arm.turns.clear()
     return arms
 
 
@@ -572,7 +649,7 @@ def main(arguments: Sequence[str]) -> int:
     if DEVICE.type == "cuda":
         if not torch.cuda.is_available():
             tell("error", what="the device", error="torch finds no CUDA device: see torch.cuda.is_available()")
-            return 2
+            return NO_DEVICE
         torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(1)
     name, *rest = arguments
@@ -580,8 +657,8 @@ def main(arguments: Sequence[str]) -> int:
         STAGES[name](*rest)
     except (Exception, KeyboardInterrupt) as error:
         tell("error", what=name, error=f"{type(error).__name__}: {error}"[:3000], text=traceback.format_exc()[-3000:])
-        return 2 if isinstance(error, EngineError) else 1
-    return 0
+        return 1
+    return 1 if ERRORS else 0
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ date. Measure on a machine that does nothing else.
   plain PyTorch; writes `results/public-loops-cpu.json`.
 - `python -m tests.step.fuzzing record 5000 100 benchmarks/results/fuzz-cpu.json`: random training jobs, by FastLoop and
   by a plain loop.
-- `python -m benchmarks.gpu`: checks and measures fasttrain on a machine with one CUDA GPU in two calls of 8 and 5
+- `python -m benchmarks.gpu`: checks and measures fasttrain on a machine with one CUDA GPU in two calls of 6 and 4
   minutes. `python -m benchmarks.gpu pack` first puts data and wheels into `.data/` and `.whl/`, which travel with the
   checkout; then, on that machine, `python -m benchmarks.gpu --call 1 --out OUT`, and after its results were read
   `python -m benchmarks.gpu --call 2 --out OUT2 --archive OUT`. Each result is one line of `OUT/results.jsonl`, written

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -19,7 +20,8 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_stages
-from benchmarks.gpu import Archive, Check, Group, Stage
+from benchmarks.gpu import Check, Group, Stage
+from benchmarks.gpu_archive import MOST_FILES, Archive, restore_programs
 from fasttrain import FastLoop
 from fasttrain.measure.bench.losses import check_losses, running_means
 from tests.step.cuda_stand_in import Recording, with_graphs
@@ -103,6 +105,28 @@ def test_what_a_stage_has_started_ends_with_it(tmp_path: Path, monkeypatch: pyte
         time.sleep(0.01)
 
 
+def test_stages_that_the_budget_is_not_for_have_what_others_leave(tmp_path: Path) -> None:
+    """As where much has failed in an earlier call: what is run again comes first, and the end stays."""
+    made = check(tmp_path, 6.0)
+    groups = [Group(3, [stage("quick", "")]), Group(6, [stage("slow", SLOW)]), Group(3, [stage("late", "")])]
+    begin = time.perf_counter()
+    assert not made.run(groups, planned_s=6.0)
+    assert time.perf_counter() - begin < 10
+    ended = {name: each["how"] for name, each in results(made).items()}
+    assert (ended["quick"], ended["late"]) == ("ok", "no time was left")
+    assert ended["slow"].startswith("interrupted after")
+
+
+def test_a_stage_knows_when_it_is_to_end_and_when_it_has_to(tmp_path: Path) -> None:
+    made = check(tmp_path, 40.0)
+    show = "import os, time; print(*(float(os.environ['FASTTRAIN_CHECK_' + n]) - {} for n in ('UNTIL', 'DEADLINE')))"
+    show = show.format(made.begin)
+    assert made.run([Group(20, [stage("early", "")]), Group(20, [stage("late", show)])])
+    until, deadline = map(float, output(made, "late").split())
+    assert until < 39  # the first stage has left time
+    assert deadline == pytest.approx(40, abs=1e-3)
+
+
 def test_a_stage_without_time_is_not_started(tmp_path: Path) -> None:
     made = check(tmp_path, 1.0)
     assert not made.run([Group(1, [stage("late", "")])])
@@ -132,9 +156,17 @@ def test_stages_of_a_group_run_side_by_side(made: Check) -> None:
     assert made.run([Group(1, both)])
 
 
-def test_nothing_runs_where_the_probe_fails(made: Check) -> None:
-    assert not made.run([Group(1, [stage("probe", "raise SystemExit(2)")]), Group(1, [stage("next", "")])])
+def test_nothing_runs_where_there_is_no_device(made: Check) -> None:
+    code = f"raise SystemExit({gpu.NO_DEVICE})"
+    assert not made.run([Group(1, [stage("probe", code)]), Group(1, [stage("next", "")])])
     assert list(results(made)) == ["probe"]
+
+
+@pytest.mark.parametrize("code", [SLOW, "raise SystemExit(1)"])
+def test_a_probe_that_is_slow_or_fails_in_a_part_ends_nothing(code: str, tmp_path: Path) -> None:
+    made = check(tmp_path, 6.0)
+    assert not made.run([Group(3, [stage("probe", code)]), Group(3, [stage("next", "")])])
+    assert results(made)["next"]["how"] == "ok"
 
 
 def test_logs_of_compilers_stay_and_are_counted(made: Check) -> None:
@@ -178,14 +210,14 @@ def test_the_archive_keeps_files_within_their_size_and_gives_programs_back(tmp_p
     programs_in(work, 50_000, 400_000, *[250_000] * 6)
     archive.write()
     files = list(out.iterdir())
-    assert len(files) <= gpu.MOST_FILES - 1  # beside the results
+    assert len(files) <= MOST_FILES - 1  # beside the results
     assert all(file.stat().st_size <= 300_000 for file in files)
     assert (out / "programs-0.tar").stat().st_mtime_ns > first  # had room for one more
     assert {each["reason"] for each in told} == {"no archive has room for it", "too large for an archive"}
     with tarfile.open(out / "check.tar.gz") as tar:
         assert tar.getnames() == ["logs/a.txt"]
     restored = tmp_path / "restored"
-    count = gpu.restore_programs(out, restored)
+    count = restore_programs(out, restored)
     assert count == 10 - sum(each["file"].endswith(".pt2.gz") for each in told)
     folder = restored / "cache" / "fasttrain" / "programs"
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -198,7 +230,7 @@ def test_a_file_outside_the_work_folder_is_not_restored(tmp_path: Path) -> None:
         entry = tarfile.TarInfo("../evil.pt2.gz")
         entry.size = len(content)
         tar.addfile(entry, io.BytesIO(content))
-    assert gpu.restore_programs(tmp_path, tmp_path / "work") == 0
+    assert restore_programs(tmp_path, tmp_path / "work") == 0
     assert not (tmp_path / "evil.pt2").exists()
 
 
@@ -212,8 +244,8 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
 
 def test_both_calls_fit_into_the_time_that_they_are_for() -> None:
     first, second = gpu.first_call(), gpu.second_call([])
-    assert sum(group.seconds for group in first) + gpu.MARGIN_S < 480
-    assert sum(group.seconds for group in second) + gpu.MARGIN_S < 300
+    assert sum(group.seconds for group in first) + gpu.MARGIN_S < 380
+    assert sum(group.seconds for group in second) + gpu.MARGIN_S < 250
     names = [each.name for group in (*first, *second) for each in group.stages]
     assert len(set(names)) == len(names) - 1  # the probe is in both
     assert {path for path in gpu.tests() if path.endswith(".py")} >= {"tests/step/test_graphed_gpu.py"}
@@ -227,13 +259,47 @@ def test_what_failed_is_run_again() -> None:
     assert "headline-mlp" not in names
 
 
+def test_tests_that_have_passed_are_not_run_again(tmp_path: Path) -> None:
+    made = tmp_path / "test_made.py"
+    made.write_text("def test_a(): pass\ndef test_ab(): pass\ndef test_b(): pass\n")
+    gpu.append_line(tmp_path / "earlier.jsonl", {"kind": "test", "test": "test_made.py::test_a", "how": "passed"})
+    gpu.append_line(tmp_path / "earlier.jsonl", {"kind": "test", "test": "test_made.py::test_b", "how": "failed"})
+    variables = {"PYTHONPATH": os.pathsep.join(sys.path), "FASTTRAIN_CHECK_RESULTS": str(tmp_path / "now.jsonl")}
+    command = [sys.executable, *gpu.pytest_command(), "-n", "2", "--rootdir", str(tmp_path), str(made)]
+    for earlier, wanted in (
+        ({}, {"test_a", "test_ab", "test_b"}),
+        ({"FASTTRAIN_CHECK_EARLIER": str(tmp_path / "earlier.jsonl")}, {"test_ab", "test_b"}),
+    ):
+        (tmp_path / "now.jsonl").unlink(missing_ok=True)
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables, **earlier}, check=True)
+        assert {each["test"].split("::")[1] for each in gpu.read_lines(tmp_path / "now.jsonl")} == wanted
+
+
 def test_predictions_are_shown_beside_what_was_measured() -> None:
-    step = {"kind": "step", "workload": "mlp", "n": 9, "agrees": True}
-    timed = [{**step, "arm": "eager", "step_us": 300.0}, {**step, "arm": "graph of 16", "step_us": 60.0}]
-    shown = gpu.summary([*timed, {**step, "arm": "graph of 4", "step_us": 50.0, "agrees": False}])
+    step = {"kind": "step", "stage": "headline-mlp", "workload": "mlp", "n": 9, "agrees": True}
+    shown = gpu.summary(
+        [
+            {**step, "kind": "step, alone", "arm": "graph of 16", "step_us": 10.0, "n": 1},
+            {**step, "arm": "eager", "step_us": 300.0},
+            {**step, "arm": "graph of 16", "step_us": 60.0},
+            {**step, "arm": "graph of 4", "step_us": 50.0, "agrees": False},
+            {
+                **step,
+                "kind": "step, alone",
+                "stage": "headline-cnn",
+                "workload": "cnn",
+                "arm": "eager",
+                "step_us": 400.0,
+            },
+            {"kind": "error", "stage": "headline-cnn", "what": "cnn: program", "error": "EngineError: no compiler"},
+        ]
+    ).splitlines()
+    assert "headline-cnn: cnn: program: EngineError: no compiler" in shown
     assert "mlp graph of 4: 50.0 us a step (n=9); its losses are not those of the first arm" in shown
     assert "mlp: 40 to 50, 60.0 (graph of 16), 5.00x" in shown
-    assert "cnn: 140 to 180, not measured" in shown
+    assert "cnn eager: 400.0 us a step (n=9) (alone)" in shown  # the stage was cut off
+    assert "cnn: 140 to 180, 400.0 (eager), 1.00x" in shown
+    assert "chars: 800 to 1000, not measured" in shown
 
 
 def test_an_earlier_call_is_needed_where_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,15 +319,58 @@ def test_all_programs_of_a_workload_are_compiled_ahead(tmp_path: Path, monkeypat
     assert told["engine"].startswith("compiled: asked for")
 
 
-@pytest.mark.parametrize("variant", ["foreach", "pdl"])
-def test_a_variant_has_programs_of_its_own(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_has_programs_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_stages, "WORK", tmp_path)
     graphs = Graphs(monkeypatch, tmp_path)
-    path, home = list(sys.path), os.environ["XDG_CACHE_HOME"]
-    gpu_stages.programs("mlp", variant)
+    home = os.environ["XDG_CACHE_HOME"]
+    gpu_stages.programs("mlp", "foreach")
     assert graphs.builds == 2
-    assert (sys.path, os.environ["XDG_CACHE_HOME"]) == (path, home)
-    assert len(list((tmp_path / "cache" / "variants" / f"mlp-{variant}").glob("fasttrain/programs/*.pt2"))) == 2
+    assert os.environ["XDG_CACHE_HOME"] == home
+    assert len(list((tmp_path / "cache" / "variants" / "mlp-foreach").glob("fasttrain/programs/*.pt2"))) == 2
+
+
+def test_a_variant_that_the_compiler_was_not_told_of_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_stages, "WORK", tmp_path)
+    Graphs(monkeypatch, tmp_path)  # starts no process, so that none sets anything
+    path = list(sys.path)
+    with pytest.raises(RuntimeError, match="2 programs were compiled, 0 of them with the settings of the variant"):
+        gpu_stages.programs("mlp", "pdl")
+    assert sys.path == path
+    assert not gpu_stages.cache_of("mlp", "pdl").exists()
+
+
+def compiling_child(folder: Path) -> subprocess.CompletedProcess[str]:
+    """A process that starts as one that compiles does, and then has nothing to do."""
+    command = [sys.executable, "-m", "fasttrain.step.build", str(folder / "missing")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONSAFEPATH": "1"}
+    return subprocess.run(
+        command,
+        env=variables,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("variant", gpu_stages.CHILD_SETTINGS)
+def test_the_process_that_compiles_sets_what_a_variant_says(variant: str, tmp_path: Path) -> None:
+    """What is set is there in this version of torch: an unknown setting raises."""
+    package = tmp_path / "made.pt2"
+    with gpu_stages.set_in_children(gpu_stages.CHILD_SETTINGS[variant], tmp_path):
+        compiling_child(tmp_path)
+        package.touch()
+    assert package.exists()
+
+
+def test_a_setting_that_fails_ends_the_process_that_compiles(tmp_path: Path) -> None:
+    with gpu_stages.set_in_children("raise ValueError('no such setting')", tmp_path):
+        ended = compiling_child(tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "ValueError: no such setting"
 
 
 def test_arms_are_compared_timed_and_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +385,8 @@ def test_arms_are_compared_timed_and_traced(tmp_path: Path, monkeypatch: pytest.
     gpu_stages.headline("mlp")
     told = gpu.read_lines(results)
     kinds = {(each["kind"], each.get("arm", each.get("what"))) for each in told}
-    assert {(kind, arm) for kind in ("arm", "losses", "step", "trace") for arm in ("eager", "program")} <= kinds
+    wanted = ("arm", "losses", "step, alone", "step", "trace")
+    assert {(kind, arm) for kind in wanted for arm in ("eager", "program")} <= kinds
     assert ("skipped", "graph of 16") in kinds
     assert all(len(each["first"]) == 20 for each in told if each["kind"] == "losses")
     assert all(each["agrees"] and each["n"] >= gpu_stages.LEAST_ROUNDS for each in told if each["kind"] == "step")
@@ -286,7 +396,9 @@ def test_arms_are_compared_timed_and_traced(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_arm_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results.jsonl"
+    (tmp_path / "profiles").mkdir()
     monkeypatch.setattr(gpu_stages, "WORK", tmp_path)
+    monkeypatch.setattr(gpu_stages, "ERRORS", [])
     monkeypatch.setenv("FASTTRAIN_CHECK_RESULTS", str(results))
     monkeypatch.setenv("FASTTRAIN_CHECK_UNTIL", str(time.time() + 5))
     specs = [
@@ -299,6 +411,51 @@ def test_an_arm_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: 
     assert ("error", "mlp: bad") in told
     assert ("step", "eager") in told
     assert ("skipped", "combo") in told
+    assert gpu_stages.ERRORS == ["mlp: bad"]
+
+
+@pytest.mark.parametrize(("errors", "code"), [([], 0), (["mlp: bad"], 1)])
+def test_a_stage_that_told_of_an_error_has_failed(
+    errors: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other results stay, and a second call runs it again."""
+    monkeypatch.setattr(gpu_stages, "ERRORS", [])
+    monkeypatch.setitem(gpu_stages.STAGES, "probe", lambda: gpu_stages.ERRORS.extend(errors))
+    assert gpu_stages.main(["probe"]) == code
+
+
+def test_times_of_turns_stay_where_one_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTTRAIN_CHECK_RESULTS", str(tmp_path / "results.jsonl"))
+
+    class Interrupted(gpu_stages.TimedArm):
+        def turn(self) -> None:
+            super().turn()
+            if len(self.turns) == 5:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_stages, "TimedArm", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_stages.measure("mlp", [gpu_stages.ArmSpec("eager", "eager")])
+    told = [each for each in gpu.read_lines(tmp_path / "results.jsonl") if each["kind"] == "step"]
+    assert [(each["arm"], each["n"]) for each in told] == [("eager", 5)]
+
+
+def test_an_arm_that_fails_in_a_turn_has_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Arm:
+        def __init__(self, label: str, turns: list[str]) -> None:
+            self.spec, self._left = gpu_stages.ArmSpec(label, "eager"), turns
+            self.turns: list[tuple[float, float, int]] = []
+
+        def turn(self) -> None:
+            told.append(self.spec.label)
+            if self._left.pop() == "fails":
+                raise RuntimeError("CUDA error")
+
+    told: list[str] = []
+    monkeypatch.setattr(gpu_stages, "ERRORS", [])
+    arms: Any = [Arm("a", ["fails", "ok"]), Arm("b", ["ok"] * 9)]
+    gpu_stages.take_turns("mlp", arms, until=0.0)
+    assert told == ["a", "b", "a", "b", "b"]
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])
@@ -344,5 +501,5 @@ def test_the_check_runs_from_its_command_line(tmp_path: Path) -> None:
     assert code == (0 if torch.cuda.is_available() else gpu.EXIT_FAILED)
     told = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [told[0]["kind"], told[-1]["kind"]] == ["begin", "end"]
-    assert len(list((tmp_path / "out").iterdir())) <= gpu.MOST_FILES
+    assert len(list((tmp_path / "out").iterdir())) <= MOST_FILES
     assert gpu.main(given) == gpu.EXIT_USAGE  # nothing is overwritten

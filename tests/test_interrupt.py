@@ -1,4 +1,4 @@
-"""Ctrl-C: what was reached is saved, and nothing else is left."""
+"""Ctrl-C, SIGTERM and SIGHUP: what was reached is saved, and nothing else is left."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_ctrl_c_in_training_saves_what_was_reached(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_training_saves_what_was_reached(number: int, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with command(*small(data, run, "--epochs", "1000000", "--patience", "1000000")) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("epoch 1/")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in stderr
@@ -43,12 +44,13 @@ def test_ctrl_c_in_training_saves_what_was_reached(data: Path, tmp_path: Path) -
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_ctrl_c_while_loading_leaves_no_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_loading_leaves_no_folder(number: int, tmp_path: Path) -> None:
     pipe = tmp_path / "reviews.csv"
     os.mkfifo(pipe)
     with command(*small(pipe, tmp_path / "new" / "run")) as process, pipe.open("wb"):  # opens when the command reads
         assert (tmp_path / "new" / "run").is_dir()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert (stdout, stderr) == ("", "fasttrain: interrupted\n")

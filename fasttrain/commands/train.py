@@ -13,7 +13,7 @@ import tyro
 
 from fasttrain.commands.process import set_up_process
 from fasttrain.commands.shared import EXIT_INTERRUPTED, print_json, print_line, recorded_command
-from fasttrain.errors import ConfigError
+from fasttrain.errors import ConfigError, FasttrainError, RunError
 from fasttrain.loop import Interrupted
 from fasttrain.measure.verdict.receipt import receipt_of
 from fasttrain.pages.report import render_report
@@ -64,7 +64,8 @@ class Train:
             )
         receipt = None
         if self.receipt and outcome.summary["stopped"] != "interrupted":
-            receipt = _receipt(config, outcome)
+            receipt, notes = _receipt(config, outcome)
+            outcome = replace(outcome, notes=(*outcome.notes, *notes))
         if self.json:
             told = {} if receipt is None else {"receipt": receipt.to_dict()}
             print_json({"run": str(outcome.path), "notes": outcome.notes, **outcome.summary, **told})
@@ -131,17 +132,22 @@ def _first_signal_ends_cleanly() -> Generator[_Interrupt]:
             signal.signal(number, handler)
 
 
-def _receipt(config: TrainConfig, outcome: ReviewsOutcome) -> Receipt:
+def _receipt(config: TrainConfig, outcome: ReviewsOutcome) -> tuple[Receipt | None, tuple[str, ...]]:
     """Measures, and adds the receipt to summary.json and to the report. The run is complete without it.
 
-    Raises:
-        FasttrainError: the data is gone, or the folder cannot be written.
+    What prevents it, such as a table that is gone or a full disk, becomes a note.
     """
-    receipt = receipt_of(config, engine=outcome.summary["engine"], precision=outcome.summary["precision"])
-    folder = RunFolder.open(outcome.path)
-    folder.write_json("summary.json", {**outcome.summary, "receipt": receipt.to_dict()})
-    folder.write_text("report.html", render_report(replace(outcome.report, receipt=receipt)))
-    return receipt
+    try:
+        receipt = receipt_of(config, engine=outcome.summary["engine"], precision=outcome.summary["precision"])
+    except FasttrainError as error:
+        return None, (f"The run is complete, but it has no receipt: {error}.",)
+    try:
+        folder = RunFolder.open(outcome.path)
+        folder.write_json("summary.json", {**outcome.summary, "receipt": receipt.to_dict()})
+        folder.write_text("report.html", render_report(replace(outcome.report, receipt=receipt)))
+    except RunError as error:
+        return receipt, (f"The run is complete, but the receipt is not in all of its files: {error}.",)
+    return receipt, ()
 
 
 def _receipt_lines(receipt: Receipt) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
 from fasttrain.cli import main
+from fasttrain.commands import train
 from fasttrain.errors import EngineError
 from fasttrain.measure.bench.arm import CHECKED_STEPS
 from fasttrain.measure.verdict.receipt import make_receipt, measure_rounds, receipt_of
@@ -193,3 +195,39 @@ def test_a_table_that_the_textbook_cannot_take_costs_the_receipt_alone(
     stored = strict_json((run / "summary.json").read_text())
     assert list(stored["receipt"]["refused"]) == ["textbook"]
     assert stored["receipt"]["arms"] == {}
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize("name", ["summary.json", "report.html"])
+def test_a_receipt_that_cannot_be_written_is_a_note(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, measure = tmp_path / "run", train.receipt_of
+
+    def then_blocked(*given: Any, **options: Any) -> Receipt:
+        (run / name).unlink()
+        (run / name).mkdir()  # no file can take its place
+        return measure(*given, **options)
+
+    monkeypatch.setattr(train, "receipt_of", then_blocked)
+    assert main(small(data, run, "--epochs", "1", "--receipt")) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"note: The run is complete, but the receipt is not in all of its files: {run / name} cannot be written" in out
+    )
+    assert "receipt: 10 alternating rounds" in out
+
+
+def test_a_receipt_that_cannot_be_measured_is_a_note(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of_a_lost_table(config: TrainConfig, **options: Any) -> Receipt:
+        data.unlink()
+        return receipt_of(config, **options)
+
+    monkeypatch.setattr(train, "receipt_of", of_a_lost_table)
+    assert main(small(data, tmp_path / "run", "--epochs", "1", "--receipt", "--json", "--no-cache")) == 0
+    document = strict_json(capsys.readouterr().out)
+    assert document["notes"][-1].startswith("The run is complete, but it has no receipt: ")
+    assert str(data) in document["notes"][-1]
+    assert document["receipt"] is None
