@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from types import CodeType
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ __all__ = [
     "module_tables",
     "note_step",
     "optimizer_hooks",
+    "replace_listing",
+    "restore_listing",
     "run_backward",
     "scaler_tensors",
     "step_optimizer",
@@ -73,6 +76,34 @@ def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if "step" in vars(optimizer):  # a scheduler's wrapper, which would note the call
         note_step(optimizer)
     whole.__wrapped__(optimizer)
+
+
+_LISTING: dict[type[torch.optim.Optimizer], Any] = {
+    kind: cast("Any", kind)._init_group
+    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+}
+
+
+def replace_listing(optimizer: torch.optim.Optimizer, function: Callable[..., Any]) -> None:
+    """Has `optimizer.step()` call `function` where it lists what a group's kernels take, until `restore_listing`.
+
+    Args:
+        optimizer: left as it is where its step, or that part of it, is somebody else's.
+        function: called with torch's own function and that one's arguments: the group, and the lists to be filled, of
+            parameters, gradients, and each kind of state. It returns what torch's function returns. It may set `fused`
+            in the group: torch reads it afterwards.
+    """
+    own: Any = optimizer
+    is_torchs = getattr(type(optimizer), "_init_group", None) is _LISTING.get(type(optimizer))
+    if is_torchs and "_init_group" not in vars(optimizer) and not has_own_step(optimizer):
+        own._init_group = partial(function, own._init_group)
+
+
+def restore_listing(optimizer: torch.optim.Optimizer, function: Callable[..., Any]) -> None:
+    """Undoes `replace_listing`."""
+    listing = vars(optimizer).get("_init_group")
+    if isinstance(listing, partial) and listing.func == function:
+        del vars(optimizer)["_init_group"]
 
 
 def note_step(optimizer: torch.optim.Optimizer) -> None:
