@@ -248,6 +248,19 @@ def test_a_step_of_somebody_elses_is_left_alone() -> None:
     assert own._init_group is listing
 
 
+def test_dynamos_wrapper_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.eval_frame import TorchPatcher
+
+    TorchPatcher.patch()  # as Dynamo does when it first compiles
+    for kind in OPTIMIZERS:
+        optimizer = OPTIMIZERS[kind]([nn.Parameter(torch.ones(3))])
+        assert hasattr(type(optimizer)._init_group, "_torchdynamo_orig_callable")  # type: ignore[attr-defined]
+        assert is_fused(optimizer)
+    listing: Any = torch.optim.SGD._init_group  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.optim.SGD, "_init_group", functools.wraps(listing)(lambda *each: listing(*each)))
+    assert not is_fused(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
+
+
 def test_what_the_user_has_chosen_stays() -> None:
     model = Weights("contiguous", torch.float32, 0)
     forward(model, 0).backward()

@@ -78,9 +78,18 @@ def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     whole.__wrapped__(optimizer)
 
 
+def _listing_of(kind: type[torch.optim.Optimizer]) -> Any:
+    """Its function that lists tensors, without the wrapper that Dynamo puts around it when it first compiles."""
+    listing: Any = getattr(kind, "_init_group", None)
+    while hasattr(listing, "_torchdynamo_orig_callable"):
+        if getattr(listing, "_torchdynamo_wrapper_id", id(listing)) != id(listing):
+            break  # somebody else's wrapper, to which functools.wraps has copied the attributes of Dynamo's
+        listing = listing._torchdynamo_orig_callable
+    return listing
+
+
 _LISTING: dict[type[torch.optim.Optimizer], Any] = {
-    kind: cast("Any", kind)._init_group
-    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+    kind: _listing_of(kind) for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 }
 
 
@@ -94,7 +103,8 @@ def replace_listing(optimizer: torch.optim.Optimizer, function: Callable[..., An
             in the group: torch reads it afterwards.
     """
     own: Any = optimizer
-    is_torchs = getattr(type(optimizer), "_init_group", None) is _LISTING.get(type(optimizer))
+    kind = type(optimizer)
+    is_torchs = kind in _LISTING and _listing_of(kind) is _LISTING[kind]
     if is_torchs and "_init_group" not in vars(optimizer) and not has_own_step(optimizer):
         own._init_group = partial(function, own._init_group)
 
