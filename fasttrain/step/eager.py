@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +16,8 @@ from fasttrain.metrics import Scoring, scoring_of
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
 from fasttrain.step.torch_private import (
     note_step,
+    replace_listing,
+    restore_listing,
     run_backward,
     scaler_tensors,
     step_optimizer,
@@ -214,10 +217,11 @@ def eager_meanwhile() -> str | None:
     return None
 
 
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-
 _NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "lr_decay")
 """Options that fused kernels take as numbers."""
+
+_NUMBER = (int, float)
+"""Not `int | float`, which Python would make anew in each of seven comparisons: 1 us."""
 
 
 class FusedWhereOpen:
@@ -226,73 +230,149 @@ class FusedWhereOpen:
     On a CPU torch's default is one operator after the other: 117 us for a linear model's Adam where the fused kernel
     takes 64 (Xeon with AMX, one thread). Fused kernels run only where they are known to give the same numbers (see
     `KERNEL_FAULTS`); a group that meets a fault runs as torch runs it by default. Gradients, state and parameters may
-    be other tensors, or lie otherwise in memory, than in the step before: that is compared before every step, in 1.2 us
-    a parameter, and the faults are looked for again where something differs.
+    be other tensors, or lie otherwise in memory, than in the step before: they are compared within every step, where
+    torch lists them for its kernels (hooks may have changed them before), and the faults are looked for again where
+    something differs. What is listed for the comparison saves torch from listing it: see LOG.md for the times.
 
     Use it as a context around `optimizer.step()`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._fused: list[dict[str, Any]] = []
-        self._places: list[int] = []
-        self._differ: Callable[[list[Tensor]], str | None] | None = None
-        self._num_tensors = 0
-        self._right: list[bool] = []
+        self._fused: dict[int, dict[str, Any]] = {}
+        self._updated: dict[int, list[int]] = {}
+        self._listings: dict[int, _Listing] = {}
 
     def __enter__(self) -> None:
-        """Sets `fused` in the groups that leave it open."""
-        groups = self._optimizer.param_groups
-        is_open = [_is_open(group) for group in groups] if type(self._optimizer) in _FUSED else []
-        self._fused = []
-        if any(is_open):
-            right = self._right_groups(groups)
-            self._fused = [group for number, group in enumerate(groups) if is_open[number] and right[number]]
-        for group in self._fused:
-            group["fused"] = True
+        """From now on `optimizer.step()` sets `fused` in groups that leave it open."""
+        replace_listing(self._optimizer, self._list)
 
     def __exit__(self, *error: object) -> None:
         """Leaves `fused` open again."""
-        for group in self._fused:
+        restore_listing(self._optimizer, self._list)
+        for group in self._fused.values():
             group["fused"] = None
-        self._fused = []
+        self._fused = {}
 
-    def _right_groups(self, groups: list[dict[str, Any]]) -> list[bool]:
-        """For each group, whether it meets no fault."""
-        places, tensors = [], []
-        for group in groups:
-            places.append(id(group))
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    places.append(id(parameter))
-                    tensors += (parameter, parameter.grad)
-        for entries in self._optimizer.state.values():
-            tensors += [value for value in entries.values() if isinstance(value, Tensor)]
-        is_known = places == self._places and len(tensors) == self._num_tensors
-        if is_known and self._differ is not None and self._differ(tensors) is None:
-            return self._right
-        # Not by key: Tensor.__hash__ is a Python function.
-        state = {id(parameter): entries for parameter, entries in self._optimizer.state.items()}
-        self._right = [self._is_right(group, state) for group in groups]
-        # A check is made where the same parameters come twice: gradients that come and go would need many.
-        can_check = is_known and all(type(each) in _PLAIN and each.layout is torch.strided for each in tensors)
-        self._differ = tensor_check(tensors, [frozenset()] * len(tensors)) if can_check else None
-        self._places, self._num_tensors = places, len(tensors)
-        return self._right
+    def _list(self, listing: Callable[..., Any], group: dict[str, Any], *lists: list[Any]) -> Any:
+        """Fills the lists as `listing`, torch's own function, does: parameters, gradients, and each kind of state."""
+        if self._fused.pop(id(group), None) is not None:  # a step that goes over its groups again
+            group["fused"] = None
+        if not _is_open(group):
+            return listing(group, *lists)
+        state: dict[Tensor, dict[str, Any]] = self._optimizer.state
+        known = self._listings.get(id(group))
+        if known is not None and known.fill(group, state, lists):
+            if known.is_right:
+                self._set_fused(group)
+            return known.result
+        devices = ("cpu",) if type(self._optimizer) is torch.optim.Adagrad else ("cpu", "cuda")
+        is_right = _is_right(group, state, devices)
+        if is_right:
+            self._set_fused(group)
+        result = listing(group, *lists)
+        self._learn(group, lists, is_right, result)
+        return result
 
-    def _is_right(self, group: dict[str, Any], state: dict[int, dict[str, Any]]) -> bool:
-        devices = ("cpu",) if isinstance(self._optimizer, torch.optim.Adagrad) else ("cpu", "cuda")
-        updates: list[Update] = []
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is not None:
-                if type(parameter) not in _PLAIN or parameter.device.type not in devices:
-                    return False
-                if type(gradient) is not Tensor or gradient.layout is not torch.strided:
-                    return False
-                entries = state.get(id(parameter), {})
-                updates.append(Update(parameter, gradient, entries, bool(group.get("amsgrad"))))
-        return not any(fault.is_met(updates) for fault in KERNEL_FAULTS)
+    def _set_fused(self, group: dict[str, Any]) -> None:
+        group["fused"] = True
+        self._fused[id(group)] = group
+
+    def _learn(self, group: dict[str, Any], lists: Sequence[list[Any]], is_right: bool, result: Any) -> None:
+        """Keeps what was listed where the same parameters come twice: gradients that come and go would need many."""
+        key, updated = id(group), [*map(id, lists[0])]
+        is_again = self._updated.get(key) == updated
+        groups = {id(each) for each in self._optimizer.param_groups}
+        self._updated = {each: ids for each, ids in self._updated.items() if each in groups} | {key: updated}
+        self._listings = {each: known for each, known in self._listings.items() if each in groups and each != key}
+        if is_again:
+            names = _names(lists, self._optimizer.state)
+            tensors = [each for values in lists for each in values]
+            if names is not None and all(type(each) in _PLAIN and each.layout is torch.strided for each in tensors):
+                self._listings[key] = _Listing(group, lists, names, is_right=is_right, result=result)
+
+
+_GRADIENT = attrgetter("grad")
+
+
+class _Listing:
+    """What torch's optimizer has listed for a group, so that the next step's lists are filled and compared at once.
+
+    Attributes:
+        is_right: whether no fault was met.
+        result: what torch's function returned.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], lists: Sequence[list[Any]], names: list[str | None], *, is_right: bool, result: Any
+    ) -> None:
+        self.is_right, self.result = is_right, result
+        self._members: list[Tensor] = [*group["params"]]
+        self._updated: list[Tensor] = [*lists[0]]
+        self._others = [each for each in self._members if each.grad is None]
+        self._readers = [itemgetter(name) for name in names if name is not None]
+        self._filled = [0, 1, *(place for place, name in enumerate(names, 2) if name is not None)]
+        self._options = _listed_by(group)
+        tensors = [each for values in lists for each in values]
+        self._differ = tensor_check(tensors, [frozenset()] * len(tensors))
+
+    def fill(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]], lists: Sequence[list[Any]]) -> bool:
+        """Fills the lists and returns True, or leaves them empty where something is not as it was."""
+        members = group["params"]
+        if len(members) != len(self._members) or not all(map(is_, members, self._members)):
+            return False
+        if _listed_by(group) != self._options or (self._others and any(each.grad is not None for each in self._others)):
+            return False
+        filled = [self._updated, [*map(_GRADIENT, self._updated)]]
+        tensors = [*self._updated, *filled[1]]
+        try:
+            entries = [*map(state.__getitem__, self._updated)] if self._readers else ()
+            for read in self._readers:
+                filled.append([*map(read, entries)])
+                tensors += filled[-1]
+        except KeyError:
+            return False
+        if self._differ(tensors) is not None:
+            return False
+        for place, values in zip(self._filled, filled, strict=True):
+            lists[place].extend(values)
+        return True
+
+
+def _listed_by(group: dict[str, Any]) -> tuple[Any, bool]:
+    """The options of open groups that decide what is listed."""
+    return group.get("amsgrad"), group.get("momentum", 0) != 0
+
+
+def _names(lists: Sequence[list[Any]], state: dict[Tensor, dict[str, Any]]) -> list[str | None] | None:
+    """The kind of state in each list after parameters and gradients, None for an empty list; None where unknown."""
+    parameters, gradients, *columns = lists
+    if not parameters or not all(each.grad is gradient for each, gradient in zip(parameters, gradients, strict=True)):
+        return None
+    found: list[str | None] = []
+    for column in columns:
+        if not column:
+            found.append(None)
+            continue
+        names = [name for name, value in state.get(parameters[0], {}).items() if value is column[0]]
+        if len(names) != 1 or [id(state[each].get(names[0])) for each in parameters] != [*map(id, column)]:
+            return None
+        found += names
+    return found
+
+
+def _is_right(group: dict[str, Any], state: dict[Tensor, dict[str, Any]], devices: Collection[str]) -> bool:
+    """Whether the group meets no fault."""
+    updates: list[Update] = []
+    for parameter in group["params"]:
+        gradient = parameter.grad
+        if gradient is not None:
+            if type(parameter) not in _PLAIN or parameter.device.type not in devices:
+                return False
+            if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+                return False
+            updates.append(Update(parameter, gradient, state.get(parameter, {}), bool(group.get("amsgrad"))))
+    return not any(fault.is_met(updates) for fault in KERNEL_FAULTS)
 
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -304,8 +384,8 @@ def _is_open(group: dict[str, Any]) -> bool:
         return False
     for name in _NUMBERS:
         value = group.get(name, 0)
-        if not isinstance(value, int | float) and not (
-            isinstance(value, tuple) and all(isinstance(each, int | float) for each in cast("tuple[Any, ...]", value))
+        if not isinstance(value, _NUMBER) and not (
+            isinstance(value, tuple) and all(isinstance(each, _NUMBER) for each in cast("tuple[Any, ...]", value))
         ):
             return False
     return True

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import random
+import types
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 
 from fasttrain import TrainStep
 from fasttrain.step.eager import KERNEL_FAULTS, FusedWhereOpen, Update
+from tests.step.fused_combinations import DENSE, LAYOUTS, combinations, difference
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1),
@@ -20,18 +25,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "nesterov": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.05, lr_decay=0.1),
 }
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda whole: whole.clone(),
-    "channels_last": lambda whole: whole.to(memory_format=torch.channels_last),
-    "transposed": lambda whole: whole.transpose(0, 1),
-    "strided": lambda whole: whole[:, ::2],
-    "sliced": lambda whole: whole[:, :1],
-    "expanded": lambda whole: whole[:1, :1, :1, :1].expand(6, 4, 3, 3),
-    "empty": lambda whole: whole[:0],
-    "one column": lambda whole: whole[:, :1].clone().as_strided((6, 1, 3, 3), (9, 1, 3, 1)),
-}
-FUSED = {"contiguous", "channels_last", "transposed", "empty", "one column"}
 
 
 class Weights(nn.Module):
@@ -59,7 +52,7 @@ def trained(
     model = Weights(layout, dtype, late)
     optimizer = OPTIMIZERS[kind](model.parameters())
     fused: list[bool] = []
-    optimizer.register_step_pre_hook(lambda own, *_: fused.append(bool(own.param_groups[0]["fused"])))
+    optimizer.register_step_post_hook(lambda own, *_: fused.append(bool(own.param_groups[0]["fused"])))
     step = TrainStep(model, optimizer, forward, engine="eager")  # type: ignore[arg-type]
     for batch in range(6):
         if batch == 3:
@@ -93,12 +86,29 @@ def test_layouts(kind: str, layout: str) -> None:
             forward(model, 0).backward()
             assert not is_fused(OPTIMIZERS[kind](model.parameters()))
         else:
-            assert check(kind, layout, dtype) == [layout in FUSED] * 6
+            assert check(kind, layout, dtype) == [layout in DENSE] * 6
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     with FusedWhereOpen(optimizer):
+        with suppress(RuntimeError):  # what torch cannot step over
+            optimizer.step()
         return bool(optimizer.param_groups[0].get("fused"))
+
+
+ITEMS, DRAWN = 5, 400
+"""Test items, and combinations in each: 15 seconds on one core. `python -m tests.step.fused_combinations` runs all."""
+
+
+@pytest.mark.parametrize("item", range(ITEMS))
+def test_combinations_of_options_train_as_plain_pytorch_does(item: int) -> None:
+    drawn = random.Random(0).sample(combinations(1), ITEMS * DRAWN)[item * DRAWN : (item + 1) * DRAWN]
+    num_fused = 0
+    for combination in drawn:
+        differs, num_steps = difference(combination)
+        assert not differs, combination
+        num_fused += num_steps > 0
+    assert num_fused > DRAWN / 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -133,6 +143,122 @@ def state_data_into_channels_last(model: Weights, optimizer: torch.optim.Optimiz
 @pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if kind != "sgd"])
 def test_state_in_another_layout_than_its_parameter(kind: str, change: Any) -> None:
     assert check(kind, "contiguous", torch.float64, change=change) == [True] * 3 + [False] * 3
+
+
+def stepped(kind: str, change: Callable[[torch.optim.Optimizer, list[nn.Parameter]], object], *, is_fast: bool) -> Any:
+    """Parameters after six steps with plain gradients, `change` before the fifth, and whether steps were fused."""
+    parameters = [nn.Parameter(torch.arange(60.0).view(6, 10) / 60), nn.Parameter(torch.ones(7))]
+    optimizer = OPTIMIZERS[kind](parameters)
+    context, fused = FusedWhereOpen(optimizer), []
+    for step in range(6):
+        if step == 4:
+            change(optimizer, parameters)
+        for parameter in parameters:
+            parameter.grad = (parameter.detach() + step).sin()
+        with context if is_fast else nullcontext():
+            optimizer.step()
+            fused.append(optimizer.param_groups[0]["fused"])
+    assert "_init_group" not in vars(optimizer)
+    return parameters, fused
+
+
+def turn(parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None
+    parameter.grad = (2 * parameter.grad.t()).contiguous().t()
+
+
+def hook_turns_a_gradient(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    optimizer.register_step_pre_hook(lambda *_: turn(parameters[0]))
+
+
+def hook_replaces_a_gradient(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    optimizer.register_step_pre_hook(lambda *_: setattr(parameters[0], "grad", torch.ones(6, 10)))
+
+
+def state_has_other_names_first(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    for parameter, entries in optimizer.state.items():
+        optimizer.state[parameter] = dict(reversed(entries.items()))
+
+
+def state_is_replaced(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def state_is_lost(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    optimizer.state.pop(parameters[1], None)  # plain SGD has none
+
+
+def option_changes(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    for name, value in (("lr", 0.3), ("weight_decay", 0.1), ("maximize", True)):
+        optimizer.param_groups[0][name] = value
+    for name, value in (("amsgrad", False), ("momentum", 0)):
+        if name in optimizer.param_groups[0]:
+            optimizer.param_groups[0][name] = value
+
+
+def parameters_change_places(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def one_is_dropped(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    del optimizer.param_groups[0]["params"][0]
+
+
+def step_is_taken_twice(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    def again(own: Any, *_: object) -> None:
+        turn(parameters[0])
+        type(own).step.__wrapped__(own)
+
+    optimizer.register_step_post_hook(again)
+
+
+@pytest.mark.parametrize(
+    ("change", "stays_fused"),
+    [
+        (hook_turns_a_gradient, False),
+        (hook_replaces_a_gradient, True),
+        (state_has_other_names_first, True),
+        (state_is_replaced, True),
+        (state_is_lost, None),
+        (option_changes, None),
+        (parameters_change_places, True),
+        (one_is_dropped, True),
+        (step_is_taken_twice, False),
+    ],
+)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_changes_between_steps_is_seen(kind: str, change: Any, stays_fused: bool | None) -> None:
+    plain, _ = stepped(kind, change, is_fast=False)
+    fast, fused = stepped(kind, change, is_fast=True)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+    assert fused[:4] == [True] * 4
+    if stays_fused is not None:
+        assert fused[4:] == [True if stays_fused else None] * 2
+
+
+def test_a_step_of_somebody_elses_is_left_alone() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    optimizer.step = types.MethodType(torch.optim.SGD.step, optimizer)  # type: ignore[method-assign]
+    assert not is_fused(optimizer)
+    del vars(optimizer)["step"]
+    assert is_fused(optimizer)
+    own: Any = optimizer
+    own._init_group = listing = functools.partial(torch.optim.SGD._init_group, optimizer)
+    assert not is_fused(optimizer)
+    assert own._init_group is listing
+
+
+def test_dynamos_wrapper_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.eval_frame import TorchPatcher
+
+    TorchPatcher.patch()  # as Dynamo does when it first compiles
+    for kind in OPTIMIZERS:
+        optimizer = OPTIMIZERS[kind]([nn.Parameter(torch.ones(3))])
+        assert hasattr(type(optimizer)._init_group, "_torchdynamo_orig_callable")  # type: ignore[attr-defined]
+        assert is_fused(optimizer)
+    listing: Any = torch.optim.SGD._init_group  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.optim.SGD, "_init_group", functools.wraps(listing)(lambda *each: listing(*each)))
+    assert not is_fused(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
 
 
 def test_what_the_user_has_chosen_stays() -> None:

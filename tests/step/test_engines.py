@@ -180,6 +180,7 @@ def test_fused_is_used_where_left_open_and_nowhere_else() -> None:
         context = FusedWhereOpen(optimizer)
         before = dict(optimizer.param_groups[0])
         with context:
+            optimizer.step()
             seen.append((optimizer.param_groups[0].get("fused"), fused))
         assert dict(optimizer.param_groups[0]) == before
     assert all(got is wanted for got, wanted in seen)
@@ -189,10 +190,12 @@ def test_fused_follows_a_loaded_state() -> None:
     """load_state_dict replaces the groups: what was looked at before must not be used."""
     optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(2))])
     context = FusedWhereOpen(optimizer)
-    with context:
-        pass
+    for _ in range(3):
+        with context:
+            optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     with context:
+        optimizer.step()
         assert optimizer.param_groups[0]["fused"] is True
     assert optimizer.param_groups[0]["fused"] is None
 

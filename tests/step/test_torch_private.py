@@ -369,3 +369,39 @@ def test_dynamo_has_every_option() -> None:
     config = importlib.import_module("torch._dynamo.config")
     assert [name for name in _OPTIONS if not hasattr(config, name)] == []
     assert config.side_effect_replay_policy in ("silent", "warn", "info", "debug", "error")
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("Adam", ["exp_avg", "exp_avg_sq", None, "step"]),
+        ("AdamW", ["exp_avg", "exp_avg_sq", None, "step"]),
+        ("SGD", ["momentum_buffer"]),
+        ("Adagrad", ["sum", "step"]),
+    ],
+)
+def test_an_optimizers_listing_is_replaced_before_torch_reads_fused(kind: str, names: list[str | None]) -> None:
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer: Any = getattr(torch.optim, kind)(weights, lr=0.1, **options)
+    listed: list[Any] = []
+
+    def listing(torchs: Any, group: Any, *lists: list[Any]) -> Any:
+        group["fused"] = True
+        result = torchs(group, *lists)
+        listed[:] = [list(each) for each in lists]
+        return result
+
+    for _ in range(2):
+        for weight in weights[:2]:
+            weight.grad = torch.ones_like(weight)
+        private.replace_listing(optimizer, listing)
+        with torch.profiler.profile() as profile:
+            optimizer.step()
+        private.restore_listing(optimizer, listing)
+        optimizer.param_groups[0]["fused"] = None
+        assert any("_fused_" in event.key for event in profile.key_averages())
+    wanted = [weights[:2], [weight.grad for weight in weights[:2]]]
+    wanted += [[optimizer.state[weight][name] for weight in weights[:2]] if name else [] for name in names]
+    assert [[*map(id, each)] for each in listed] == [[*map(id, each)] for each in wanted]
+    assert "_init_group" not in vars(optimizer)

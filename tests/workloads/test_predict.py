@@ -11,7 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from fasttrain.cli import main
+from fasttrain.data.cache import load_reviews
 from fasttrain.data.text import ReviewVectorizer, Vocabulary
 from fasttrain.data.tokens import CleanOrAuto
 from fasttrain.errors import DataError, RunError
@@ -176,7 +179,7 @@ def table_of(path: Path, words: str) -> pd.DataFrame:
     ("script", "clean"),
     [
         *((script, "auto") for script in SCRIPTS),
-        *((script, clean) for script in ("Latin", "Chinese", "emoji") for clean in ("none", "book", "unicode")),
+        *((script, clean) for script in SCRIPTS for clean in ("none", "book", "unicode")),
     ],
 )
 def test_predictions_of_the_test_texts_are_those_of_the_test(script: str, clean: CleanOrAuto, tmp_path: Path) -> None:
@@ -207,6 +210,40 @@ def test_predictions_of_the_test_texts_are_those_of_the_test(script: str, clean:
         assert summary["clean"] == "unicode"
         assert summary["test_accuracy"] == 100
         assert all(each.known_words for each in predictions)
+
+
+def ratings_in_the_test(run: Path, table: Path, clean: CleanOrAuto) -> tuple[list[str], list[str]]:
+    """Each test review's rating in the table, and the one that the run's weights give to it as the test encodes it."""
+    encoded = load_reviews(table, cutoff=2, clean=clean, cache_dir=None)
+    ratings = sorted(encoded.vectorizer.rating_vocab.token_to_idx, key=encoded.vectorizer.rating_vocab.token_to_idx.get)
+    test = encoded.splits["test"]
+    weights = load_file(run / "model.safetensors")
+    weight, bias = weights["fc1.weight"][0].double(), weights["fc1.bias"].double().item()
+    rows = zip(test.tokens.offsets, test.tokens.offsets[1:], strict=False)
+    logits = [bias + weight[test.tokens.ids[start:stop].tolist()].sum().item() for start, stop in rows]
+    return [ratings[label] for label in test.labels], [ratings[logit > 0] for logit in logits]
+
+
+@pytest.mark.parametrize("clean", ["none", "book", "unicode"])
+def test_the_command_predicts_what_its_test_has_counted_in_five_scripts(
+    clean: CleanOrAuto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = tmp_path / "table.csv", tmp_path / "run"
+    scripts = ("German", "Chinese", "Russian", "Arabic", "Hindi")
+    table = pd.concat([table_of(path, SCRIPTS[script]) for script in scripts])
+    table.to_csv(path, index=False)
+    options = ["--device", "cpu", "--engine", "eager", "--epochs", "4", "--cutoff", "2", "--batch-size", "32"]
+    options += ["--learning-rate", "0.1", "--clean", clean, "--json"]
+    assert main(["train", "--data", str(path), "--out", str(run), *options]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert main(["predict", str(run), *table["review"][table["split"] == "test"], "--json"]) == 0
+    predicted = [each["rating"] for each in json.loads(capsys.readouterr().out)]
+    wanted, counted = ratings_in_the_test(run, path, clean)
+    assert predicted == counted
+    are_right = [rating == right for rating, right in zip(predicted, wanted, strict=True)]
+    assert 100 * sum(are_right) / len(are_right) == pytest.approx(summary["test_accuracy"], abs=1e-4)
+    assert (summary["test_accuracy"] == 100) == (clean != "book")  # the book keeps only a to z of words
+    assert set(predicted) == {"+", "-"}
 
 
 def test_a_run_on_text_in_tokens_says_what_cleaning_would_find(binary: Path) -> None:

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from types import CodeType
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ __all__ = [
     "module_tables",
     "note_step",
     "optimizer_hooks",
+    "replace_listing",
+    "restore_listing",
     "run_backward",
     "scaler_tensors",
     "step_optimizer",
@@ -73,6 +76,44 @@ def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if "step" in vars(optimizer):  # a scheduler's wrapper, which would note the call
         note_step(optimizer)
     whole.__wrapped__(optimizer)
+
+
+def _listing_of(kind: type[torch.optim.Optimizer]) -> Any:
+    """Its function that lists tensors, without the wrapper that Dynamo puts around it when it first compiles."""
+    listing: Any = getattr(kind, "_init_group", None)
+    while hasattr(listing, "_torchdynamo_orig_callable"):
+        if getattr(listing, "_torchdynamo_wrapper_id", id(listing)) != id(listing):
+            break  # somebody else's wrapper, to which functools.wraps has copied the attributes of Dynamo's
+        listing = listing._torchdynamo_orig_callable
+    return listing
+
+
+_LISTING: dict[type[torch.optim.Optimizer], Any] = {
+    kind: _listing_of(kind) for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+}
+
+
+def replace_listing(optimizer: torch.optim.Optimizer, function: Callable[..., Any]) -> None:
+    """Has `optimizer.step()` call `function` where it lists what a group's kernels take, until `restore_listing`.
+
+    Args:
+        optimizer: left as it is where its step, or that part of it, is somebody else's.
+        function: called with torch's own function and that one's arguments: the group, and the lists to be filled, of
+            parameters, gradients, and each kind of state. It returns what torch's function returns. It may set `fused`
+            in the group: torch reads it afterwards.
+    """
+    own: Any = optimizer
+    kind = type(optimizer)
+    is_torchs = kind in _LISTING and _listing_of(kind) is _LISTING[kind]
+    if is_torchs and "_init_group" not in vars(optimizer) and not has_own_step(optimizer):
+        own._init_group = partial(function, own._init_group)
+
+
+def restore_listing(optimizer: torch.optim.Optimizer, function: Callable[..., Any]) -> None:
+    """Undoes `replace_listing`."""
+    listing = vars(optimizer).get("_init_group")
+    if isinstance(listing, partial) and listing.func == function:
+        del vars(optimizer)["_init_group"]
 
 
 def note_step(optimizer: torch.optim.Optimizer) -> None:
