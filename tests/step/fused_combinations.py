@@ -98,7 +98,8 @@ class Combination:
     def must_be_fused(self) -> bool:
         """Whether nothing speaks against fused kernels in any step."""
         is_plain = self.gradients == "always" and self.change == "nothing"
-        return is_plain and self.layout in DENSE and self.dtype in (torch.float32, torch.float64)
+        is_known = self.dtype in (torch.float32, torch.float64) and not dict(self.options).get("amsgrad")
+        return is_plain and is_known and self.layout in DENSE
 
 
 class Weights(nn.Module):
