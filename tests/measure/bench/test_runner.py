@@ -15,10 +15,11 @@ import torch
 
 from fasttrain import cli
 from fasttrain.commands.bench import KEPT_CACHE, Bench
+from fasttrain.measure.bench import runner
 from fasttrain.measure.bench.messages import ArmTask, ProcessDiedError
 from fasttrain.measure.bench.noise import known_noise, remember_noise
 from fasttrain.measure.bench.record import read_record
-from fasttrain.measure.bench.runner import GRACE_S, ArmRunner, fresh_caches
+from fasttrain.measure.bench.runner import ArmRunner, fresh_caches
 from fasttrain.measure.environment import environment
 from fasttrain.measure.verdict.stats import Noise
 from fasttrain.step.cache import ProgramCache, Verdict, default_folder
@@ -46,6 +47,13 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python takes seconds to end where the machine has much else to do."""
+    monkeypatch.setattr(runner, "GRACE_S", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
 def test_a_process_runs_slices_and_ends(tmp_path: Path) -> None:
     start = ArmRunner({"TMPDIR": str(tmp_path)}, folder=REPOSITORY)
     with start(task("tuned")) as first, start(task("tuned", first.started.running_losses)) as second:
@@ -57,11 +65,11 @@ def test_a_process_runs_slices_and_ends(tmp_path: Path) -> None:
         assert peak is not None
         assert peak > 50e6
         assert len(children()) == 2
-        begin = time.monotonic()
-    assert time.monotonic() - begin < 2 * GRACE_S  # both have ended of themselves
+    assert [each._child.returncode for each in (first, second)] == [0, 0]  # both have ended of themselves
     assert children() == []
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_process_that_dies_leaves_its_last_words() -> None:
     with (
         pytest.raises(ProcessDiedError, match=r"^exit code 1: ValueError: a bug of the user's own$") as died,
