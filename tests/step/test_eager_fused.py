@@ -248,6 +248,14 @@ def test_a_step_of_somebody_elses_is_left_alone() -> None:
     assert own._init_group is listing
 
 
+def test_an_optimizer_that_is_not_torchs_is_left_alone() -> None:
+    class Own(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> None:
+            """Does nothing."""
+
+    assert not is_fused(Own([nn.Parameter(torch.ones(3))], {}))
+
+
 def test_dynamos_wrapper_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.eval_frame import TorchPatcher
 
