@@ -451,8 +451,10 @@ def _refuse_unguarded(dynamo: DynamoCapture, functions: Sequence[FunctionType]) 
                 f"{function.__qualname__} has globals of its own, which are not those of the module {name} (exec makes "
                 "such functions), and a compiled step would not notice a change in them"
             )
-    for value, name, *_ in dynamo.objects:
+    for value, name, argument, *_ in dynamo.objects:
         kinds = type(value).__mro__
+        if argument == "batch" and kinds[0].__module__ == "numpy":
+            raise EngineError(f"forward reads a numpy array of the batch; make it a tensor: {name}")
         if (
             isinstance(value, bytearray | memoryview)
             or (isinstance(value, bytes) and type(value) is not bytes)

@@ -155,14 +155,15 @@ class DynamoCapture:
         return _described(parts[0]) if parts else "what forward reads"
 
     def _tensors_besides_inputs(self, inputs: set[str]) -> list[tuple[CodeType, Guarded]]:
-        """Tensors that forward reads but does not compute with, as `a is b` does, and the expressions that read them.
+        """Tensors and arrays of which forward reads no values, as `a is b` and `a.shape` do, and what reads them.
 
         Those of a batch are other tensors in each step.
         """
         return [
             (compile(each.expression, each.name, "eval"), each)
             for each in self.objects
-            if isinstance(each.value, Tensor) and each.argument != "batch" and each.expression not in inputs
+            if isinstance(each.value, Tensor) or type(each.value).__module__ == "numpy"
+            if each.argument != "batch" and each.expression not in inputs
         ]
 
     def _replaced(self, scope: dict[str, Any]) -> Guarded | None:
