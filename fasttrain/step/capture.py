@@ -445,9 +445,12 @@ def _refuse_unguarded(dynamo: DynamoCapture, functions: Sequence[FunctionType]) 
                 f"{function.__qualname__} has globals of its own, which are not those of the module {name} (exec makes "
                 "such functions), and a compiled step would not notice a change in them"
             )
-    for value, name, *_ in dynamo.objects:
+    for value, name, argument in dynamo.objects:
         kind = type(value)
-        if isinstance(value, bytearray | memoryview) or kind.__module__ in ("datetime", "decimal"):
+        if argument == "batch" and kind.__module__ == "numpy":
+            raise EngineError(f"forward reads a numpy array of the batch; make it a tensor: {name}")
+        modules = {each.__module__ for each in kind.__mro__}
+        if isinstance(value, bytearray | memoryview) or not modules.isdisjoint(("datetime", "decimal")):
             raise EngineError(
                 f"forward reads a {kind.__qualname__}, and a compiled step would not notice another value; make it a "
                 f"number, a str or bytes: {name}"

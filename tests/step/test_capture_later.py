@@ -12,6 +12,7 @@ from decimal import Decimal
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -294,6 +295,22 @@ def test_the_sign_of_a_zero_is_noticed() -> None:
     found = traced.inputs(batch)
     assert isinstance(found, Mismatch)
     assert re.search(r"the sign of the zero .*\[0\]", found.reason)
+
+
+def test_an_array_of_which_only_the_shape_is_read_is_noticed() -> None:
+    arrays = [np.zeros(2)]
+    spec, batch = weighted(lambda: float(arrays[0].shape[0]))
+    traced = trace_step(spec, batch)
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    arrays[0] = np.zeros(3)
+    assert isinstance(traced.inputs(batch), Mismatch)
+
+
+def test_an_array_of_the_batch_of_which_only_the_shape_is_read_is_refused() -> None:
+    spec, (x, y) = started(MLP, SGD)
+    spec = with_forward(spec, lambda model, batch: MLP.loss(model(batch[0]), batch[1]) * batch[2].shape[0])
+    with pytest.raises(EngineError, match=r"numpy array of the batch; make it a tensor: batch\[2\]"):
+        trace_step(spec, (x, y, np.zeros(2)))
 
 
 class Indexed:

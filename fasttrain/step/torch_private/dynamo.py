@@ -415,17 +415,18 @@ def _loosely_guarded(
     """What guards compare too loosely: its name, the expression that reads it, and its value.
 
     Zeros of either sign are equal. Tensors are compared by their kind: those that forward only looks at, as `a is b`
-    does, are no inputs, whose reader would notice another one. A batch has other tensors in each step.
+    does, are no inputs, whose reader would notice another one. Nor are numpy arrays whose shape alone is read. A batch
+    has other tensors in each step.
     """
     found: dict[str, tuple[str, CodeType, Any]] = {}
     for guard in guards:
         with suppress(Exception):  # of what is not there
             value = eval(guard.name, names)
             is_zero = type(value) is float and value == 0.0 and not _is_of_torchs_module(guard, names)
-            is_fixed = isinstance(value, Tensor) and not guard.name.startswith("L['batch']")
-            is_other = is_fixed and not known(guard.name)
-            if is_zero or is_other:
-                what = f"the {'sign of the zero' if is_zero else 'tensor'} {_spelled(guard.name)}"
+            is_array = isinstance(value, Tensor) or type(value).__module__ == "numpy"
+            if is_zero or (is_array and not guard.name.startswith("L['batch']") and not known(guard.name)):
+                kind = "sign of the zero" if is_zero else "tensor" if isinstance(value, Tensor) else "array"
+                what = f"the {kind} {_spelled(guard.name)}"
                 found[guard.name] = what, compile(guard.name, guard.name, "eval"), value
     return list(found.values())
 
