@@ -21,6 +21,7 @@ from fasttrain.step.eager import EagerEngine
 from fasttrain.step.program import StepProgram, compile_graph
 from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.trace import Mismatch, TracedStep, trace_step
+from tests.step import programs
 
 ASKED = Choice("eager", "asked for")
 
@@ -184,6 +185,20 @@ def test_a_program_gives_eagers_numbers(name: str, tmp_path: Path) -> None:
         assert torch.equal(torch.get_rng_state(), after)
     torch.testing.assert_close(everything(spec), everything(eager_spec), rtol=1e-4, atol=1e-5)
     assert spec.scaler is None or len(scales) > 2, "nothing was skipped"
+
+
+def test_random_numbers_are_drawn_in_the_order_of_eagers_memory(tmp_path: Path) -> None:
+    def drawn(rows: Tensor) -> Tensor:
+        turned = rows.transpose(0, 1)
+        noise = torch.rand_like(turned) + torch.randn_like(turned)
+        return F.dropout(turned, 0.4) + F.dropout(noise.exp(), 0.3).cumsum(0)
+
+    rows = torch.randn(3, 5, 7)
+    program = programs.compiled(drawn, [rows], tmp_path)
+    torch.manual_seed(2)
+    wanted = drawn(rows)
+    torch.manual_seed(2)
+    torch.testing.assert_close(program.run([rows]), wanted)
 
 
 def test_a_compiler_that_fails_is_an_engine_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How Inductor writes the operators of `kernels` into a program: each as one loop in C++.
+"""How Inductor writes some operators into a program: those of `kernels` as loops in C++, random draws in eager's order.
 
 The private APIs of torch's compiler that this needs stand in `loops`; tests/step/test_kernels.py has their canaries.
 """
@@ -84,6 +84,7 @@ def register_lowerings() -> None:
 
     define_operators()
     register_small_kernels()
+    _register_random()
 
     def flat(x: Any) -> Any:
         x = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(x))
@@ -104,6 +105,29 @@ def register_lowerings() -> None:
 
     register_lowering(torch.ops.fasttrain.sum_rows.default, type_promotion_kind=None)(sum_rows)
     register_lowering(torch.ops.fasttrain.spread_rows.default, type_promotion_kind=None)(spread_rows)
+
+
+def _register_random() -> None:
+    """Has random numbers drawn into tensors with the strides that eager's have: they are drawn in the order of memory.
+
+    torch has this rule for `native_dropout` only (`add_layout_constraint` in its lowering.py).
+    """
+    from torch._inductor import lowering
+    from torch._inductor.utils import convert_shape_to_inductor
+    from torch._inductor.virtualized import V
+
+    aten = torch.ops.aten
+
+    def bernoulli(drawn: Any, *chance: Any) -> Any:
+        node: Any = V.graph.current_node
+        like = node.args[0].meta["val"]  # not the node's own: the functional form of `bernoulli_` is contiguous
+        strides = convert_shape_to_inductor(like.stride())
+        options = {"dtype": drawn.get_dtype(), "device": drawn.get_device()}
+        return lowering.bernoulli_(lowering.empty_strided(drawn.get_size(), strides, **options), *chance)
+
+    lowering.register_lowering(aten.bernoulli.p, type_promotion_kind=None)(bernoulli)
+    for operator in (aten.rand_like.default, aten.randn_like.default, aten.randint_like.default):
+        lowering.add_layout_constraint(operator, lowering.constrain_to_fx_strides)
 
 
 def _loop_over_rows(kind: str, node: Any, wrapper: Any) -> Loop:
