@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.fx_passes import post_grad
 
 from fasttrain.data.ragged import Ragged
 from fasttrain.device import Choice
@@ -187,6 +188,10 @@ def test_a_program_gives_eagers_numbers(name: str, tmp_path: Path) -> None:
     assert spec.scaler is None or len(scales) > 2, "nothing was skipped"
 
 
+@pytest.mark.skipif(
+    not hasattr(post_grad, "_chain_random_ops_for_ordering"),
+    reason="this torch may draw independent random numbers in another order, and such programs are refused",
+)
 def test_random_numbers_are_drawn_in_the_order_of_eagers_memory(tmp_path: Path) -> None:
     def drawn(rows: Tensor) -> Tensor:
         turned = rows.transpose(0, 1)
