@@ -187,8 +187,10 @@ def differences(plain: Picture, ours: Picture, tolerance: float = TOLERANCE) -> 
 
 def relative(one: Tensor, two: Tensor) -> float:
     """The largest difference over the largest entry; NaN equals NaN."""
-    if one.shape != two.shape:
+    if one.shape != two.shape or one.layout != two.layout:
         return math.inf
+    if one.layout != torch.strided:
+        one, two = one.to_dense(), two.to_dense()
     if not one.is_floating_point():
         return 0.0 if torch.equal(one, two) else math.inf
     a, b = one.double().flatten(), two.double().flatten()

@@ -456,12 +456,15 @@ def draws(first: int, last: int, programs: str | None = None) -> Draws:
     begin = time.process_time(), os.times().children_user
     for seed in range(first, last):
         job = draw_job(seed)
-        with redirect_stderr(io.StringIO()):
-            outcome = run_once(job)
-            if programs is not None:
-                if not outcome.by_program:
-                    continue
-                outcome = run_once(job, programs)
+        try:
+            with redirect_stderr(io.StringIO()):
+                outcome = run_once(job)
+                if programs is not None:
+                    if not outcome.by_program:
+                        continue
+                    outcome = run_once(job, programs)
+        except Exception:  # of this test, which goes on to the next job
+            outcome = Outcome("not compared", traceback.format_exc())
         found.draws += 1
         found.add(seed, outcome, [*job.traits, *[each.statement for each in job.changes]])
     found.cpu_s = time.process_time() - begin[0] + os.times().children_user - begin[1]
