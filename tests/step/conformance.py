@@ -465,7 +465,7 @@ def check(job: Job, expected: str | None, name: str) -> None:
     assert (not why) if expected is None else re.match(expected, why), f"{name}: {why or 'is compiled now'}"
 
 
-MOST_IN_A_TEST = 8
+MOST_IN_A_TEST = 3
 """Inputs of a module; `python -m tests.step.conformance` compares all, a trace of a Transformer takes seconds."""
 
 
