@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fuzz import FINE, Draws, Outcome, family
+from benchmarks.errors import SHOWN_OF_ENVIRONMENT
+from benchmarks.fuzz import FINE, Draws, FuzzRecord, Outcome, family, section_of
+from fasttrain.measure.bench.record import write_record
 from tests.step.fuzz_jobs import draw_job
 from tests.step.fuzzing import run_job
 
@@ -67,3 +69,15 @@ def test_draws_are_counted_and_added() -> None:
     assert [each["seed"] for each in first.findings] == [3]
     assert first.worst_relative_difference == 1e-15
     assert family("epoch 1: Kept0.__class_getitem__ is not followed; use") == "... is not followed"
+
+
+def test_the_section_of_a_record_counts_each_outcome_once(tmp_path: Path) -> None:
+    draws = Draws(draws=10, outcomes={"same": 4, "refused": 2, "excused": 1, "job": 2, "loss": 1}, draws_by_program=5)
+    about = dict.fromkeys(SHOWN_OF_ENVIRONMENT, "1") | {"cores": 2, "commit": "0" * 40, "load_average": 1.0}
+    about |= {"has_uncommitted_changes": False, "load_average_after": 1.0}
+    record = FuzzRecord(
+        command="python", created="2026-01-02T03:04:05+00:00", environment=about, tolerance=1e-9, graphs=draws,
+        compiled=Draws(),
+    )  # fmt: skip
+    write_record(record, tmp_path / "fuzz.json")
+    assert "| captured graphs | 10 | 5 | 0 | 4 | 2 | 1 | 2 | 1 | 0.0e+00 |" in section_of(tmp_path / "fuzz.json")
