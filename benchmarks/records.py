@@ -77,7 +77,7 @@ class Record:
     """One measurement, whole.
 
     Attributes:
-        benchmark: which one: "commands", "swap" or "live".
+        benchmark: which one: "commands", "swap", "jobs" or "live".
         title: the heading of its table.
         command: what measures it again.
         created: when, ISO 8601 in UTC.

@@ -2,8 +2,10 @@
 
 Each repeat runs the long job with eager, with auto and an empty cache, and with auto once more over what that has left,
 one after the other. The short job runs with eager and with auto over an empty cache side by side, on two cores that the
-two trade all the time: one after the other, they would differ by what the cores' speed does meanwhile. So do the jobs
-that take eager a given time (`--jobs`), with an empty cache and once more with what that has left.
+two trade all the time: one after the other, they would differ by what the cores' speed does meanwhile.
+
+`--jobs 5 10 20 60` measures, in place of these, jobs that take eager so many seconds: eager and auto side by side, with
+an empty cache and once more with what that has left.
 """
 
 from __future__ import annotations
@@ -85,18 +87,23 @@ def main(arguments: Sequence[str]) -> int:
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Measures and writes the record."""
     started_at = environment(torch.device("cpu"))
-    ran = {**run_long(options), **run_short(options)}
-    jobs = run_jobs(options)
+    name, workload = options.workload, {"name": options.workload}
+    if options.jobs:
+        benchmark, title, found = "jobs", f"Jobs of some seconds, {name}, cpu", figures_of_jobs(run_jobs(options))
+    else:
+        benchmark, title = "swap", f"What auto costs, {name}, cpu"
+        workload |= {"epochs": options.epochs, "epochs of the short job": options.short_epochs}
+        found = figures({**run_long(options), **run_short(options)})
     record = Record(
-        benchmark="swap",
-        title=f"What auto costs, {options.workload}, cpu",
+        benchmark=benchmark,
+        title=title,
         command=shlex.join(["python", "-m", "benchmarks.swap", *arguments]),
         created=now(),
         environment={**started_at, "load_average_after": load_average()},
-        workload={"name": options.workload, "epochs": options.epochs, "epochs of the short job": options.short_epochs},
-        **with_jobs(figures(ran), jobs),
+        workload=workload,
+        **found,
     )
-    path = options.out or RESULTS / f"swap-{options.workload}-cpu.json"
+    path = options.out or RESULTS / f"{benchmark}-{name}-cpu.json"
     write_record(record, path)
     log(f"written: {path}")
 
@@ -109,7 +116,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--short-epochs", type=int, default=3, help="of the short job (default: 3)")
     parser.add_argument("--repeats", type=int, default=5, help="of each long job (default: 5)")
     parser.add_argument("--short-repeats", type=int, default=20, help="of the two short jobs (default: 20)")
-    parser.add_argument("--jobs", type=float, nargs="*", default=[5, 10, 20, 60], help="seconds of eager training")
+    parser.add_argument("--jobs", type=float, nargs="+", default=[], help="only jobs of so many seconds of eager")
     parser.add_argument("--job-repeats", type=int, default=3, help="of each of these (default: 3)")
     parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/swap-<workload>-cpu.json)")
     options = parser.parse_args(arguments)
@@ -147,8 +154,6 @@ def run_short(options: argparse.Namespace) -> dict[str, list[Watched]]:
 
 def run_jobs(options: argparse.Namespace) -> dict[tuple[float, str], list[tuple[Watched, Watched]]]:
     """Pairs of eager and auto side by side, for each job (its eager seconds) and state of the cache."""
-    if not options.jobs:
-        return {}
     with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
         first = watched(run_child(*training(options.workload, "eager", options.short_epochs), cache=Path(scratch)))
     epoch_s = first.fit_s / options.short_epochs
@@ -278,15 +283,17 @@ def figures(ran: dict[str, list[Watched]]) -> dict[str, Any]:
     }
 
 
-def with_jobs(found: dict[str, Any], jobs: dict[tuple[float, str], list[tuple[Watched, Watched]]]) -> dict[str, Any]:
-    """The figures of a record with those of jobs of several lengths."""
+def figures_of_jobs(jobs: dict[tuple[float, str], list[tuple[Watched, Watched]]]) -> dict[str, Any]:
+    """The same for jobs of several lengths."""
+    series: dict[str, Series] = {}
+    notes: list[str] = []
     for (seconds, name), pairs in jobs.items():
         title = f"job of {seconds:g} s, {name}"
         eager = Series(description="the training, eager", unit="s", values=tuple(pair[0].fit_s for pair in pairs))
         auto = Series(description="the same, side by side", unit="s", values=tuple(pair[1].fit_s for pair in pairs))
-        found["series"] |= {f"{title}: eager": eager, title: auto, f"{title}, times as fast": times_better(auto, eager)}
-        found["notes"].append(f"{title}: {pairs[-1][1].engine}")
-    return found
+        series |= {f"{title}: eager": eager, title: auto, f"{title}, times as fast": times_better(auto, eager)}
+        notes.append(f"{title}: {pairs[-1][1].engine}")
+    return {"series": series, "yardstick": next(iter(series)), "ratios": {}, "refused": {}, "notes": notes}
 
 
 def trace_s(watched: Watched) -> float:

@@ -57,7 +57,7 @@ date. Measure on a machine that does nothing else.
 - `python -m benchmarks.commands`: whole commands in fresh processes, their time and memory, and the speed of text;
   writes `results/commands-cpu.json`.
 - `python -m benchmarks.swap`: what `auto` costs beside `eager` (first step, trace, swap, a short and a long job);
-  writes `results/swap-reviews-cpu.json`.
+  writes `results/swap-reviews-cpu.json`. With `--jobs 5 10 20 60`, jobs that take eager so many seconds.
 - `python -m fasttrain bench --aa eager --workload mlp --out benchmarks/results/noise/mlp-cpu.json`: an arm against
   itself, the blocks on which a test tries the verdicts.
 - `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.swap import COLD, EAGER, SHORT_AUTO, SHORT_EAGER, WARM, Watched, figures, with_jobs
+from benchmarks.swap import COLD, EAGER, SHORT_AUTO, SHORT_EAGER, WARM, Watched, figures, figures_of_jobs
 from fasttrain.errors import DataError
 
 STEPS_S = (0.02, 0.001, 0.001, 0.5, 0.001, 0.004, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.9)
@@ -51,8 +51,9 @@ def test_the_stalls_are_those_of_trace_and_swap() -> None:
 
 def test_jobs_are_compared_pair_by_pair() -> None:
     pairs = [(replace(PLAIN, fit_s=5.0), replace(PLAIN, fit_s=4.0)), (replace(PLAIN, fit_s=6.0), PLAIN)]
-    found: dict[str, Any] = with_jobs(figures(watched()), {(5.0, COLD): pairs})
+    found: dict[str, Any] = figures_of_jobs({(5.0, COLD): pairs})
     assert values(found, f"job of 5 s, {COLD}, times as fast") == (1.25, 3.0)
+    assert found["yardstick"] == f"job of 5 s, {COLD}: eager"
     assert found["notes"][-1] == f"job of 5 s, {COLD}: {PLAIN.engine}"
 
 
