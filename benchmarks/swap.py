@@ -156,7 +156,7 @@ def run_jobs(options: argparse.Namespace) -> dict[tuple[float, str], list[tuple[
     """Pairs of eager and auto side by side, for each job (its eager seconds) and state of the cache."""
     with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
         first = watched(run_child(*training(options.workload, "eager", options.short_epochs), cache=Path(scratch)))
-    epoch_s = first.fit_s / options.short_epochs
+    epoch_s = first.step_s * len(first.steps_s) / options.short_epochs
     ran: dict[tuple[float, str], list[tuple[Watched, Watched]]] = {}
     for repeat in range(options.job_repeats):
         for seconds in options.jobs:
