@@ -108,7 +108,8 @@ class Capture:
         open_dims = [(tensor, 0) for tensor, is_open in walked if is_open]
         self._dynamo = capture_function(self._function, arguments, open_dims)
         self._scope = scope_of(self._function, {})
-        _refuse_unfit(self._dynamo)
+        self._functions = _functions_followed(self._dynamo)
+        _refuse_unfit(self._dynamo, self._functions)
         inputs = self._dynamo.inputs
         places = {id(tensor): place for place, (tensor, _) in reversed(list(enumerate(walked)))}
         found = self._dynamo.read(spec.model, batch)
@@ -270,7 +271,7 @@ class Capture:
         """What Dynamo does not guard: the classes and functions whose code it followed, and hooks of all modules."""
         followed = set(self._dynamo.codes)
         user_codes = {code for code in followed if not _is_library_code(code)}
-        functions = _functions_of(user_codes)
+        functions = self._functions
         yield from _facts_of_functions(functions)
         yield from _facts_of_globals(functions)
         names = _DUNDERS.union(self._dynamo.names, *map(_names_in, followed))
@@ -416,12 +417,11 @@ class _Input:
     number: int
 
 
-def _refuse_unfit(dynamo: DynamoCapture) -> None:
+def _refuse_unfit(dynamo: DynamoCapture, functions: Sequence[FunctionType]) -> None:
     """Raises EngineError for what Dynamo follows with other results than Python's."""
     if _untimed(nn.Module.__call__) is not nn.Module._wrapped_call_impl:  # pyright: ignore[reportPrivateUsage]
         raise EngineError("torch.nn.Module.__call__ was replaced, which a compiled step would not notice")
     asks_for_classes = any({"isinstance", "issubclass"}.intersection(code.co_names) for code in dynamo.codes)
-    functions = _functions_of({code for code in dynamo.codes if not _is_library_code(code)})
     _refuse_unguarded(dynamo, functions)
     named = _named_in(functions)
     for value in (*named, *(each.value for each in dynamo.objects)):
@@ -480,10 +480,17 @@ def _refuse_made_anew(dynamo: DynamoCapture, found: Sequence[Any], again: Sequen
             raise EngineError(f"forward reads a numpy value, make it a Python number or a tensor: {name}")
 
 
-def _functions_of(codes: set[CodeType]) -> list[FunctionType]:
-    """The functions whose code was followed."""
+def _functions_followed(dynamo: DynamoCapture) -> list[FunctionType]:
+    """The user's functions whose code was followed.
+
+    Looks through all objects of the process, so that none is left out, and through what guards look at, for functions
+    that `gc.freeze` has hidden.
+    """
+    codes = {code for code in dynamo.codes if not _is_library_code(code)}
     found = gc.get_referrers(*codes) if codes else []
-    return [each for each in found if isinstance(each, FunctionType) and each.__code__ in codes]
+    values = (*found, *(getattr(each.value, "__func__", each.value) for each in dynamo.objects))
+    functions = [each for each in values if isinstance(each, FunctionType) and each.__code__ in codes]
+    return list({id(each): each for each in functions}.values())
 
 
 def _facts_of_functions(functions: Sequence[FunctionType]) -> Iterator[Fact]:

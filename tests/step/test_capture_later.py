@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import gc
 import math
 import os
 import re
@@ -202,6 +203,23 @@ def test_what_comes_later_is_noticed(home: Callable[[], Home], monkeypatch: pyte
     finally:
         os.environ.pop("FASTTRAIN_TEST_WEIGHT", None)
         globals().pop("abs", None)
+
+
+def scale(loss: Tensor, by: float = 1.0) -> Tensor:
+    return loss * abs(by)
+
+
+def test_a_function_that_the_collector_was_told_to_ignore(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, batch = started(MLP, SGD)
+    spec = with_forward(spec, lambda model, batch: scale(MLP.loss(model(batch[0]), batch[1])))
+    gc.freeze()
+    try:
+        traced = trace_step(spec, batch)
+    finally:
+        gc.unfreeze()
+    assert not isinstance(traced.inputs(batch), Mismatch)
+    monkeypatch.setitem(globals(), "abs", lambda value: 2 * value)
+    assert isinstance(traced.inputs(batch), Mismatch)
 
 
 def test_a_class_that_answers_isinstance_itself_is_refused() -> None:
