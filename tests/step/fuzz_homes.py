@@ -264,7 +264,7 @@ HOMES = {
     "arguments of the process": Home("({v} if len(sys.argv) < 100 else ALT{n})", ["globals()['ALT{n}'] = {w}\nsys.argv.extend(['x'] * 100)\nglobals()['ADDED'] = 100"], top="ALT{n} = {v}"),
     "file": Home("({v} if not os.path.exists(FILE{n}) else ALT{n})", ["globals()['ALT{n}'] = {w}\nopen(FILE{n}, 'w').close()"], top="FILE{n} = os.path.join(os.path.dirname(__file__), __name__ + '{n}.flag')\nALT{n} = {v}"),
     "path object": Home("({v} if not FILE{n}.exists() else ALT{n})", ["globals()['ALT{n}'] = {w}\nFILE{n}.touch()"], top="import pathlib\nFILE{n} = pathlib.Path(__file__).with_name(__name__ + '{n}.flag')\nALT{n} = {v}"),
-    "text of a file": Home("D{n}[open(FILE{n}).read()]", ["D{n}['b'] = {w}\nopen(FILE{n}, 'w').write('b')"], top="FILE{n} = os.path.join(os.path.dirname(__file__), __name__ + '{n}.txt')\nopen(FILE{n}, 'w').write('a')\nD{n} = {{'a': {v}}}"),
+    "text of a file": Home("D{n}[Path(FILE{n}).read_text()]", ["D{n}['b'] = {w}\nPath(FILE{n}).write_text('b')"], top="FILE{n} = os.path.join(os.path.dirname(__file__), __name__ + '{n}.txt')\nPath(FILE{n}).write_text('a')\nD{n} = {{'a': {v}}}"),
     "thread name": Home("({v} if threading.current_thread().name == 'MainThread' else ALT{n})", ["globals()['ALT{n}'] = {w}\nthreading.current_thread().name = 'other'"], top="ALT{n} = {v}"),
     "decimal": Home("({v} if DECIMAL{n} > 1 else ALT{n})", ["globals()['ALT{n}'] = {w}\nglobals()['DECIMAL{n}'] = decimal.Decimal(0)"], top="import decimal\nDECIMAL{n} = decimal.Decimal(2)\nALT{n} = {v}"),
     "fraction": Home("({v} if FRACTION{n} > 1 else ALT{n})", ["globals()['ALT{n}'] = {w}\nFRACTION{n}._numerator = 0"], top="import fractions\nFRACTION{n} = fractions.Fraction(2)\nALT{n} = {v}"),
@@ -303,6 +303,7 @@ WRAPS = ["{r}"] * 12 + ["(lambda: {r})()", "ident(*({r},))", "ident(**{{'v': {r}
 
 PRELUDE = '''
 import abc, collections, contextlib, contextvars, copy, dataclasses, enum, functools, importlib, itertools, math, operator, os, sys, threading, types, weakref
+from pathlib import Path
 from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque
 import numpy as np
 import torch

@@ -100,7 +100,7 @@ def test_what_is_slow_is_found_in_its_kernel(tmp_path: Path) -> None:
     assert slowest.name.startswith("metrics: ")
     assert "sin" in slowest.name
     assert slowest.calls == STEPS
-    assert summary.program["metrics"] > 0.5 * whole
+    assert summary.program["metrics"] > 0.3 * whole  # half of it on a quiet machine
     assert any("optimizer" in origin for origin in summary.program)
     assert summary.program[NOT_ATTRIBUTED] < 0.2 * whole
     assert sum(summary.program.values()) == pytest.approx(whole) == pytest.approx(sum(row.self_us for row in rows))
