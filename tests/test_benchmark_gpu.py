@@ -265,13 +265,14 @@ def test_tests_that_have_passed_are_not_run_again(tmp_path: Path) -> None:
     gpu.append_line(tmp_path / "earlier.jsonl", {"kind": "test", "test": "test_made.py::test_a", "how": "passed"})
     gpu.append_line(tmp_path / "earlier.jsonl", {"kind": "test", "test": "test_made.py::test_b", "how": "failed"})
     variables = {"PYTHONPATH": os.pathsep.join(sys.path), "FASTTRAIN_CHECK_RESULTS": str(tmp_path / "now.jsonl")}
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, *gpu.pytest_command(), "-n", "2", "--rootdir", str(tmp_path), str(made)]
     for earlier, wanted in (
         ({}, {"test_a", "test_ab", "test_b"}),
         ({"FASTTRAIN_CHECK_EARLIER": str(tmp_path / "earlier.jsonl")}, {"test_ab", "test_b"}),
     ):
         (tmp_path / "now.jsonl").unlink(missing_ok=True)
-        subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables, **earlier}, check=True)
+        subprocess.run(command, cwd=tmp_path, env={**outer, **variables, **earlier}, check=True)
         assert {each["test"].split("::")[1] for each in gpu.read_lines(tmp_path / "now.jsonl")} == wanted
 
 
