@@ -4,8 +4,8 @@ Each repeat runs the long job with eager, with auto and an empty cache, and with
 one after the other. The short job runs with eager and with auto over an empty cache side by side, on two cores that the
 two trade all the time: one after the other, they would differ by what the cores' speed does meanwhile.
 
-`--jobs 5 10 20 60` measures, in place of these, jobs that take eager so many seconds: eager and auto side by side, with
-an empty cache and once more with what that has left.
+`--jobs 5 10 20 60` measures, in place of these, jobs that take eager so many seconds: eager, auto with an empty cache,
+and auto with the programs of the longest job in the cache.
 """
 
 from __future__ import annotations
@@ -153,29 +153,32 @@ def run_short(options: argparse.Namespace) -> dict[str, list[Watched]]:
 
 
 def run_jobs(options: argparse.Namespace) -> dict[tuple[float, str], list[tuple[Watched, Watched]]]:
-    """Pairs of eager and auto side by side, for each job (its eager seconds) and state of the cache."""
+    """Pairs of eager and auto, for each job (its eager seconds) and state of the cache.
+
+    They run one after the other: side by side, `auto` would see one core, on which it compiles for long jobs only. What
+    the longest job leaves in an empty cache is the full cache of all.
+    """
     with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
         first = watched(run_child(*training(options.workload, "eager", options.short_epochs), cache=Path(scratch)))
     epoch_s = first.step_s * len(first.steps_s) / options.short_epochs
     ran: dict[tuple[float, str], list[tuple[Watched, Watched]]] = {}
-    for repeat in range(options.job_repeats):
-        for seconds in options.jobs:
-            epochs = max(1, round(seconds / epoch_s))
-            with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
-                for name in (COLD, WARM):
-                    arms = [
-                        Command([*training(options.workload, each, epochs), UNWATCHED], Path(scratch))
-                        for each in JOB_ENGINES
-                    ]
-                    in_turn = arms if repeat % 2 == 0 else arms[::-1]  # no engine always has the same core first
-                    both = [watched(each) for each in run_side_by_side(in_turn)]
-                    eager, auto = both if repeat % 2 == 0 else both[::-1]
+    for _ in range(options.job_repeats):
+        with tempfile.TemporaryDirectory(prefix="fasttrain-swap-") as scratch:
+            full = Path(scratch, "full")
+            for place, seconds in enumerate(sorted(options.jobs, reverse=True)):
+                caches = {COLD: full if place == 0 else Path(scratch, str(place)), WARM: full}
+                epochs = max(1, round(seconds / epoch_s))
+                eager = _unwatched(options.workload, "eager", epochs, Path(scratch, "eager"))
+                for name, cache in caches.items():
+                    auto = _unwatched(options.workload, "auto", epochs, cache)
                     ran.setdefault((seconds, name), []).append((eager, auto))
                     log(f"{seconds:g} s, {name}: eager {eager.fit_s:.2f} s, auto {auto.fit_s:.2f} s, {auto.engine}")
     return ran
 
 
-JOB_ENGINES = ("eager", "auto")
+def _unwatched(workload: str, engine: str, epochs: int, cache: Path) -> Watched:
+    return watched(run_child(*training(workload, engine, epochs), UNWATCHED, cache=cache))
+
 
 UNWATCHED = "unwatched"
 """Tells a child not to look after each step: to ask `auto` what it has chosen takes 2% of a small step."""
@@ -296,7 +299,7 @@ def figures_of_jobs(jobs: dict[tuple[float, str], list[tuple[Watched, Watched]]]
     for (seconds, name), pairs in jobs.items():
         title = f"job of {seconds:g} s, {name}"
         eager = Series(description="the training, eager", unit="s", values=tuple(pair[0].fit_s for pair in pairs))
-        auto = Series(description="the same, side by side", unit="s", values=tuple(pair[1].fit_s for pair in pairs))
+        auto = Series(description="the same, auto", unit="s", values=tuple(pair[1].fit_s for pair in pairs))
         series |= {f"{title}: eager": eager, title: auto, f"{title}, times as fast": times_better(auto, eager)}
         notes.append(f"{title}: {pairs[-1][1].engine}")
     return {"series": series, "yardstick": next(iter(series)), "ratios": {}, "refused": {}, "notes": notes}
