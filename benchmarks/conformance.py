@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.errors import SHOWN_OF_ENVIRONMENT
-from fasttrain.errors import DataError
+from benchmarks.records import record_node
 from fasttrain.measure.bench.summary import command, conditions_of, table, text
-from fasttrain.measure.strict import Node, read_json
+from fasttrain.measure.strict import Node
 
 KIND = "conformance"
 
@@ -92,15 +91,7 @@ def read_record(path: Path) -> ConformanceRecord:
     Raises:
         DataError: the file is not one; it is named.
     """
-    content = read_json(path)
-    try:
-        node = Node(content, "the record")
-        if node.text("kind") != KIND or node.integer("schema_version") != SCHEMA_VERSION:
-            raise DataError(f"is not a record of conformance of schema version {SCHEMA_VERSION}: make it again")
-        found = node.node("environment")
-        for name in SHOWN_OF_ENVIRONMENT:
-            found.text(name)
-        found.integer("cores", 1)
+    with record_node(path, KIND, SCHEMA_VERSION) as node:
         return ConformanceRecord(
             command=node.text("command"),
             created=node.text("created"),
@@ -111,8 +102,6 @@ def read_record(path: Path) -> ConformanceRecord:
             num_distinct=node.integer("num_distinct", 1),
             outcomes=tuple(Outcome.from_node(each) for each in node.nodes("outcomes")),
         )
-    except DataError as error:
-        raise DataError(error.problem, file=str(path)) from None
 
 
 def section_of(path: Path) -> str:

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.records import record_node
 from fasttrain.errors import DataError
 from fasttrain.measure.bench.summary import command, conditions_of, table, text
-from fasttrain.measure.strict import Node, read_json
+from fasttrain.measure.strict import Node
 
 KIND = "errors"
 
@@ -22,8 +23,6 @@ SCHEMA_VERSION = 1
 
 BOUND = 2.0
 """A compiled step's error may be so many times eager's."""
-
-SHOWN_OF_ENVIRONMENT = ("cpu", "device", "torch", "python", "fasttrain")
 
 
 class Ratio(NamedTuple):
@@ -135,16 +134,8 @@ def read_record(path: Path) -> ErrorRecord:
     Raises:
         DataError: the file is not one; it is named.
     """
-    content = read_json(path)
-    try:
-        node = Node(content, "the record")
-        if node.text("kind") != KIND or node.integer("schema_version") != SCHEMA_VERSION:
-            raise DataError(f"is not a record of errors of schema version {SCHEMA_VERSION}: measure again")
+    with record_node(path, KIND, SCHEMA_VERSION) as node:
         described = node.node("optimizers")
-        found = node.node("environment")
-        for name in SHOWN_OF_ENVIRONMENT:
-            found.text(name)
-        found.integer("cores", 1)
         return ErrorRecord(
             command=node.text("command"),
             created=node.text("created"),
@@ -153,8 +144,6 @@ def read_record(path: Path) -> ErrorRecord:
             optimizers={name: described.text(name) for name in described.names()},
             pairs=tuple(Pair.from_node(each) for each in node.nodes("pairs")),
         )
-    except DataError as error:
-        raise DataError(error.problem, file=str(path)) from None
 
 
 def section_of(path: Path) -> str:

@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.errors import SHOWN_OF_ENVIRONMENT
-from fasttrain.errors import DataError
+from benchmarks.records import record_node
 from fasttrain.measure.bench.summary import command, conditions_of, table, text
-from fasttrain.measure.strict import Node, read_json
+from fasttrain.measure.strict import Node
 
 KIND = "fuzz"
 
@@ -132,14 +131,7 @@ def family(reason: str) -> str:
 
 def section_of(path: Path) -> str:
     """The section of benchmarks/README.md that a record's file gives; raises `DataError`."""
-    content = read_json(path)
-    try:
-        node = Node(content, "the record")
-        if node.text("kind") != KIND or node.integer("schema_version") != SCHEMA_VERSION:
-            raise DataError(f"is not a record of random jobs of schema version {SCHEMA_VERSION}: make it again")
-        environment = node.node("environment")
-        for name in SHOWN_OF_ENVIRONMENT:
-            environment.text(name)
+    with record_node(path, KIND, SCHEMA_VERSION) as node:
         rows = [row("captured graphs", node.node("graphs")), row("compiled", node.node("compiled"))]
         columns = ["", "jobs", "by program", "several steps a call", "the same", "refused", "excused",
                    "fail in PyTorch too", "different", "largest difference"]  # fmt: skip
@@ -152,8 +144,6 @@ def section_of(path: Path) -> str:
             f"{text(conditions_of(node.plain('environment'), node.text('created')))}. "
             f"Made by {command(node.text('command'))}.\n"
         )
-    except DataError as error:
-        raise DataError(error.problem, file=str(path)) from None
 
 
 def row(what: str, node: Node) -> list[str]:

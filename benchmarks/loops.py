@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.errors import SHOWN_OF_ENVIRONMENT
+from benchmarks.records import record_node
 from fasttrain.errors import DataError
 from fasttrain.measure.bench.summary import command, conditions_of, number, table, text
-from fasttrain.measure.strict import Node, read_json
+from fasttrain.measure.strict import Node
 
 KIND = "public loops"
 
@@ -100,15 +100,7 @@ def read_record(path: Path) -> LoopsRecord:
     Raises:
         DataError: the file is not one; it is named.
     """
-    content = read_json(path)
-    try:
-        node = Node(content, "the record")
-        if node.text("kind") != KIND or node.integer("schema_version") != SCHEMA_VERSION:
-            raise DataError(f"is not a record of public loops of schema version {SCHEMA_VERSION}: measure again")
-        found = node.node("environment")
-        for name in SHOWN_OF_ENVIRONMENT:
-            found.text(name)
-        found.integer("cores", 1)
+    with record_node(path, KIND, SCHEMA_VERSION) as node:
         return LoopsRecord(
             command=node.text("command"),
             created=node.text("created"),
@@ -117,8 +109,6 @@ def read_record(path: Path) -> LoopsRecord:
             turn_s=node.number("turn_s", is_positive=True),
             loops=tuple(Loop.from_node(each) for each in node.nodes("loops")),
         )
-    except DataError as error:
-        raise DataError(error.problem, file=str(path)) from None
 
 
 def section_of(path: Path) -> str:

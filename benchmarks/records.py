@@ -6,13 +6,15 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fasttrain.errors import DataError
 from fasttrain.measure.files import write_text
+from fasttrain.measure.strict import Node, read_json
 
 SCHEMA_VERSION = 1
 """Raise it when a field changes its meaning, appears or goes; files of another version are refused."""
@@ -238,3 +240,27 @@ def _check_finite(node: Any) -> None:
         raise DataError("holds a number that is not finite: measure again")
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _check_finite(child)
+
+
+SHOWN_OF_ENVIRONMENT = ("cpu", "device", "torch", "python", "fasttrain")
+
+
+@contextmanager
+def record_node(path: Path, kind: str, schema_version: int) -> Generator[Node]:
+    """The content of a record's file, whose kind, schema version and environment have been checked.
+
+    Raises:
+        DataError: the file is no such record, also where what is read from the node shows it; the file is named.
+    """
+    content = read_json(path)
+    try:
+        node = Node(content, "the record")
+        if node.text("kind") != kind or node.integer("schema_version") != schema_version:
+            raise DataError(f"is not a record of {kind} of schema version {schema_version}: measure again")
+        environment = node.node("environment")
+        for name in SHOWN_OF_ENVIRONMENT:
+            environment.text(name)
+        environment.integer("cores", 1)
+        yield node
+    except DataError as error:
+        raise DataError(error.problem, file=str(path)) from None

@@ -142,7 +142,7 @@ class Capture:
 
     @property
     def checkpointed(self) -> str | None:
-        """The user's line that has a part of forward computed again in backward; None where there is none."""
+        """The user's line that calls `torch.utils.checkpoint`; None if forward does not call it."""
         return self._dynamo.checkpointed
 
     def bind(self, state: StepState, batch: Batch | None = None) -> bool:
@@ -481,10 +481,10 @@ def _refuse_made_anew(dynamo: DynamoCapture, found: Sequence[Any], again: Sequen
 
 
 def _functions_followed(dynamo: DynamoCapture) -> list[FunctionType]:
-    """The user's functions whose code was followed.
+    """The user's functions that Dynamo traced into.
 
-    Looks through all objects of the process, so that none is left out, and through what guards look at, for functions
-    that `gc.freeze` has hidden.
+    Searches all objects of the process with `gc.get_referrers`, and the guarded objects, because the garbage collector
+    does not list objects that `gc.freeze` has moved out of its sight.
     """
     codes = {code for code in dynamo.codes if not _is_library_code(code)}
     found = gc.get_referrers(*codes) if codes else []

@@ -296,7 +296,7 @@ _GRADIENT = attrgetter("grad")
 
 
 class _Listing:
-    """What torch's optimizer has listed for a group, so that the next step's lists are filled and compared at once.
+    """An optimizer's tensor lists for one parameter group, kept to fill and check the next step's in one pass.
 
     Attributes:
         is_right: whether no fault was met.

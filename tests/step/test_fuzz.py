@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.errors import SHOWN_OF_ENVIRONMENT
 from benchmarks.fuzz import FINE, Draws, FuzzRecord, Outcome, family, section_of
+from benchmarks.records import SHOWN_OF_ENVIRONMENT
 from fasttrain.measure.bench.record import write_record
 from tests.step.fuzz_jobs import draw_job
 from tests.step.fuzzing import run_job

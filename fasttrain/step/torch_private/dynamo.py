@@ -175,7 +175,7 @@ class DynamoCapture:
 
     @property
     def checkpointed(self) -> str | None:
-        """The user's line that has a part of forward computed again in backward; None where there is none."""
+        """The user's line that calls `torch.utils.checkpoint`; None if forward does not call it."""
         checkpoint = torch.ops.higher_order.tag_activation_checkpoint
         for node in self.graph.graph.nodes:
             if node.target is checkpoint:
@@ -270,13 +270,13 @@ def _forget_lookups() -> None:
 
 
 def _known_elsewhere(captured: Any, changed: Sequence[str]) -> Callable[[str], bool]:
-    """Whether an expression reads a tensor whose changes the caller notices: an input, or a buffer that is replaced.
+    """Returns a function that tells whether an expression reads a tensor that the caller checks itself.
 
-    Tensors of a batch are none of these, though they may be inputs.
+    These are the inputs of the graph, except the batch's tensors, and the buffers that forward replaces.
 
     Args:
         captured: what Dynamo captured.
-        changed: the tables that forward writes to.
+        changed: expressions of the dicts that forward writes to, such as a module's `_buffers`.
     """
     sources = captured.output_graph.export_metadata.graph_input_idx_to_local_source.values()
     inputs = {source.name for source in sources if not source.name.startswith("L['batch']")}

@@ -1,4 +1,4 @@
-"""How Inductor writes some operators into a program: those of `kernels` as loops in C++, random draws in eager's order.
+"""Inductor lowerings: C++ loops for the operators of `kernels`, and random operators that draw in eager's order.
 
 The private APIs of torch's compiler that this needs stand in `loops`; tests/step/test_kernels.py has their canaries.
 """

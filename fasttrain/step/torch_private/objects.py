@@ -79,7 +79,7 @@ def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _listing_of(kind: type[torch.optim.Optimizer]) -> Any:
-    """Its function that lists tensors, without the wrapper that Dynamo puts around it when it first compiles."""
+    """The optimizer class's `_init_group`, without the wrapper that Dynamo installs when it first compiles."""
     listing: Any = getattr(kind, "_init_group", None)
     while hasattr(listing, "_torchdynamo_orig_callable"):
         if getattr(listing, "_torchdynamo_wrapper_id", id(listing)) != id(listing):
