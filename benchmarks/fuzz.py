@@ -50,9 +50,9 @@ class Draws:
         refusals: of those refused, how many for each reason.
         excused: of those excused, likewise.
         draws_by_program: jobs of which some steps ran by program.
-        draws_by_spans: jobs of which several steps ran as one.
+        draws_by_spans: jobs of which several steps ran in one call.
         traces: programs.
-        steps_by_program: steps run one by one by program.
+        steps_by_program: steps run by program.
         worst_relative_difference: the largest, of losses, metrics and all tensors.
         objects_changed: findings of the kinds `OBJECTS`.
         findings: what was found, to look into.

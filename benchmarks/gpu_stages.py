@@ -41,7 +41,7 @@ DEVICE = torch.device(os.environ.get("FASTTRAIN_CHECK_DEVICE", "cpu"))
 STAGE = os.environ.get("FASTTRAIN_CHECK_STAGE", "")
 
 CHECKED_LOSSES = 32
-"""Two launches of 16: after the first steps from the job's start, which run eagerly, at least one is a launch."""
+"""Two graphs of 16: the first call from the job's start runs eagerly, so at least one is launched."""
 
 BF16_TOLERANCE = 2e-2
 
@@ -169,7 +169,7 @@ def probe() -> None:
     tell("machine", cores=cores, system=platform.platform(), **kept, limits=limits, free_disk_bytes=disk)
     tell("compilers", gxx=said("g++", "--version"), nvcc=said("nvcc", "--version"), nvcc_path=shutil.which("nvcc"))
     with told_if_it_fails("headers of CUDA"):
-        from fasttrain.step.toolkit import cuda_home
+        from fasttrain.step.build import cuda_home
 
         tell("cuda home", variable=os.environ.get("CUDA_HOME"), found=cuda_home())
     if DEVICE.type == "cuda":
@@ -339,7 +339,7 @@ class ArmSpec(NamedTuple):
     Attributes:
         label: its name.
         engine: of `FastLoop`.
-        size: steps of a CUDA graph; None: steps run one by one.
+        size: steps of the larger CUDA graph; None: as many as the engine says.
         variant: of its programs.
     """
 
@@ -359,7 +359,8 @@ HEADLINE = (
 
 
 class TimedArm:
-    """A training that runs epoch by epoch, in launches of a given size.
+    """A training that runs epoch by epoch, with CUDA graphs of a given size: eagerly step by step, else in calls of
+    as many steps as the engine takes.
 
     Args:
         workload: name of the job, perhaps with "-bf16".
@@ -375,7 +376,7 @@ class TimedArm:
         self.spec = spec
         self.turns: list[tuple[float, float, int]] = []
         self.agrees = False
-        with variant_in_use(workload, spec.variant, compiles=False), launches_of(spec.size):
+        with variant_in_use(workload, spec.variant, compiles=False), graphs_of(spec.size):
             job, precision = job_of(workload, spec.variant)
             model = job.model()
             optimizer = job.optimizer(model)
@@ -390,15 +391,15 @@ class TimedArm:
                 optimizer.load_state_dict(before[1])
             self.batches.set_epoch(0)
             self.losses = self._first_losses()
-            self._epoch_s, _ = on_device(lambda: self.launches(len(self.batches) if DEVICE.type == "cuda" else 20))
+            self._epoch_s, _ = on_device(lambda: self.steps(len(self.batches) if DEVICE.type == "cuda" else 20))
             self._epoch_s *= 1 if DEVICE.type == "cuda" else len(self.batches) / 20
 
-    def launches(self, num_steps: int) -> int:
+    def steps(self, num_steps: int) -> int:
         """Runs steps of one epoch, and reads its metrics at the end; returns how many."""
         epoch, done = iter(self.batches), 0
         self.step.metrics.reset()
         while done < num_steps:
-            ran = self._launch(epoch)
+            ran = self._call(epoch, num_steps - done)
             if ran is None:
                 break
             done += ran.numel()
@@ -413,22 +414,25 @@ class TimedArm:
         if self._epoch_s > 4 * TURN_S:
             steps = max(16, int(steps * TURN_S / self._epoch_s))
         done: list[int] = []
-        seconds, host_s = on_device(lambda: done.extend(self.launches(steps) for _ in range(epochs)))
+        seconds, host_s = on_device(lambda: done.extend(self.steps(steps) for _ in range(epochs)))
         self.turns.append((seconds, host_s, sum(done)))
 
-    def two_launches(self) -> Callable[[], None]:
-        """What runs two launches of an epoch whose first one, which gathers the batches, is over."""
-        epoch = iter(self.batches)
-        self._launch(epoch)
+    def two_calls(self) -> Callable[[], None]:
+        """What runs two calls, each of one step or one graph, of an epoch whose first one is over."""
+        epoch, size = iter(self.batches), self.spec.size or 1
+        self._call(epoch, size)
 
         def run() -> None:
             for _ in range(2):
-                self._launch(epoch)
+                self._call(epoch, size)
 
         return run
 
-    def _launch(self, epoch: Any) -> Tensor | None:
-        span = epoch.take(self.spec.size) if self.spec.size is not None else None
+    def _call(self, epoch: Any, most: int) -> Tensor | None:
+        """One call of at most so many steps; None where the epoch is over."""
+        size = self.spec.size or 1
+        steps = 0 if self.spec.engine == "eager" else max(size, self.step.span // size * size)
+        span = epoch.take(min(steps, most)) if steps and self.step.span else None
         if span is not None:
             return self.step.steps(span)
         batch = next(epoch, None)
@@ -437,30 +441,27 @@ class TimedArm:
     def _first_losses(self) -> list[float]:
         epoch, found = iter(self.batches), []
         while len(found) < CHECKED_LOSSES:
-            losses = self._launch(epoch)
+            losses = self._call(epoch, CHECKED_LOSSES - len(found))
             assert losses is not None
             found += losses.reshape(-1).tolist()
         return found[:CHECKED_LOSSES]
 
 
 @contextmanager
-def launches_of(size: int | None) -> Iterator[None]:
-    """Has graphs made of so many steps, not of as many as the library finds fastest."""
-    if size is None:
-        yield
-        return
-    from fasttrain.step.graphed import GraphLauncher
+def graphs_of(size: int | None) -> Iterator[None]:
+    """Has the larger CUDA graphs that are made meanwhile hold so many steps; None changes nothing."""
+    from fasttrain.step import cudagraph
 
-    before: Any = GraphLauncher.sizes
-    GraphLauncher.sizes = lambda *_: [size]
+    before = cudagraph.MANY
+    cudagraph.MANY = before if size is None else size
     try:
         yield
     finally:
-        GraphLauncher.sizes = before
+        cudagraph.MANY = before
 
 
 def headline(workload: str) -> None:
-    """Eager steps, the program, and graphs of 1, 4 and 16 steps in turn; then a trace of two launches of each."""
+    """Eager steps, the program, and graphs of 1, 4 and 16 steps in turn; then a trace of two calls of each."""
     measure(workload, HEADLINE)
 
 
@@ -542,15 +543,15 @@ def tell_times(workload: str, arms: Sequence[TimedArm], kind: str) -> None:
 
 
 def tell_syncs(workload: str, arm: TimedArm) -> None:
-    """How often two launches wait for the device."""
+    """How often two calls wait for the device."""
     if DEVICE.type != "cuda":
         return
-    launches = arm.two_launches()
+    calls = arm.two_calls()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            launches()
+            calls()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     found = [str(each.message)[:200] for each in caught if "synchroniz" in str(each.message).lower()]
@@ -559,16 +560,16 @@ def tell_syncs(workload: str, arm: TimedArm) -> None:
 
 
 def trace(workload: str, arm: TimedArm) -> None:
-    """Every kernel of two launches, its time and the gap before it. Nothing is timed in this process afterwards."""
+    """Every kernel of two calls, its time and the gap before it. Nothing is timed in this process afterwards."""
     from torch.profiler import ProfilerActivity, profile
 
     is_cuda = DEVICE.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    launches = arm.two_launches()
+    calls = arm.two_calls()
     if is_cuda:
         torch.cuda.synchronize()
     with profile(activities=activities) as profiler:
-        launches()
+        calls()
         if is_cuda:
             torch.cuda.synchronize()
     name = f"{STAGE}-{arm.spec.label.replace(' ', '-')}.json"

@@ -16,8 +16,11 @@ from fasttrain.device import (
     total_bytes,
     versions,
 )
-from fasttrain.step.plan import explain_auto
-from fasttrain.step.threads import candidates
+from fasttrain.errors import EngineError
+from fasttrain.step.build import ahead_of
+from fasttrain.step.cache import ProgramCache, default_folder
+from fasttrain.step.timing import candidates
+from fasttrain.step.train_step import explain_auto
 
 __all__ = ["describe_machine"]
 
@@ -37,7 +40,18 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "precision auto": f"{precision.value}: {precision.reason}",
         "engine auto": f"{engine.value}: {engine.reason}",
         "threads auto": _threads(device),
+        "compiling for later runs": _ahead(),
     }
+
+
+def _ahead() -> str:
+    try:
+        found = ahead_of(ProgramCache(default_folder()))
+    except EngineError as error:
+        return str(error)
+    if found is None:
+        return "no process (the second run of a job that is too short to compile for starts one)"
+    return f"process {found[0]}, a step of {found[1]} (`python -m fasttrain cache stop` ends it)"
 
 
 def _threads(device: torch.device) -> str:

@@ -22,8 +22,8 @@ from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, EpochRow, History
 from fasttrain.metrics import LossObserver, Metric, RunningMetrics, copies_of
 from fasttrain.progress import Progress
-from fasttrain.step.arguments import check_batches, check_train_method, describe
 from fasttrain.step.eager import run_forward
+from fasttrain.step.spec import check_batches, check_train_method, describe
 from fasttrain.step.train_step import TrainStep
 
 __all__ = ["FastLoop", "FitState", "Interrupted"]
@@ -31,7 +31,7 @@ __all__ = ["FastLoop", "FitState", "Interrupted"]
 Batch = Any
 Scheduler = LRScheduler | ReduceLROnPlateau
 Watch = Callable[[int, int, float, RunningMetrics], None]
-"""Called after every batch, or after several that were one launch, with batches, samples and seconds of the epoch so
+"""Called after every batch, or after several that ran in one call, with batches, samples and seconds of the epoch so
 far, and the running metrics."""
 
 MAX_PREFETCHERS = 2
@@ -159,8 +159,8 @@ class FastLoop:
 
         Args:
             batches: whatever forward takes, from any iterable; brought to the device while the steps run.
-            watch: called after every launch, of a batch or several; may raise `Interrupted`. Not the place to step a
-                scheduler batch by batch: several batches may be one launch (see `TrainStep` for that).
+            watch: called after every call, of a batch or several; may raise `Interrupted`. Not the place to step a
+                scheduler batch by batch: several batches may run in one call (see `TrainStep` for that).
 
         Returns:
             The epoch's figures; loss and accuracy are means of the batches' values, as in the book.
@@ -240,7 +240,7 @@ class FastLoop:
             progress: show a bar on a terminal or in a notebook, else a line an epoch, on stderr.
             state: where an earlier fit stood, to go on from there; model, optimizer and scheduler must stand there too.
             on_epoch: called after every epoch with the state, to keep it.
-            watch: called after every launch, of a training batch or several; may raise `Interrupted`, which ends the
+            watch: called after every call, of a training batch or several; may raise `Interrupted`, which ends the
                 fit there.
 
         Returns:

@@ -182,7 +182,7 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasttrain.step.torch_compile.cpp_compiler", lambda: None)
+    monkeypatch.setattr("fasttrain.step.eager.cpp_compiler", lambda: None)
 
 
 PACKED = gzip.compress(GOOD.encode())

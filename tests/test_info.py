@@ -28,6 +28,7 @@ def test_a_cpu_is_described_in_plain_facts() -> None:
         "precision auto",
         "engine auto",
         "threads auto",
+        "compiling for later runs",
     ]
     assert machine["device"].startswith("cpu (")
     assert machine["threads"] == torch.get_num_threads()

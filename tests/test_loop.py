@@ -449,7 +449,7 @@ def test_fit_ends_cleanly_after_the_step_that_is_interrupted() -> None:
         if steps == 12:
             raise Interrupted
 
-    history = loop.fit(batches, epochs=4, progress=False, watch=watch)
+    history = loop.fit(list(batches), epochs=4, progress=False, watch=watch)  # one step a call
     assert (history.stopped, history.epochs, steps) == ("interrupted", 2, 12)
 
 
@@ -470,15 +470,15 @@ class Spans(EagerEngine):
     def __init__(self, loop: FastLoop) -> None:
         super().__init__(loop.step.spec, Choice("eager", "asked for"))
         self.span = 4
-        self.launched: list[int] = []
+        self.calls: list[int] = []
 
     def steps(self, span: Span) -> Tensor:
-        self.launched.append(span.steps)
+        self.calls.append(span.steps)
         return super().steps(span)
 
 
 def in_spans() -> tuple[FastLoop, Spans, Any]:
-    """Eleven batches an epoch: two spans of four, two batches, and a short one."""
+    """Eleven batches an epoch: spans of four, four and two, and a short batch."""
     model, data = classification()
     loop = FastLoop(model, sgd(model), loss=nn.CrossEntropyLoss())
     engine = loop.step._engine = Spans(loop)  # pyright: ignore[reportPrivateUsage]
@@ -486,21 +486,21 @@ def in_spans() -> tuple[FastLoop, Spans, Any]:
     return loop, engine, resident(*columns, batch_size=4, device="cpu", drop_last=False)
 
 
-def test_batches_and_samples_of_launches_of_several_steps_are_counted() -> None:
+def test_batches_and_samples_of_calls_of_several_steps_are_counted() -> None:
     loop, engine, batches = in_spans()
     seen: list[tuple[int, int]] = []
     result = loop.train(batches, watch=lambda batches, samples, *_: seen.append((batches, samples)))
-    assert seen == [(4, 16), (8, 32), (9, 36), (10, 40), (11, 43)]
+    assert seen == [(4, 16), (8, 32), (10, 40), (11, 43)]
     assert (result.batches, result.samples) == (11, 43)
-    assert engine.launched == [4, 4]
+    assert engine.calls == [4, 4, 2]
     loop, engine, batches = in_spans()
-    engine.span = 1
+    engine.span = 0
     wanted = loop.train(batches)
     assert (wanted.batches, wanted.samples) == (11, 43)
     assert (result.loss, result.accuracy) == (wanted.loss, wanted.accuracy)
 
 
-def test_an_interruption_ends_the_epoch_after_the_launch_that_is_watched() -> None:
+def test_an_interruption_ends_the_epoch_after_the_call_that_is_watched() -> None:
     loop, engine, batches = in_spans()
 
     def watch(batches: int, *_: object) -> None:
@@ -509,14 +509,14 @@ def test_an_interruption_ends_the_epoch_after_the_launch_that_is_watched() -> No
 
     before = [parameter.clone() for parameter in loop.model.parameters()]
     history = loop.fit(batches, epochs=3, progress=False, watch=watch)
-    assert (history.stopped, history.epochs, engine.launched) == ("interrupted", 0, [4, 4])
+    assert (history.stopped, history.epochs, engine.calls) == ("interrupted", 0, [4, 4])
     assert not any(map(torch.equal, before, loop.model.parameters()))
 
 
-def test_batches_that_are_not_resident_are_never_launched_several_at_a_time() -> None:
+def test_batches_that_are_not_resident_are_never_run_several_at_a_time() -> None:
     loop, engine, batches = in_spans()
     assert loop.train(list(batches)).batches == 11
-    assert engine.launched == []
+    assert engine.calls == []
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 1, "patience": 0}, {"epochs": 1, "patience": 3}])

@@ -11,6 +11,7 @@ import tyro
 from fasttrain.commands.process import set_up_process
 from fasttrain.commands.shared import print_line
 from fasttrain.run.config import TrainConfig
+from fasttrain.step.build import stop_ahead
 from fasttrain.step.cache import ProgramCache, default_folder
 from fasttrain.workloads.reviews import warm_reviews
 
@@ -21,9 +22,9 @@ __all__ = ["Cache"]
 class Cache:
     """Show or clear the compiled programs on disk, or compile a job's step ahead (`warm`, with train options)."""
 
-    action: tyro.conf.Positional[Literal["show", "clear", "warm"]] = "show"
+    action: tyro.conf.Positional[Literal["show", "clear", "warm", "stop"]] = "show"
     """show lists the programs; clear removes them and what was decided about them; warm compiles for a job that is too
-    short to do so itself."""
+    short to do so itself; stop ends the process that compiles for later runs."""
 
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
 
@@ -35,6 +36,9 @@ class Cache:
         cache = ProgramCache(default_folder())
         if self.action == "clear":
             print_line(f"removed {cache.clear()} programs from {cache.folder}")
+        elif self.action == "stop":
+            pid = stop_ahead(cache)
+            print_line("no process compiles for later runs" if pid is None else f"ended process {pid}")
         elif self.action == "warm":
             set_up_process(self.config)
             choice = warm_reviews(self.config)

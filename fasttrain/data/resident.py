@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -227,16 +227,10 @@ class ResidentEpoch:
         self._next += 1
         return self._block[at]
 
-    def take(self, steps: int, times: int = 1) -> Span | None:
-        """The next batches as one span, None where there are not so many whole ones left.
-
-        Args:
-            steps: batches of a span.
-            times: how many times as many a span may have, where there are so many left.
-        """
+    def take(self, most: int) -> Span | None:
+        """The next batches as one span: so many, or as many whole ones as are left; None where none is."""
         begin = self._next * self._source.batch_size
-        left = (len(self._host_order) - begin) // self._source.batch_size
-        steps *= min(times, left // steps)
+        steps = min(most, (len(self._host_order) - begin) // self._source.batch_size)
         if steps <= 0:  # nothing is left; less than nothing after a short last batch
             return None
         rows = slice(begin, begin + steps * self._source.batch_size)
@@ -277,10 +271,19 @@ class Span:
     host_rows: np.ndarray
     steps: int
 
-    def first(self) -> Batch:
-        """The first batch, gathered."""
-        rows = self.source.batch_size
-        return self.source.gather(self.rows[:rows], self.host_rows[:rows])[0]
+    def batch(self, number: int = 0) -> Batch:
+        """One of the batches, gathered; the first is number 0."""
+        rows = slice(number * self.source.batch_size, (number + 1) * self.source.batch_size)
+        return self.source.gather(self.rows[rows], self.host_rows[rows])[0]
+
+    def piece(self, begin: int, end: int) -> Span:
+        """The steps from `begin` to `end` (which is left out) as a span of their own."""
+        rows = slice(begin * self.source.batch_size, end * self.source.batch_size)
+        return replace(self, rows=self.rows[rows], host_rows=self.host_rows[rows], steps=end - begin)
+
+    def pieces(self, steps: int) -> list[Span]:
+        """The span in spans of so many steps; the last may have fewer."""
+        return [self.piece(at, min(at + steps, self.steps)) for at in range(0, self.steps, steps)]
 
     def batches(self) -> list[Batch]:
         """The batches, gathered."""

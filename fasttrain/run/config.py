@@ -10,7 +10,7 @@ from fasttrain.data.tokens import CleanOrAuto
 from fasttrain.device import PrecisionOrAuto
 from fasttrain.errors import ConfigError
 from fasttrain.printable import is_utf8
-from fasttrain.step.plan import EngineName
+from fasttrain.step.train_step import EngineName
 
 __all__ = ["TrainConfig"]
 

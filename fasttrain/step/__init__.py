@@ -1,21 +1,24 @@
 """A step: the user's forward, loss and optimizer, and the engines that run them.
 
-spec         what a step is made of; what an engine is
-arguments    checks of the objects that a step is made of
-train_step   TrainStep, the public door
-plan         which engine, and why
-eager, torch_compile, compiled, auto, worth  the engines
-rung, graphed, cudagraph                 what a compiled step runs by: the program itself, or CUDA graphs of it
-state, options, gradients                what a graph reads and changes: the user's own tensors and options
-function, optimizer, scaling             the step as a function of them, for a trace to record
-kernels, padded                          sums of rows: loops of our own on the CPU, torch's operators elsewhere
-trace, recorded                          the graphs of a step
-capture, guards, attributes              what they depend on of the user's objects
-unroll, span, launch                     several steps over resident rows as one, and when that is taken up
-compiler, identity, cache, shared_folder from graphs to programs on disk, by what they are known
-build, toolkit, program                  the compiling child and what it needs; the program that it leaves
-replay, parity, changes, apart, snapshot running programs, and judging that they give eager's numbers
-marked                                   programs whose kernels the profiler sees
-clock, trial, threads                    how long a step takes; which way is fastest; how many CPU threads
-torch_private/                           every private torch API that this needs
+train_step   TrainStep, the public object; which engine it gets
+spec         the user's objects and options, checked; what an engine is
+eager        the eager engine; torch.compile as an engine to measure against
+ladder       the engine above eager: compiled candidates are verified, tried and adopted
+candidate    one compiled form of the step; what runs it on a device
+verify       does a program give eager's numbers? one rule, against the step in fp64
+capture      Dynamo: forward, loss and metrics as a graph, with guards on what they read
+guards       guards on the optimizer, the gradients and the metrics
+trace        the whole step as graphs: what they hold for, and their inputs
+function     the step as a function that a trace records; the recorded graphs
+state        the tensors that a step changes; snapshots of them
+optimizer    the user's optimizer as graph code; its options
+walk         resident rows: a step that takes its batch by a cursor, many steps a call
+program      a compiled step, loaded
+cudagraph    compiled steps in CUDA graphs, of one step and of 16
+compiler     from a traced step to its program: keys, cache, child; does compiling pay?
+build        the compiling child process
+cache        compiled programs on disk
+kernels      sums of rows of unequal length: loops of our own on the CPU, torch's operators elsewhere
+timing       clocks, trials, the number of CPU threads
+torch_private/  every private torch API that this needs, each with a canary test
 """

@@ -13,16 +13,15 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fasttrain.errors import EngineError
-from fasttrain.step.shared_folder import empty_if_free
 
-__all__ = ["CacheEntry", "ProgramCache", "Verdict", "default_folder"]
+__all__ = ["CacheEntry", "ProgramCache", "Verdict", "default_folder", "empty_if_free", "has_too_much", "held"]
 
 MAX_BYTES = 2 << 30
 """Beyond this, the programs that were not used for longest are removed."""
@@ -119,8 +118,34 @@ class ProgramCache:
             partial.unlink(missing_ok=True)
         _write(record, {"format": FORMAT, "sha256": digest, "what": what})
         self._keep_to_size(key)
-        if sum(_size_of(path) for path in self.inductor_folder.rglob("*")) > SCRATCH_BYTES:
+        if has_too_much(self.inductor_folder):
             empty_if_free(self.inductor_folder)
+        return home
+
+    def library(self, key: str, make: Callable[[Path], None]) -> Path:
+        """A shared library of fasttrain's own (not of a step), made where the folder does not have it as it was made.
+
+        Args:
+            key: of everything that it depends on.
+            make: writes it to a path that does not exist yet.
+
+        Raises:
+            OSError: it cannot be written; errors of `make` pass through.
+        """
+        home, record = self.folder / f"{key}.so", self.folder / f"{key}.sha256"
+        try:
+            if json.loads(record.read_text(encoding="utf-8")) == {"format": FORMAT, "sha256": _sha256(home)}:
+                return home
+        except (OSError, ValueError):
+            pass  # it was never made, or is damaged
+        partial = _partial(home)
+        try:
+            make(partial)
+            digest = _sha256(partial)
+            os.replace(partial, home)
+        finally:
+            partial.unlink(missing_ok=True)
+        _write(record, {"format": FORMAT, "sha256": digest})
         return home
 
     def verdict(self, signature: str) -> Verdict | None:
@@ -140,8 +165,46 @@ class ProgramCache:
 
     def forget(self) -> None:
         """Removes every verdict; the programs stay."""
-        for path in self.folder.glob("*.verdict"):
+        for path in [*self.folder.glob("*.verdict"), *self.folder.glob("*.seen")]:
             path.unlink(missing_ok=True)
+
+    def note_short(self, signature: str) -> int:
+        """Counts a run of a job that ended before its program was ready; returns how many there were.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        seen = self._seen(signature)
+        count = int(seen.get("count", 0)) + 1
+        _write(self._seen_path(signature), {**seen, "count": count})
+        return count
+
+    def note_ready(self, signature: str) -> None:
+        """Notes that the program of such a job was compiled after it had ended.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        _write(self._seen_path(signature), {**self._seen(signature), "is_ready": True})
+
+    def is_ready(self, signature: str) -> bool:
+        """Whether the program of a job that was too short to compile for was compiled after an earlier run."""
+        return self._seen(signature).get("is_ready") is True
+
+    def _seen(self, signature: str) -> dict[str, Any]:
+        try:
+            found = json.loads(self._seen_path(signature).read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) and isinstance(found.get("count", 0), int) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def _seen_path(self, signature: str) -> Path:
+        return self.folder / f"{signature}.seen"
+
+    @property
+    def ahead_path(self) -> Path:
+        """The file that names the child which compiles for later runs."""
+        return self.folder / "ahead"
 
     def entries(self) -> list[CacheEntry]:
         """All programs, the last used first."""
@@ -164,7 +227,7 @@ class ProgramCache:
         return self.folder / f"{signature}.verdict"
 
     def _own_files(self) -> Iterator[Path]:
-        for suffix in ("pt2", "json", "verdict", "partial"):
+        for suffix in ("pt2", "json", "verdict", "seen", "so", "sha256", "partial"):
             yield from self.folder.glob(f"*.{suffix}")
 
     def _entry(self, record: Path) -> CacheEntry | None:
@@ -190,6 +253,11 @@ class ProgramCache:
     def _remove(self, key: str) -> None:
         for path in self._paths(key):
             path.unlink(missing_ok=True)
+
+
+def has_too_much(folder: Path) -> bool:
+    """Whether what compiling children keep in a folder is to be removed."""
+    return sum(_size_of(path) for path in folder.rglob("*")) > SCRATCH_BYTES
 
 
 def _make_private(folder: Path) -> None:
@@ -240,3 +308,51 @@ def _touch(record: Path) -> None:
         raise
     except OSError:
         pass
+
+
+@contextmanager
+def held(folder: Path) -> Generator[int]:
+    """Holds a folder; made with mode 0700 if it is not there.
+
+    Yields:
+        The hold's file descriptor: a child that inherits it goes on holding the folder.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            _lock(descriptor, is_shared=True)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def empty_if_free(folder: Path) -> bool:
+    """Removes what is in a folder, unless somebody holds it; returns whether it is empty or not there."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        with suppress(OSError):  # a file system without locks
+            if not _lock(descriptor, is_shared=False):
+                return False
+        for path in folder.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, is_shared: bool) -> bool:
+    """Locks an open file: for others that share it (and waits for that), or, where nobody has it, alone."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

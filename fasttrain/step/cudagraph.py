@@ -1,30 +1,42 @@
-"""Compiled steps in CUDA graphs: captured once, replayed as one launch."""
+"""Compiled steps on CUDA: in CUDA graphs where these can hold them, else called one by one.
+
+A graph is captured once and replayed as one launch. Guards, options as inputs and verification are those of any
+compiled step. Random numbers come from the device's default generator, whose offset each replay advances as eager's
+kernels would: dropout draws eager's masks. Not measured yet: there are no figures of these graphs.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fasttrain.data.resident import Span
+from fasttrain.device import Choice
 from fasttrain.errors import EngineError, first_line
-from fasttrain.step.clock import Waits
+from fasttrain.step.candidate import Program, Walking, Work
+from fasttrain.step.compiler import Compiler, Pending
+from fasttrain.step.function import TracedGraph, TracedPart
 from fasttrain.step.program import Runner, StepProgram
-from fasttrain.step.recorded import TracedGraph, TracedPart
-from fasttrain.step.snapshot import Snapshot, fits_in_memory
-from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
-from fasttrain.step.torch_private import cudnn_precision, end_failed_capture, reserve_workspace
+from fasttrain.step.state import Snapshot, fits_in_memory
+from fasttrain.step.timing import Clock, Waits, clock_of
+from fasttrain.step.torch_private import cudnn_precision, end_failed_capture, is_changed, reserve_workspace
 from fasttrain.step.trace import Mismatch, TracedStep
+from fasttrain.step.walk import TracedWalk, WalkingProgram, raise_failed
 
-__all__ = ["CapturedSpan", "CapturedStep", "CudaLane", "Lane"]
+__all__ = ["CapturedStep", "CapturedWalk", "CudaLane", "GraphBackend", "Lane"]
 
 WARM_RUNS = 3
 """Runs before a capture, in which kernels are loaded and tuned and libraries get their memory; they are undone."""
+
+MANY = 16
+"""Steps of the larger graph of a step that walks."""
 
 
 class Lane(Protocol):
@@ -133,6 +145,74 @@ class CudaLane:
         self.failures += 1
 
 
+class GraphBackend:
+    """Runs a compiled step by a CUDA graph; what no graph can hold, by the program itself.
+
+    Args:
+        spec: the step.
+        waits: is told the seconds that steps have waited for captures.
+        is_required: whether graphs were asked for: what no graph can hold is refused then, and step counts that the
+            optimizer keeps on the host are moved to their parameters' device, where they stay.
+        lane: what captures and replays; None for CUDA's.
+        clock: of the device; None for CUDA's.
+
+    Raises:
+        EngineError: the step is not on CUDA.
+    """
+
+    name = "graphed"
+
+    def __init__(
+        self, spec: StepSpec, waits: Waits, *, is_required: bool, lane: Lane | None = None, clock: Clock | None = None
+    ) -> None:
+        self._lane = CudaLane(spec.device) if lane is None else lane
+        self.clock = clock_of(spec.device) if clock is None else clock
+        self._spec = spec
+        self._waits = waits
+        self._is_required = is_required
+
+    def begin(self, compiler: Compiler, work: Work) -> Pending:
+        """See `Backend.begin`."""
+        if not self._is_required:
+            return compiler.begin(work)
+        away = _counts_away(self._spec.optimizer)
+        before = [(entries, name, entries[name]) for entries, name, _ in away]
+        for entries, name, device in away:
+            entries[name] = entries[name].to(device)
+        try:
+            return compiler.begin(work, _refuse_unfit)
+        except EngineError:
+            for entries, name, count in before:
+                entries[name] = count
+            raise
+
+    def load(self, pending: Pending) -> Program | Walking:
+        """See `Backend.load`."""
+        program, traced = pending.load(), pending.traced
+        step = traced.step if isinstance(traced, TracedWalk) else traced
+        if self._why_without_graph(step, walks=isinstance(traced, TracedWalk)):
+            return program
+        try:
+            if isinstance(traced, TracedWalk):
+                assert isinstance(program, WalkingProgram)
+                return CapturedWalk(program, traced, self._lane, self._waits)
+            assert not isinstance(program, WalkingProgram)
+            return CapturedStep(program, traced, self._lane, self._waits)
+        except RuntimeError as error:  # no memory for the batch that its graphs read
+            raise EngineError(f"the step cannot be captured in a CUDA graph: {first_line(error)}") from error
+
+    def explain(self, step: TracedStep, *, walks: bool) -> Choice:
+        """See `Backend.explain`."""
+        why = self._why_without_graph(step, walks=walks)
+        return Choice("compiled", f"; {why}{step.remark}") if why else Choice(self.name, step.remark)
+
+    def _why_without_graph(self, step: TracedStep, *, walks: bool) -> str:
+        if any(step.open_dims) and not walks:
+            return "single batches with rows of unequal length are in no CUDA graph"
+        unfit = _why_unfit(step)
+        return unfit and f"without a CUDA graph: {unfit}"
+
+
 class CapturedStep:
     """A compiled step that runs by CUDA graphs, one for each of its parts, captured where the part is first due.
 
@@ -201,63 +281,92 @@ class _CapturedPart:
         return self._runner([*standing[:begin], *self._statics, *standing[begin:]])[0]
 
 
-class CapturedSpan:
-    """Several steps over the rows of one resident source as one CUDA graph.
+class CapturedWalk:
+    """A step that walks over one resident source as two CUDA graphs: of one call of its program, and of 16.
+
+    Both go on from the cursor, so that a span is as many replays of the larger one as it holds, then of the smaller.
 
     Args:
-        program: of fewer steps, which gathers their batches by itself; it is captured as often as it takes.
-        traced: what it was compiled from; its guards are the span's.
-        steps: how many.
+        program: the step, compiled.
+        traced: what it was compiled from; its guards are the walk's.
         lane: of its device.
         waits: is told the seconds that each capture took.
-
-    Attributes:
-        calls: of the program, in the graph.
     """
 
-    def __init__(self, program: StepProgram, traced: TracedSpan, steps: int, lane: Lane, waits: Waits) -> None:
-        self.calls = steps // traced.steps
+    def __init__(self, program: WalkingProgram, traced: TracedWalk, lane: Lane, waits: Waits) -> None:
+        assert WARM_RUNS * MANY <= traced.most_steps
+        self._program = program
         self._traced = traced
-        self._runner = program.runners[0]
-        num_rows = traced.steps * traced.source.batch_size
-        self._rows = torch.zeros(self.calls * num_rows, dtype=torch.int64, device=traced.source.device)
-        self._pieces = self._rows.split(num_rows)
-        self._graph = _Graph(self._steps, [self._rows], traced.parts[0], traced.spec, lane, waits)
-
-    def run(self, span: Span) -> Tensor | Mismatch:
-        """The steps of a span; returns the losses, [steps], a tensor of their own, or why the graph does not hold.
-
-        Raises:
-            EngineError: the steps cannot be captured.
-        """
-        inputs = self.inputs_of(span)
-        if isinstance(inputs, Mismatch):
-            return inputs
-        with torch.no_grad():  # not before: whether there are gradients is guarded
-            self._rows.copy_(span.rows, non_blocking=True)
-            own = self._own_inputs
-            return self._graph.run([*inputs[: own.start], *inputs[own.stop :]], self._traced.tables).clone()
+        self._state = traced.new_state()
+        self._many = MANY
+        self._graphs = {
+            steps: _Graph(partial(self._steps, steps), self._state, traced.parts[0], traced.spec, lane, waits)
+            for steps in (self._many, 1)
+        }
 
     @property
     def due(self) -> TracedGraph:
-        """What each call of the program runs."""
+        """What every step runs."""
         return self._traced.parts[0]
 
-    def inputs_of(self, span: Span) -> list[Tensor] | Mismatch:
-        """What the first call of the program is given, or why the graph does not hold."""
-        return self._traced.inputs_of(span.source, self._pieces[0])
+    @property
+    def steps_done(self) -> int:
+        """How many steps of the last call are done. HOST READ: after an error in it."""
+        return int(self._state.cursor)
+
+    def inputs_of(self, span: Span, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
+        """What each step of a span is given, or why the graphs do not hold (see `TracedWalk.inputs`)."""
+        return self._traced.inputs(span.source, self._state, is_checked=is_checked)
+
+    def run(self, span: Span, *, is_checked: bool = False) -> Tensor | Mismatch:
+        """The steps of a span. Makes no host read unless it captures.
+
+        Args:
+            span: of at most `TracedWalk.most_steps` steps.
+            is_checked: see `TracedWalk.inputs`.
+
+        Returns:
+            The losses, [steps], a tensor of their own; or why the graphs do not hold, and nothing has run.
+
+        Raises:
+            EngineError: the step cannot be captured; nothing has changed.
+            StepsFailedError: a step failed.
+        """
+        inputs = self.inputs_of(span, is_checked=is_checked)
+        if isinstance(inputs, Mismatch):
+            return inputs
+        of_many, of_one = divmod(span.steps, self._many)
+        counts = {steps: count for steps, count in ((self._many, of_many), (1, of_one)) if count}
+        with torch.no_grad():  # not before: whether there are gradients is guarded
+            self._state.cursor.zero_()  # a step is run to be captured, and must find a batch
+            replays = self._captured([*counts], inputs)
+            self._state.begin(span)
+            try:
+                for steps, count in counts.items():
+                    for _ in range(count):
+                        replays[steps]()
+            except RuntimeError as error:
+                raise_failed(self._traced, self._state, span, error)
+            return self._state.losses[: span.steps].clone()
+
+    def _captured(self, wanted: Sequence[int], inputs: list[Tensor]) -> dict[int, Callable[[], Tensor]]:
+        """The graphs of so many steps each, captured where they must be, before any of them runs."""
+        own = self._own_inputs
+        standing = [*inputs[: own.start], *inputs[own.stop :]]
+        return {steps: self._graphs[steps].captured_for(standing, self._traced.tables) for steps in wanted}
 
     @property
     def _own_inputs(self) -> slice:
-        """The places of tables and rows among a program's inputs."""
+        """The places of tables and state among a program's inputs."""
         traced = self._traced
         end = len(traced.parts[0].kinds) - len(traced.step.parts[0].closed_over)
-        return slice(end - len(traced.tables) - 1, end)
+        return slice(end - len(traced.tables) - len(self._state), end)
 
-    def _steps(self, standing: list[Tensor]) -> Tensor:
+    def _steps(self, count: int, standing: list[Tensor]) -> Tensor:
         begin = self._own_inputs.start
-        given = [[*standing[:begin], *self._traced.tables, rows, *standing[begin:]] for rows in self._pieces]
-        return torch.cat([self._runner(inputs)[0] for inputs in given])
+        for _ in range(count):
+            self._program.once([*standing[:begin], *self._traced.tables, *self._state, *standing[begin:]])
+        return self._state.losses
 
 
 class _Graph:
@@ -285,7 +394,7 @@ class _Graph:
     ) -> None:
         self._function = function
         self._own = own
-        self._uses_cudnn = _uses_cudnn(traced.recorded)
+        self._uses_cudnn = _uses_cudnn(traced.graph)
         self._device = spec.device
         self._lane = lane
         self._waits = waits
@@ -293,8 +402,12 @@ class _Graph:
         self._failures = lane.failures
         self._replay: Callable[[], Tensor] | None = None
 
-    def run(self, tensors: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Tensor:
-        """Replays the function; the next run overwrites its result.
+    def run(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Replays the function; the next run overwrites its result. See `captured_for`."""
+        return self.captured_for(tensors)()
+
+    def captured_for(self, tensors: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Callable[[], Tensor]:
+        """What replays the function on these tensors; the next replay overwrites its result.
 
         Args:
             tensors: what the function is given.
@@ -312,7 +425,7 @@ class _Graph:
             replay = self._captured([tensor.detach() for tensor in tensors])
             self._waits.add(time.perf_counter() - begin)
             self._replay, self._captured_for = replay, wanted
-        return self._replay()
+        return self._replay
 
     def _captured(self, tensors: list[Tensor]) -> Callable[[], Tensor]:
         changed = [*tensors, *self._own]
@@ -342,3 +455,41 @@ class _Graph:
 def _uses_cudnn(graph: torch.fx.GraphModule) -> bool:
     names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     return any("convolution" in name or "cudnn" in name for name in names)
+
+
+def _counts_away(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], str, torch.device]]:
+    """Scalars of the optimizer's state that are not where their parameters are, with the devices of these."""
+    return [
+        (entries, name, parameter.device)
+        for parameter, entries in optimizer.state.items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor) and value.dim() == 0 and value.device != parameter.device
+    ]
+
+
+def _refuse_unfit(traced: TracedStep) -> None:
+    unfit = _why_unfit(traced)
+    if unfit:
+        raise EngineError(f"no CUDA graph can hold this step: {unfit}")
+
+
+def _why_unfit(traced: TracedStep) -> str:
+    """Why no graph can hold a step; empty where one can."""
+    if traced.why_eager is not None:
+        return f"{type(traced.spec.optimizer).__name__} steps eagerly ({traced.why_eager})"
+    if _counts_away(traced.spec.optimizer):
+        return (
+            "the optimizer counts its steps on the host: make it with capturable=True, or ask for engine 'graphed', "
+            "which moves the counts"
+        )
+    for part in traced.parts:
+        inputs = [node for node in part.graph.graph.nodes if node.op == "placeholder"]
+        if any(is_changed(part.graph, inputs[place]) for place in part.anywhere):
+            return "forward changes its batch in place, and a graph would change a copy: copy it first"
+        for size, _, _, device in part.kinds:
+            if device.type != traced.spec.device.type:
+                return (
+                    f"a tensor of shape {list(size)} that the step reads is on {device}, and a graph would keep the "
+                    f"value that it has now: move it to {traced.spec.device}"
+                )
+    return ""

@@ -1,7 +1,12 @@
-"""The eager engine: the textbook's step without its waits."""
+"""The eager engine, operator by operator, and `torch.compile` as an engine to measure against.
+
+The eager engine is the textbook's step without its waits. It uses a fused optimizer only where that is known to give
+the same numbers: `KERNEL_FAULTS` lists the faults of torch's fused kernels.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, cast
@@ -10,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.data.resident import Span
-from fasttrain.device import Choice, autocast_dtype
-from fasttrain.errors import ConfigError
+from fasttrain.device import Choice, autocast_dtype, cpp_compiler
+from fasttrain.errors import ConfigError, EngineError
 from fasttrain.metrics import Scoring, scoring_of
 from fasttrain.step.spec import Forward, StepOutput, StepSpec
 from fasttrain.step.torch_private import (
+    dynamo_error,
     note_step,
     replace_listing,
     restore_listing,
@@ -30,8 +36,11 @@ __all__ = [
     "EagerEngine",
     "FusedWhereOpen",
     "KernelFault",
+    "TorchCompileEngine",
     "Update",
     "eager_meanwhile",
+    "raise_index_error",
+    "require_compiler",
     "run_forward",
 ]
 
@@ -51,7 +60,7 @@ class EagerEngine:
     Attributes:
         choice: what runs, and why.
         compile_s: None: nothing is compiled.
-        span, calls: 1: nothing is gained by running several steps as one.
+        span: 0: nothing is gained by running several steps a call.
         has_stepped: whether the optimizer has stepped, and so made its state.
     """
 
@@ -62,7 +71,7 @@ class EagerEngine:
         self._needs_closure = spec.needs_closure
         self._fused_where_open = FusedWhereOpen(spec.optimizer)
         self.compile_s: float | None = None
-        self.span = self.calls = 1
+        self.span = 0
         self.has_stepped = False
         self._untrained: list[Tensor] | None = None
 
@@ -216,6 +225,28 @@ def eager_meanwhile() -> str | None:
         return "torch.autograd.set_detect_anomaly is on, and only eager steps are checked by it"
     return None
 
+
+def raise_index_error(spec: StepSpec, batches: Iterable[Batch], error: RuntimeError) -> None:
+    """Raises PyTorch's own IndexError, from the user's line, where a program has met an index out of range.
+
+    The program has not finished its step; forward runs again on its batches, eagerly, to find the line.
+
+    Raises:
+        IndexError: an index, such as an id for an embedding, is out of range.
+    """
+    if not any(said in str(error) for said in _OUT_OF_RANGE):
+        return
+    with torch.no_grad():
+        for batch in batches:
+            try:
+                run_forward(spec, spec.forward, batch)
+            except IndexError as found:
+                raise found from None  # without the thirty lines of the program's own message
+    raise IndexError("an index in the batch, such as an id for an embedding, is out of range") from error
+
+
+_OUT_OF_RANGE = ("index out of bounds", "index out of range in the ids of rows")
+"""What compiled programs say: code of their compiler, followed by names of its variables, and our own kernels."""
 
 _NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "lr_decay")
 """Options that fused kernels take as numbers."""
@@ -524,3 +555,62 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+class TorchCompileEngine(EagerEngine):
+    """Runs forward and loss (and, through autograd, backward) as compiled programs. The second step waits for them.
+
+    A compiled forward does not show which loss it calls: accuracy is found as in the first step, which runs eagerly, in
+    all batches whose predictions and targets have as many dimensions and the dtypes of the first.
+
+    Args:
+        spec: the step.
+        choice: why it is this engine.
+
+    Raises:
+        EngineError: this machine has no compiler for the device, or torch cannot compile this forward.
+    """
+
+    def __init__(self, spec: StepSpec, choice: Choice) -> None:
+        if spec.device.type == "cpu":
+            require_compiler()
+        super().__init__(spec, choice)
+        self._kinds: Any = None
+        self._first_scoring: Scoring | None = None
+
+    def step(self, batch: Any) -> Tensor:
+        """See `Engine.step`."""
+        if self._kinds is None:  # the very first step runs eagerly
+            return super().step(batch)
+        if self.compile_s is None:
+            self._forward = torch.compile(self._spec.forward)
+            return self._compiling_step(batch)
+        return super().step(batch)
+
+    def _scoring(self, output: StepOutput) -> Scoring | None:
+        kinds = [(each.dim(), each.dtype) for each in output[1:] if each is not None]
+        if self._kinds is None:
+            self._kinds, self._first_scoring = kinds, scoring_of(*output)
+        return self._first_scoring if kinds == self._kinds else None
+
+    def _compiling_step(self, batch: Any) -> Tensor:
+        begin = time.perf_counter()
+        try:
+            loss = super().step(batch)
+        except dynamo_error() as error:
+            raise EngineError(f"engine 'torch-compile' cannot compile this forward: {error}") from error
+        self.compile_s: float | None = time.perf_counter() - begin
+        return loss
+
+
+def require_compiler() -> None:
+    """Checks that there is a C++ compiler.
+
+    Raises:
+        EngineError: there is none.
+    """
+    if cpp_compiler() is None:
+        raise EngineError(
+            "a compiled engine needs a C++ compiler, and none is on the PATH (set CXX or install g++); engine 'eager' "
+            "needs none"
+        )

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, get_default_dtype, is_grad_enabled, strided
 
 from fasttrain.step.capture import Capture
-from fasttrain.step.options import GroupOptions
+from fasttrain.step.optimizer import GroupOptions
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import (
     NO_GRADIENT_HOOKS,

@@ -1,23 +1,23 @@
-"""The step of the user's own optimizer, by its own code, over stand-ins for its tensors."""
+"""The user's optimizer as graph code: its options as tensors, and its own `step` traced over stand-ins."""
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fasttrain.errors import EngineError, first_line
-from fasttrain.step.attributes import Attributes
-from fasttrain.step.options import GroupOptions
 from fasttrain.step.state import StepState
 from fasttrain.step.torch_private import has_own_step, optimizer_hooks, reported_as_compiling
 
-__all__ = ["OptimizerNotTracedError", "OptimizerStep"]
+__all__ = ["MOVED", "Attributes", "GroupOptions", "OptimizerNotTracedError", "OptimizerStep"]
 
 _BRANCHES_ON_VALUES = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
 """Their default code branches on values of tensors; their `capturable` code computes the same without."""
@@ -270,3 +270,213 @@ _DERIVING = frozenset({Tensor.__rsub__, Tensor.neg, Tensor.__neg__, Tensor.mul, 
 def _is_in_place(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__isub__", "__imul__", "__idiv__")
+
+
+MOVED = ("lr", "betas", "momentum", "weight_decay")
+"""What schedulers move, torch's or users' own. A change of any other option makes another graph."""
+
+
+@dataclass
+class _Option:
+    """A number, or a tuple of numbers, among the entries of the packed tensor.
+
+    Attributes:
+        group: the number of its group.
+        name: of the option.
+        first: where its numbers begin.
+        value: what the group held when it was looked at last.
+    """
+
+    group: int
+    name: str
+    first: int
+    value: Any
+
+
+class GroupOptions:
+    """What a graph knows of the options of parameter groups.
+
+    The numbers of all groups that may move are the entries of one tensor: a graph takes a moved one up with its next
+    step. Only their signs stay fixed, where the optimizer's code asked for them (`if weight_decay != 0`).
+
+    Args:
+        optimizer: whose `param_groups` are read; a rate that is a tensor already is passed on as it is.
+        device: where the inputs live.
+        names: of the options that may move.
+
+    Attributes:
+        read: the names of all options that the optimizer's code asked for, None where it looked at whole groups.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, names: Sequence[str] = MOVED) -> None:
+        self.read: set[str] | None = set()
+        self._optimizer = optimizer
+        self._options: list[_Option] = []
+        self._tensors: list[tuple[int, str]] = []
+        self._values: list[float] = []
+        self._signs: dict[int, int] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for name in [name for name in names if name in group]:
+                self._add(index, name, group[name])
+        # Python's floats are doubles, and so is what eager optimizers compute with them.
+        packed = torch.tensor(self._values, dtype=torch.float64, device=device)
+        self._packed = [packed] if self._values else []
+        self._cells = list(packed.unbind())
+
+    @property
+    def examples(self) -> list[Tensor]:
+        """As many tensors as `current` gives, of the same kinds."""
+        return [*self._packed, *(self._optimizer.param_groups[index][name] for index, name in self._tensors)]
+
+    @property
+    def inputs(self) -> frozenset[tuple[int, str]]:
+        """(number of the group, name of the option) of those that may move."""
+        return frozenset([*self._tensors, *((option.group, option.name) for option in self._options)])
+
+    def current(self) -> list[Tensor] | None:
+        """The inputs of this moment, None where an option is not of the kind or sign any more that it was."""
+        groups = self._optimizer.param_groups
+        try:
+            for option in self._options:
+                value = groups[option.group][option.name]
+                if value is not option.value and not self._take_up(option, value):
+                    return None
+            if not self._tensors:
+                return self._packed
+            tensors = [groups[index][name] for index, name in self._tensors]
+        except (KeyError, IndexError):  # the option or its group is gone
+            return None
+        return [*self._packed, *tensors] if all(isinstance(tensor, Tensor) for tensor in tensors) else None
+
+    def stand_ins(self, inputs: Sequence[Tensor]) -> tuple[list[dict[str, Any]], dict[int, int]]:
+        """The options as the optimizer's code is to see them in a trace.
+
+        Args:
+            inputs: stand-ins for what `current` gives.
+
+        Returns:
+            By group, the options that may move; and by the id of each stand-in for a number, its place among them.
+        """
+        by_group: list[dict[str, Any]] = [{} for _ in self._optimizer.param_groups]
+        places: dict[int, int] = {}
+        for option in self._options:
+            numbers = [inputs[0][option.first + offset] for offset in range(len(_numbers(option.value)))]
+            places.update({id(number): option.first + offset for offset, number in enumerate(numbers)})
+            by_group[option.group][option.name] = tuple(numbers) if type(option.value) is tuple else numbers[0]
+        for (index, name), tensor in zip(self._tensors, inputs[len(self._packed) :], strict=True):
+            by_group[index][name] = tensor
+        return by_group, places
+
+    def fix_sign(self, place: int) -> int:
+        """The sign of a number (-1, 0 or 1), which must stay from now on."""
+        return self._signs.setdefault(place, _sign(self._values[place]))
+
+    def note_read(self, name: str | None) -> None:
+        """Notes that the optimizer's code asked for an option, or (None) for whatever there is."""
+        if name is None:
+            self.read = None
+        elif self.read is not None:
+            self.read.add(name)
+
+    def _add(self, group: int, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and name == "lr":
+            self._tensors.append((group, name))
+        elif numbers := _numbers(value):
+            self._options.append(_Option(group, name, len(self._values), value))
+            self._values += numbers
+
+    def _take_up(self, option: _Option, value: Any) -> bool:
+        numbers = _numbers(value)
+        if (type(value) is tuple) != (type(option.value) is tuple) or len(numbers) != len(_numbers(option.value)):
+            return False
+        if any(self._signs.get(place, _sign(each)) != _sign(each) for place, each in enumerate(numbers, option.first)):
+            return False
+        for place, number in enumerate(numbers, option.first):
+            if number != self._values[place]:
+                self._cells[place].fill_(number)
+                self._values[place] = number
+        option.value = value
+        return True
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of an option: itself, or the entries of a tuple; none where it is anything else."""
+    entries: list[Any] = list(cast("tuple[Any, ...]", value)) if type(value) is tuple else [value]
+    is_number = all(not isinstance(each, bool) and isinstance(each, Real) for each in entries)
+    return [float(each) for each in entries] if is_number else []
+
+
+def _sign(number: float) -> int:
+    return (number > 0) - (number < 0)
+
+
+class Attributes:
+    """The attributes of an object as they are now, with the entries of those that are lists, dicts and sets.
+
+    Args:
+        values: the attributes themselves (`vars(object)`), by name.
+        ignored: names that are left alone.
+    """
+
+    def __init__(self, values: dict[str, Any], ignored: Collection[str] = ()) -> None:
+        self._values = values
+        self._before = {name: value for name, value in values.items() if name not in ignored}
+        self._entries = {name: _entries(value) for name, value in self._before.items() if _is_container(value)}
+        self._ignored = ignored
+
+    def changed(self) -> list[str]:
+        """The names of those that came or went, or are not the same, or have other entries.
+
+        Equal plain values are the same, and tuples of them.
+        """
+        names = [name for name in dict.fromkeys([*self._before, *self._values]) if name not in self._ignored]
+        return [name for name in names if not self._is_as_before(name)]
+
+    def put_back(self) -> None:
+        """Makes them what they were; objects that were not replaced stay the same objects."""
+        for name in self.changed():
+            if name not in self._before:
+                del self._values[name]
+                continue
+            value: Any = self._before[name]
+            self._values[name] = value
+            if name not in self._entries or _is_same(_entries(value), self._entries[name]):
+                continue
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(_as_given(value, self._entries[name]))
+
+    def _is_as_before(self, name: str) -> bool:
+        if name not in self._before or name not in self._values:
+            return False
+        value = self._values[name]
+        return _is_same(value, self._before[name]) and (
+            name not in self._entries or _is_same(_entries(value), self._entries[name])
+        )
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.device)
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, list | dict | set)
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    """What a container holds, in order, so that it can be compared."""
+    if isinstance(value, dict):
+        return tuple(cast("dict[Any, Any]", value).items())
+    return tuple(cast("list[Any]", value))
+
+
+def _as_given(value: Any, entries: tuple[Any, ...]) -> Any:
+    return dict(entries) if isinstance(value, dict) else entries
+
+
+def _is_same(value: Any, old: Any) -> bool:
+    """One object, or equal plain values, or tuples of such."""
+    if value is old:
+        return True
+    if isinstance(value, tuple) and isinstance(old, tuple):
+        these, those = cast("tuple[Any, ...]", value), cast("tuple[Any, ...]", old)
+        return len(these) == len(those) and all(map(_is_same, these, those))
+    return isinstance(value, _PLAIN) and type(value) is type(old) and value == old

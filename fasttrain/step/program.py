@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fasttrain.errors import EngineError
-from fasttrain.step.recorded import InputKind, TracedGraph
-from fasttrain.step.span import TracedSpan
 from fasttrain.step.torch_private import compile_package, examples_of, flat_runner
-from fasttrain.step.torch_private.lowering import register_lowerings
 from fasttrain.step.torch_private.marking import with_origins
-from fasttrain.step.trace import TracedStep
 
-__all__ = ["Runner", "StepProgram", "compile_graph"]
+if TYPE_CHECKING:  # the compiling child needs none of what these import
+    from fasttrain.step.function import InputKind, TracedGraph
+    from fasttrain.step.trace import TracedStep
+
+__all__ = ["Runner", "StepProgram", "compile_graph", "load_runner"]
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
 """Runs one graph: takes its inputs (and empties the list), returns its outputs."""
@@ -38,7 +38,7 @@ def compile_graph(
     (`torch.get_num_threads()`).
 
     Args:
-        graph: of a `TracedGraph`, unrolled.
+        graph: of a `GraphJob`, spelled out.
         inputs: what its inputs are like.
         open_dims: of a `TracedPart`.
         package: where it goes.
@@ -48,6 +48,8 @@ def compile_graph(
     Raises:
         EngineError: torch cannot export or compile the graph.
     """
+    from fasttrain.step.torch_private.lowering import register_lowerings  # which only the child that compiles needs
+
     register_lowerings()
     model = graph if origins is None else with_origins(graph, origins)
     sizes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) or None for dims in open_dims)
@@ -73,7 +75,7 @@ class StepProgram:
         EngineError: one cannot be loaded.
     """
 
-    def __init__(self, packages: Sequence[Path], traced: TracedStep | TracedSpan) -> None:
+    def __init__(self, packages: Sequence[Path], traced: TracedStep) -> None:
         self._traced = traced
         self.runners = self._loaded(packages)
 
@@ -117,7 +119,16 @@ class StepProgram:
             self.runners = before
 
     def _loaded(self, packages: Sequence[Path]) -> list[Runner]:
-        try:
-            return [flat_runner(str(package), self.device) for package in packages]
-        except RuntimeError as error:
-            raise EngineError(f"the compiled program cannot be loaded: {error}") from error
+        return [load_runner(package, self.device) for package in packages]
+
+
+def load_runner(package: Path, device: torch.device) -> Runner:
+    """What runs the program in a package.
+
+    Raises:
+        EngineError: it cannot be loaded.
+    """
+    try:
+        return flat_runner(str(package), device)
+    except RuntimeError as error:
+        raise EngineError(f"the compiled program cannot be loaded: {error}") from error

@@ -1,19 +1,21 @@
-"""The tensors that a step reads and changes: the very ones of the user's objects."""
+"""The tensors that a step reads and changes, the user's own, and snapshots of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasttrain.device import free_bytes
 from fasttrain.errors import EngineError
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import scaler_tensors
 
-__all__ = ["METRICS", "PARAMETERS", "StepState", "why_not_plain"]
+__all__ = ["METRICS", "PARAMETERS", "Snapshot", "StepState", "fits_in_memory", "why_not_plain"]
 
 METRICS, PARAMETERS = "metrics", "parameters"
 """Kinds of tensors that a program is judged by in their own way; any other is state of the optimizer or a buffer."""
@@ -146,3 +148,49 @@ def _extent(tensor: Tensor) -> int:
     """Bytes from a tensor's first entry to the end of its last."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of tensors and gradients, and of the random generator's state, at one moment."""
+
+    copies: list[Tensor]
+    gradients: list[Tensor | None]
+    num_gathered: int
+    rng: Tensor
+    cuda_rng: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], device: torch.device, spec: StepSpec | None = None) -> Snapshot:
+        """Copies the tensors, and a step's gradients if one is given; the generators are the CPU's and the device's."""
+        cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(
+            [tensor.detach().clone() for tensor in tensors],
+            [] if spec is None else [_copied(each.grad) for each in spec.with_gradients()],
+            0 if spec is None else spec.gathered.count,
+            torch.get_rng_state(),
+            cuda_rng,
+        )
+
+    @torch.no_grad()
+    def restore(self, tensors: Sequence[Tensor], device: torch.device, spec: StepSpec | None = None) -> None:
+        """Brings tensors, gradients and generators back, bit for bit."""
+        if spec is not None:
+            spec.gathered.count = self.num_gathered
+            for parameter, gradient in zip(spec.with_gradients(), self.gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+        for tensor, copy in zip(tensors, self.copies, strict=True):
+            tensor.copy_(copy)
+        torch.set_rng_state(self.rng)
+        if self.cuda_rng is not None:
+            torch.cuda.set_rng_state(self.cuda_rng, device)
+
+
+def _copied(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.clone()
+
+
+def fits_in_memory(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """True where two copies of the tensors take at most half of the memory that is free."""
+    free = free_bytes(device)
+    return free is None or 2 * sum(tensor.nbytes for tensor in tensors) <= free // 2

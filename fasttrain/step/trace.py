@@ -19,13 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain.errors import EngineError, first_line
 from fasttrain.step.capture import Capture
-from fasttrain.step.function import Part, StepFunction
-from fasttrain.step.gradients import Gradients
+from fasttrain.step.function import Gradients, Part, StepFunction, TracedPart
 from fasttrain.step.guards import Guards
 from fasttrain.step.kernels import use_kernels
-from fasttrain.step.optimizer import OptimizerNotTracedError
-from fasttrain.step.options import MOVED, GroupOptions
-from fasttrain.step.recorded import TracedPart
+from fasttrain.step.optimizer import MOVED, GroupOptions, OptimizerNotTracedError
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import StepState
 from fasttrain.step.torch_private import (
@@ -143,6 +140,10 @@ class TracedStep:
         if not isinstance(standing, Mismatch) and isinstance(reason := self._capture.leaves(), str):
             return Mismatch(reason)
         return standing
+
+    def standing_examples(self) -> list[Tensor]:
+        """Tensors like these, whether the step holds now or not."""
+        return [*self.tensors, *self._options.examples]
 
     def _standing(self) -> list[Tensor] | Mismatch:
         reason = self._guards.mismatch()

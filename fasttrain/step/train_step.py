@@ -1,23 +1,48 @@
-"""`TrainStep`: one training step of the user's model, for a loop that the user keeps."""
+"""`TrainStep`: one training step of the user's model, for a loop that the user keeps.
+
+A compiled step in steady state passes these modules, in this order:
+
+1. `train_step`: the public object.
+2. `ladder`: which of eager and the compiled programs runs; when to verify or to compile.
+3. `candidate`: one compiled program and where it is on its way up the ladder.
+4. `walk` (resident rows) or `program` (batches): calls the machine code, once a step or many steps a call.
+5. `trace`: the guards and the inputs of the program: parameters, optimizer state, options, batch.
+6. `capture`: the guards on what the user's forward read.
+
+An eager step passes `train_step`, `ladder` (under "auto") and `eager`. `make_engine` says which engine runs a step.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fasttrain.data.resident import Span
 from fasttrain.device import Choice, choose_precision, resolve_device
-from fasttrain.errors import ConfigError
+from fasttrain.errors import ConfigError, EngineError
 from fasttrain.metrics import Metric, RunningMetrics
-from fasttrain.step.arguments import check_functions, check_model, check_optimizer, describe
-from fasttrain.step.plan import make_engine
-from fasttrain.step.spec import StepSpec, normalise_forward, run_steps
+from fasttrain.step.build import cuda_home
+from fasttrain.step.candidate import Backend, ProgramBackend
+from fasttrain.step.cudagraph import GraphBackend
+from fasttrain.step.eager import EagerEngine, TorchCompileEngine, require_compiler
+from fasttrain.step.ladder import Ladder
+from fasttrain.step.spec import (
+    Engine,
+    StepSpec,
+    check_functions,
+    check_model,
+    check_optimizer,
+    describe,
+    normalise_forward,
+    run_steps,
+)
+from fasttrain.step.timing import Waits
 
-__all__ = ["TrainStep"]
+__all__ = ["EngineName", "TrainStep", "explain_auto", "make_engine"]
 
 Batch = Any
 
@@ -142,23 +167,23 @@ class TrainStep:
         self._engine.expect(steps)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Batch | Span]:
-        """Steps on all the batches while it is iterated over, several as one where the engine can.
+        """Steps on all the batches while it is iterated over, several a call where the engine can.
 
         Args:
-            batches: as `step` takes them; of `resident(...)` several steps may be one launch.
+            batches: as `step` takes them; of `resident(...)` several steps may be one call.
 
         Yields:
-            After each launch, what it was of: a batch, or a `Span` of several.
+            After each call, what it ran: a batch, or a `Span` of several.
         """
         return run_steps(self._engine, iter(batches))
 
     @property
     def span(self) -> int:
-        """How many steps the engine would run as one now (see `steps`); 1: one by one."""
+        """How many steps the engine would run in one call now (see `steps`); 0: it takes batches one by one."""
         return self._engine.span
 
     def steps(self, span: Span) -> Tensor:
-        """Several steps, as one launch where the engine can. Makes no host read.
+        """Several steps, in one call where the engine can. Makes no host sync.
 
         Args:
             span: the next batches of a resident epoch, `iter(resident(...)).take(step.span)`.
@@ -219,3 +244,61 @@ def _agreed_device(model: nn.Module, device: str | torch.device | None) -> torch
             "made (an optimizer keeps the parameters that it was given)"
         )
     return home
+
+
+EngineName = Literal["auto", "eager", "compiled", "torch-compile", "graphed"]
+
+
+def explain_auto(device: torch.device) -> Choice:
+    """What "auto" does on a device, before any step has run."""
+    try:
+        _require_compiler(device)
+    except EngineError as error:
+        return Choice("eager", str(error))
+    best = "compiled" if device.type == "cpu" else "graphed"
+    return Choice(
+        f"eager, then {best}",
+        "a child process compiles the whole step where the steps that are left can repay it; the program is kept if it "
+        "gives the same numbers and is measured faster",
+    )
+
+
+def make_engine(wanted: str, spec: StepSpec) -> Engine:
+    """The engine of that name for a step.
+
+    Raises:
+        ConfigError: there is no such engine.
+        EngineError: it cannot run this step here.
+    """
+    if wanted not in get_args(EngineName):
+        raise ConfigError(f"engine {wanted!r}: use one of {', '.join(get_args(EngineName))}")
+    choice = Choice(wanted, "asked for")
+    if spec.needs_closure and wanted in ("compiled", "graphed"):
+        raise EngineError(f"engine {wanted!r} cannot run this step: {spec.why_closure}; use engine 'eager' or 'auto'")
+    if wanted == "auto" and spec.needs_closure:
+        return EagerEngine(spec, Choice("eager", spec.why_closure))
+    if wanted == "eager":
+        return EagerEngine(spec, choice)
+    if wanted == "torch-compile":
+        return TorchCompileEngine(spec, choice)
+    if wanted == "auto" and (planned := explain_auto(spec.device)).value == "eager":
+        return EagerEngine(spec, planned)
+    if wanted != "auto":
+        _require_compiler(spec.device)
+    waits = Waits()
+    choice = Choice("eager", "there were too few steps to measure anything") if wanted == "auto" else choice
+    return Ladder(spec, choice, _backend(wanted, spec, waits), waits, waits_for_compiler=wanted != "auto")
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Raises EngineError where this machine cannot compile a step for a device."""
+    require_compiler()
+    if device.type == "cuda":
+        cuda_home()
+
+
+def _backend(wanted: str, spec: StepSpec, waits: Waits) -> Backend:
+    """What an engine's compiled steps run by."""
+    if wanted == "graphed" or (wanted == "auto" and spec.device.type == "cuda"):
+        return GraphBackend(spec, waits, is_required=wanted == "graphed")
+    return ProgramBackend(spec)

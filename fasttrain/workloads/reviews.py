@@ -26,7 +26,7 @@ from fasttrain.pages.report import RunReport, render_report
 from fasttrain.run.checkpoint import copy_tree
 from fasttrain.run.config import TrainConfig
 from fasttrain.run.folder import RunFolder, StoredCheckpoint
-from fasttrain.step.threads import ThreadChoice, choose_threads
+from fasttrain.step.timing import ThreadChoice, choose_threads
 from fasttrain.workloads.common import seeded
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.onehot import ReviewClassifier, review_forward

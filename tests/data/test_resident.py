@@ -164,15 +164,20 @@ def test_spans_and_single_batches_are_what_iteration_gives(
         epoch, num_whole = iter(mixed), mixed.order(0).size // batch_size
         for size in sizes:
             span = epoch.take(size) if size else None
-            assert (span is not None) == (0 < size <= num_whole - len(found))
+            steps = max(0, min(size, num_whole - len(found)))
+            assert (span is not None) == (steps > 0)
             if span is None:
                 found += [batch for _, batch in zip(range(1), epoch, strict=False)]
                 continue
-            assert (span.source, span.steps) == (mixed, size)
+            assert (span.source, span.steps) == (mixed, steps)
             assert span.rows.tolist() == span.host_rows.tolist()
-            assert len(span.host_rows) == size * batch_size
-            found += span.batches()
-            torch.testing.assert_close(span.first(), found[-size], rtol=0, atol=0)
+            assert len(span.host_rows) == steps * batch_size
+            taken = span.batches()
+            found += taken
+            torch.testing.assert_close([span.batch(at) for at in range(steps)], taken, rtol=0, atol=0)
+            pieces = [span.piece(begin, min(begin + 2, steps)) for begin in range(0, steps, 2)]
+            assert sum(piece.steps for piece in pieces) == steps
+            torch.testing.assert_close([each for piece in pieces for each in piece.batches()], taken, rtol=0, atol=0)
         found += epoch
         assert epoch.take(1) is None
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
@@ -180,9 +185,9 @@ def test_spans_and_single_batches_are_what_iteration_gives(
 
 def test_no_span_is_taken_of_the_short_batch_that_ends_an_epoch() -> None:
     epoch = iter(resident(torch.arange(7), batch_size=3, device="cpu", shuffle=False, drop_last=False))
-    assert epoch.take(3) is None
-    span = epoch.take(2)
+    span = epoch.take(3)
     assert span is not None
+    assert span.steps == 2
     assert span.rows.tolist() == [0, 1, 2, 3, 4, 5]
     assert epoch.take(1) is None
     assert [batch.tolist() for (batch,) in epoch] == [[6]]
@@ -348,6 +353,6 @@ def test_what_is_done_to_a_tensor_later_does_not_reach_its_shape_or_gradients() 
 def test_after_a_short_last_batch_there_is_nothing_to_take() -> None:
     epoch = iter(resident(torch.arange(11.0), batch_size=4, device="cpu", drop_last=False))
     assert len(list(epoch)) == 3
-    for times in (1, 4):
-        assert epoch.take(2, times) is None
+    for most in (1, 4):
+        assert epoch.take(most) is None
     assert list(epoch) == []

@@ -124,7 +124,7 @@ def test_a_step_makes_no_host_read(optimizer: type[torch.optim.Optimizer], optio
 def test_watching_the_running_metrics_makes_no_host_read() -> None:
     model = mlp()
     loop = FastLoop(model, torch.optim.SGD(model.parameters(), lr=0.01), loss=nn.CrossEntropyLoss())
-    batches = resident(*data(), batch_size=8, device="cpu")
+    batches = list(resident(*data(), batch_size=8, device="cpu"))  # a list: one step a call
     loop.train(batches)
     seen: list[object] = []
     during: list[int] = []

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fasttrain import TrainStep
 from fasttrain.device import Choice
-from fasttrain.step.clock import Waits
-from fasttrain.step.compiled import CompiledEngine
-from fasttrain.step.graphed import GraphRung
+from fasttrain.step.cudagraph import GraphBackend
+from fasttrain.step.ladder import Ladder
 from fasttrain.step.spec import StepSpec
+from fasttrain.step.timing import Waits
 from tests.step import jobs
 from tests.step.fakes import Graphs
 
@@ -39,7 +39,7 @@ class Recording:
         failures: captures that failed.
         launches: of graphs.
         on_capture: called before each capture.
-        price: what a span of 16 steps takes, by the number of launches.
+        price: what a call takes, in seconds, by the number of launches.
     """
 
     def __init__(self, programs: Graphs) -> None:
@@ -47,7 +47,7 @@ class Recording:
         self.captures = self.failures = 0
         self.launches = 0
         self.on_capture: Callable[[], None] = lambda: None
-        self.price: Callable[[int], float] = float
+        self.price: Callable[[int], float] = lambda launches: launches * 1e-5
         self.is_aside = False
 
     @contextmanager
@@ -165,11 +165,11 @@ def with_graphs(step: TrainStep, lane: Recording) -> TrainStep:
     return step
 
 
-def graphed_engine(spec: StepSpec, lane: Recording) -> CompiledEngine:
-    rung, waits = graph_rung(spec, lane, is_required=True)
-    return CompiledEngine(spec, ASKED, rung, waits)
+def graphed_engine(spec: StepSpec, lane: Recording) -> Ladder:
+    backend, waits = graph_backend(spec, lane, is_required=True)
+    return Ladder(spec, ASKED, backend, waits, waits_for_compiler=True)
 
 
-def graph_rung(spec: StepSpec, lane: Recording, *, is_required: bool) -> tuple[GraphRung, Waits]:
+def graph_backend(spec: StepSpec, lane: Recording, *, is_required: bool) -> tuple[GraphBackend, Waits]:
     waits = Waits()
-    return GraphRung(spec, waits, is_required=is_required, lane=lane, clock=lane), waits
+    return GraphBackend(spec, waits, is_required=is_required, lane=lane, clock=lane), waits

@@ -102,6 +102,7 @@ def begin(optimizer: str, model: str) -> Pending:
     case = CASES[model]
     [first] = batches(case, 1)
     pending = Compiler(started(case, optimizer, 0, first)).begin(first)
+    assert isinstance(pending.traced, TracedStep)
     if pending.traced.why_eager is not None:
         pending.close()
         raise EngineError(pending.traced.why_eager)
@@ -110,7 +111,8 @@ def begin(optimizer: str, model: str) -> Pending:
 
 def compare(optimizer: str, model: str, pending: Pending) -> Pair:
     """Runs the program, which must be ready, and its rivals."""
-    traced, program = pending.traced, pending.load()
+    traced: Any = pending.traced
+    program: Any = pending.load()
     runs = [one_run(CASES[model], optimizer, seed, traced, program) for seed in range(NUM_SEEDS)]
     eager, compiled = (gathered([run[place] for run in runs]) for place in range(2))
     return Pair(optimizer=optimizer, model=model, eager=eager, compiled=compiled)

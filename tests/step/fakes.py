@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from torch import Tensor
 
 from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.errors import EngineError
-from fasttrain.step import auto, clock, compiler, launch, trial
+from fasttrain.step import candidate, compiler, ladder, timing
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import Verdict
 from fasttrain.step.eager import EagerEngine
+from fasttrain.step.function import TracedGraph
 from fasttrain.step.program import Runner
-from fasttrain.step.recorded import TracedGraph
-from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.state import StepState
 from fasttrain.step.trace import Mismatch, TracedStep
+from fasttrain.step.walk import Loop, TracedWalk, WalkingProgram
 from tests.step.models import ASKED
 
 Batch = tuple[Tensor, Tensor]
@@ -48,14 +49,12 @@ class Lab:
         begun: the pending programs, in order.
         remembered: the verdicts that were kept.
         replayed: steps that were run by a program, one by one.
-        span_steps: how many steps are found to be worth one launch.
-        span_step_s: what each of them takes in a launch.
-        is_span_cached: whether the cache has the program of several steps.
-        looked_up: how often it was asked for that.
-        is_span_ready: whether the child that makes the program of several steps has finished.
-        spoil_span: what that program does to the losses that it returns.
-        begun_spans: the pending programs of several steps, in order.
-        launched: steps that were run several as one.
+        walking_s: what a step takes in a program that walks over resident rows.
+        walked: the steps of each call of such a program.
+        why_single: why steps cannot walk over resident rows; None where they can.
+        was_compiled: whether the program was compiled after an earlier run.
+        is_seen_again: whether earlier runs of the job were too short, too.
+        left: the pending programs whose child was to go on for later runs.
     """
 
     def __init__(self) -> None:
@@ -70,28 +69,23 @@ class Lab:
         self.begun: list[FakePending] = []
         self.remembered: list[Verdict] = []
         self.replayed = 0
-        self.span_steps = 1
-        self.span_step_s = 25e-6
-        self.is_span_cached = False
-        self.looked_up = 0
-        self.is_span_ready = False
-        self.spoil_span: Callable[[Tensor], Tensor] = lambda losses: losses
-        self.begun_spans: list[FakeSpanPending] = []
-        self.launched = 0
+        self.walking_s = 25e-6
+        self.walked: list[int] = []
+        self.why_single: str | None = None
+        self.was_compiled = self.is_seen_again = False
+        self.left: list[FakePending] = []
 
     @classmethod
     def install(cls, monkeypatch: pytest.MonkeyPatch) -> Lab:
         """Puts itself in the place of what `auto` uses."""
         lab = cls()
         time: Any = types.SimpleNamespace(perf_counter=lambda: lab.now)
-        monkeypatch.setattr(clock, "time", time)
-        monkeypatch.setattr(launch, "time", time)
-        monkeypatch.setattr(auto, "LOOK_STEPS", LOOK_STEPS)
-        monkeypatch.setattr(trial, "ROUNDS", TRIAL_ROUNDS)
-        monkeypatch.setattr(launch, "most_steps", lambda *_: lab.span_steps)
-        monkeypatch.setattr(launch, "TracedSpan", lambda *given: FakeSpan(lab, *given))
-        monkeypatch.setattr(auto, "Compiler", lambda spec: FakeCompiler(lab, spec))
-        monkeypatch.setattr(auto, "EagerEngine", lambda spec, choice: TimedEager(lab, spec))
+        monkeypatch.setattr(timing, "time", time)
+        monkeypatch.setattr(ladder, "time", time)
+        monkeypatch.setattr(ladder, "LOOK_STEPS", LOOK_STEPS)
+        monkeypatch.setattr(timing, "ROUNDS", TRIAL_ROUNDS)
+        monkeypatch.setattr(ladder, "Compiler", lambda spec: FakeCompiler(lab, spec))
+        monkeypatch.setattr(ladder, "EagerEngine", lambda spec, choice: TimedEager(lab, spec))
         return lab
 
     def call(self, name: str) -> None:
@@ -113,7 +107,8 @@ class FakeTrace:
     """Holds for batches of one shape, unless the test says that the step has changed."""
 
     due = 0
-    parts = ("whole",)
+    graph = torch.fx.symbolic_trace(lambda x: x.cannot_run())
+    parts = (types.SimpleNamespace(part="whole", graph=graph, closed_over=(), reached=()),)
     is_whole = False
     gradients = ()
     why_eager = None
@@ -160,61 +155,53 @@ class FakeTrace:
         return losses
 
 
-class FakeSpan:
+class FakeWalk(TracedWalk):
     """Holds for spans of one source, while its step holds."""
 
-    def __init__(self, lab: Lab, step: FakeTrace, batch: Batch, source: ResidentBatches, steps: int) -> None:
-        lab.call("trace several")
-        assert not isinstance(step.inputs(batch), Mismatch)
-        self.step = step
-        self.source = source
-        self.steps = steps
+    def __init__(self, lab: Lab, step: FakeTrace, source: ResidentBatches) -> None:
+        lab.call("walk")
+        self.step: Any = step
+        self.source = weakref.ref(source)
+        self.most_steps = 1_024
         self._lab = lab
 
-    def inputs(self, span: Span, *, is_checked: bool = False) -> list[Span] | Mismatch:
-        if span.source is not self.source or self.step.is_stale:
+    @property
+    def steps_done(self) -> int:
+        return 0
+
+    def take(self, source: ResidentBatches) -> bool:
+        return False
+
+    def inputs_of(self, span: Span) -> list[Any] | Mismatch:
+        if span.source is not self.source():
             return Mismatch("the resident data")
-        return [span]
+        return Mismatch("an option of a parameter group") if self.step.is_stale else [span]
 
-    def run(self, inputs: list[Span]) -> Tensor:
+    def run(self, span: Span) -> Tensor | Mismatch:
         """As a program does: everything but the count of batches."""
-        [span] = inputs
-        self._lab.now += self._lab.span_step_s * span.steps
-        self._lab.launched += span.steps
-        losses = self.step.run_all(span)
-        return self._lab.spoil_span(losses)
-
-
-class FakeSpanPending:
-    def __init__(self, lab: Lab, traced: FakeSpan) -> None:
-        self.traced = traced
-        self.is_closed = self.was_waited_for = False
-        self._lab = lab
-
-    def is_ready(self) -> bool:
-        self._lab.call("are several ready")
-        return self._lab.is_span_ready
-
-    def wait(self) -> None:
-        self._lab.now += FakePending.compile_s
-        self.was_waited_for = self._lab.is_span_ready = True
-
-    def load(self) -> FakeSpan:
-        self._lab.call("load several")
-        return self.traced
-
-    def close(self) -> None:
-        self.is_closed = True
+        found = self.inputs_of(span)
+        if isinstance(found, Mismatch):
+            return found
+        self._lab.now += self._lab.walking_s * span.steps
+        self._lab.replayed += span.steps
+        self._lab.walked.append(span.steps)
+        return self._lab.spoil(self.step.run_all(span))
 
 
 class FakePending:
     trace_s = 0.5
     compile_s = 20.0
 
-    def __init__(self, lab: Lab, spec: StepSpec, batch: Batch) -> None:
-        self.traced = FakeTrace(lab, spec, batch)
+    def __init__(self, lab: Lab, spec: StepSpec, work: Any) -> None:
+        self.traced: Any = FakeTrace(lab, spec, work.batch() if isinstance(work, Span) else work)
+        if isinstance(work, Span) and lab.why_single is None:
+            self.traced = FakeWalk(lab, self.traced, work.source)
         self.is_closed = False
         self._lab = lab
+
+    @property
+    def step(self) -> FakeTrace:
+        return self.traced.step if isinstance(self.traced, FakeWalk) else self.traced
 
     def is_ready(self) -> bool:
         self._lab.call("is_ready")
@@ -224,7 +211,7 @@ class FakePending:
         self._lab.now += self.compile_s
         self._lab.is_ready = True
 
-    def load(self) -> FakeTrace:
+    def load(self) -> Any:
         self._lab.call("load")
         return self.traced
 
@@ -235,28 +222,29 @@ class FakePending:
 class FakeCompiler:
     def __init__(self, lab: Lab, spec: StepSpec) -> None:
         lab.call("make")
+        self.why_single = lab.why_single or ""
         self._lab = lab
         self._spec = spec
 
-    def begin(self, batch: Batch, *_: Any) -> FakePending:
+    def begin(self, work: Any, *_: Any) -> FakePending:
         self._lab.call("begin")
-        pending = FakePending(self._lab, self._spec, batch)
+        pending = FakePending(self._lab, self._spec, work)
         self._lab.now += pending.trace_s
         self._lab.begun.append(pending)
         return pending
 
-    def pending(self, traced: FakeSpan) -> FakeSpanPending:
-        self._lab.call("begin several")
-        pending = FakeSpanPending(self._lab, traced)
-        self._lab.begun_spans.append(pending)
-        return pending
+    def verdict(self, work: Any) -> Verdict | None:
+        return self._lab.known.get(len((work.batch() if isinstance(work, Span) else work)[0]))
 
-    def has(self, traced: FakeSpan) -> bool:
-        self._lab.looked_up += 1
-        return self._lab.is_span_cached
+    def is_ready(self) -> bool:
+        return self._lab.was_compiled
 
-    def verdict(self, batch: Batch) -> Verdict | None:
-        return self._lab.known.get(len(batch[0]))
+    def is_seen_again(self) -> bool:
+        return self._lab.is_seen_again
+
+    def leave(self, pending: FakePending) -> int | None:
+        self._lab.left.append(pending)
+        return 4242
 
     def remember(self, verdict: Verdict) -> None:
         self._lab.remembered.append(verdict)
@@ -268,18 +256,22 @@ class Graphs:
     Attributes:
         builds: how many children there would have been.
         replayed: steps that were run by a graph.
-        launched: of these, those that were run several as one.
+        walked: of these, those of a program that walks over resident rows.
         spoil: what a program does to the loss that it returns.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.builds = 0
         self.replayed = 0
-        self.launched = 0
+        self.walked = 0
         self.spoil: Callable[[Tensor], Tensor] = lambda loss: loss
         self._folder = folder
         monkeypatch.setattr(compiler, "Build", self._build)
-        monkeypatch.setattr(compiler.Pending, "load", lambda pending: GraphProgram(self, pending.traced))
+        monkeypatch.setattr(compiler.Pending, "load", lambda pending: self._load(pending))
+
+    def _load(self, pending: Any) -> GraphProgram | GraphWalk:
+        walks = isinstance(pending.traced, TracedWalk)
+        return GraphWalk(self, pending.traced) if walks else GraphProgram(self, pending.traced)
 
     def _build(self, job: GraphJob, *_: Any) -> InstantBuild:
         self.builds += 1
@@ -303,7 +295,7 @@ class InstantBuild:
 
 
 class GraphProgram:
-    def __init__(self, graphs: Graphs, traced: TracedStep | TracedSpan) -> None:
+    def __init__(self, graphs: Graphs, traced: TracedStep) -> None:
         self._graphs = graphs
         self._traced = traced
 
@@ -316,10 +308,30 @@ class GraphProgram:
 
     @torch.no_grad()
     def _run(self, part: TracedGraph, inputs: list[Tensor]) -> list[Tensor]:
-        losses = part.graph(*inputs)
-        self._graphs.replayed += losses.numel()
-        self._graphs.launched += losses.numel() if isinstance(self._traced, TracedSpan) else 0
-        return [self._graphs.spoil(losses)]
+        self._graphs.replayed += 1
+        return [self._graphs.spoil(part.graph(*inputs))]
+
+
+class GraphWalk(WalkingProgram):
+    """What loads nothing."""
+
+    def __init__(self, graphs: Graphs, traced: TracedWalk) -> None:
+        self._graphs = graphs
+        super().__init__([], traced)
+
+    def run(self, span: Span, *, is_checked: bool = False) -> Tensor | Mismatch:
+        losses = super().run(span, is_checked=is_checked)
+        return losses if isinstance(losses, Mismatch) else self._graphs.spoil(losses)
+
+    def _loaded(self, _packages: Sequence[Path]) -> Loop:
+        @torch.no_grad()
+        def loop(inputs: list[Tensor], steps: int) -> None:
+            for _ in range(steps):
+                self.parts[0].graph(*inputs)
+            self._graphs.replayed += steps
+            self._graphs.walked += steps
+
+        return loop
 
 
 HASTE: dict[str, float] = {
@@ -334,7 +346,8 @@ HASTE: dict[str, float] = {
 def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has `auto` take a program up within ten steps, whether it is faster or not."""
     for name, value in HASTE.items():
-        monkeypatch.setattr(auto, name, value)
-    monkeypatch.setattr(trial, "ROUNDS", 1)
-    monkeypatch.setattr(trial, "MARGIN", 1e9)
-    monkeypatch.setattr(auto, "shortfall", lambda *_: None)
+        monkeypatch.setattr(ladder, name, value)
+    monkeypatch.setattr(candidate, "VERIFIED_BATCHES", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "MARGIN", 1e9)
+    monkeypatch.setattr(ladder, "shortfall", lambda *_, **__: None)

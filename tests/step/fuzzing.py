@@ -33,8 +33,7 @@ from fasttrain import FastLoop, resident
 from fasttrain.errors import FasttrainError
 from fasttrain.measure.bench.record import write_record
 from fasttrain.measure.environment import environment, load_average, now
-from fasttrain.step import compiled, compiler, launch, replay, span
-from fasttrain.step.program import StepProgram
+from fasttrain.step import compiler, ladder
 from tests.step import graph_backend
 from tests.step.fakes import hasten
 from tests.step.fuzz_jobs import Job, draw_job
@@ -161,23 +160,26 @@ COUNTS: Counter[str] = Counter()
 
 
 class _CountingPending(graph_backend.GraphPending):
-    def load(self) -> graph_backend.GraphProgram:
-        return _counting(super().load(), self.traced)
+    def load(self) -> Any:
+        return _counting(super().load())
 
 
-class _CountingBuild(compiler.Pending[Any]):
-    def load(self) -> StepProgram:
-        return _counting(super().load(), self.traced)
+class _CountingBuild(compiler.Pending):
+    def load(self) -> Any:
+        return _counting(super().load())
 
 
-def _counting(program: Any, traced: Any) -> Any:
-    """The program, which counts its runs."""
+def _counting(program: Any) -> Any:
+    """The program, which counts its steps, and of its calls those of several steps."""
     COUNTS["trace"] += 1
-    run, name = program.run, "span" if hasattr(traced, "step") else "program"
+    run = program.run
 
-    def counted(inputs: list[Tensor]) -> Tensor:
-        COUNTS[name] += 1
-        return run(inputs)
+    def counted(given: Any) -> Any:
+        found = run(given)
+        if isinstance(found, Tensor):
+            COUNTS["program"] += found.numel()
+            COUNTS["span"] += found.numel() > 1
+        return found
 
     program.run = counted
     return program
@@ -196,11 +198,8 @@ def run_job(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch, *, is_compi
     monkeypatch.setattr("fasttrain.step.compiler.Pending", _CountingBuild if is_compiled else _CountingPending)
     if is_compiled:
         job = dataclasses.replace(job, options={**job.options, "engine": "compiled"})
-        monkeypatch.setattr(compiled, "MAX_PROGRAMS", 2)
-        monkeypatch.setattr(span, "MOST_STEPS", span.LEAST_STEPS)
-    monkeypatch.setattr(replay, "ENOUGH_STEPS", 1)
-    for module in (launch, compiled):
-        monkeypatch.setattr(module, "FROM_STEPS", 1)
+        monkeypatch.setattr(ladder, "MAX_CANDIDATES", 2)
+    monkeypatch.setattr(ladder, "ENOUGH_MISSED", 1)
     hasten(monkeypatch)
     COUNTS.clear()
     plain, ours = Side(job, folder, f"fuzz_{job.seed}_p"), Side(job, folder, f"fuzz_{job.seed}_o")

@@ -1,4 +1,4 @@
-"""Resident data for the small models, and spans of its batches run by the unrolled graph, uncompiled."""
+"""Resident data for the small models, and spans of its batches run by the walking graph, uncompiled."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import ResidentBatches, Span, resident
-from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, trace_step
+from fasttrain.step.walk import TracedWalk
 from tests.step.models import Case
 
 NUM_BATCHES = 7
@@ -41,19 +41,27 @@ def first_batch(data: ResidentBatches) -> Any:
     return data.gather(torch.arange(ROWS), torch.arange(ROWS).numpy())[0]
 
 
-def trace_span(spec: StepSpec, data: ResidentBatches, steps: int) -> TracedSpan:
+def trace_walk(spec: StepSpec, data: ResidentBatches) -> TracedWalk:
     batch = first_batch(data)
-    return TracedSpan(trace_step(spec, batch), batch, data, steps)
+    return TracedWalk(trace_step(spec, batch), batch, data)
 
 
 def taken(epoch: Any, steps: int) -> Span:
     span = epoch.take(steps)
     assert span is not None
+    assert span.steps == steps
     return span
 
 
-def run_span(traced: TracedSpan, span: Span) -> Tensor:
-    inputs = traced.inputs(span)
+def run_walk(traced: TracedWalk, span: Span) -> Tensor:
+    """The losses of a span."""
+    state = traced.new_state()
+    inputs = traced.inputs(span.source, state)
     assert not isinstance(inputs, Mismatch), inputs.reason
+    state.begin(span)
     with torch.no_grad():
-        return traced.parts[0].graph(*inputs)
+        for _ in range(span.steps):
+            traced.parts[0].graph(*inputs)
+    assert state.cursor.tolist() == [span.steps]
+    assert not state.losses[span.steps :].any()
+    return state.losses[: span.steps]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain.step.attributes import Attributes
+from fasttrain.step.optimizer import Attributes
 
 TENSOR = torch.ones(2)
 

@@ -8,15 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fasttrain.step import auto, worth
+from fasttrain.step import compiler, ladder
 from fasttrain.step.cache import Verdict
+from fasttrain.step.candidate import VERIFIED_BATCHES
 from tests.step.fakes import TRIAL_ROUNDS, Lab
 from tests.step.jobs import batches, everything, train_step
 
 MANY = 10_000_000
-MEASURED = auto.WARM_STEPS + auto.TIMED_STEPS
-TRIAL = 2 * (TRIAL_ROUNDS + 1) * 20
-"""More steps than a trial has, where a round of 2 ms has 20 steps of 100 us."""
+MEASURED = ladder.WARM_STEPS + ladder.TIMED_STEPS
+TRIAL = VERIFIED_BATCHES + 2 * (TRIAL_ROUNDS + 1) * 20
+"""More steps than verification and trial have, where a round of 2 ms has 20 steps of 100 us."""
+
+VERIFIED_OFTEN = 0.05
+"""Share of the training that verifications may take: one in some sixty steps."""
 
 KNOWN = Verdict(eager_us=100.0, program_us=50.0, trace_s=0.5, compile_s=20.0, refused=None)
 
@@ -65,7 +69,7 @@ class Job:
 def compiled(lab: Lab) -> Job:
     """A job whose program has been taken up."""
     lab.is_ready = True
-    job = Job().run(MEASURED + 2 * auto.POLL_STEPS + TRIAL)
+    job = Job().run(MEASURED + 2 * ladder.POLL_STEPS + TRIAL)
     assert job.engine == "compiled"
     return job
 
@@ -87,7 +91,7 @@ def test_a_job_that_turns_out_longer_is_traced_then(lab: Lab) -> None:
     job = Job(1000).run(2 * MEASURED)
     assert not lab.begun
     job.step.expect(MANY)
-    job.run(2 * auto.POLL_STEPS)
+    job.run(2 * ladder.POLL_STEPS)
     assert len(lab.begun) == 1
     assert job.reason == "a child process is compiling the step"
     assert job.step.compile_s == 0.5
@@ -98,10 +102,10 @@ def test_long_steps_need_more_time_to_repay(lab: Lab) -> None:
     """Their time is in matrix products: little can be gained."""
     seconds_to_come = 40.0
     lab.eager_s = 100e-6
-    Job(round(seconds_to_come / lab.eager_s)).run(MEASURED + auto.POLL_STEPS).step.close()
+    Job(round(seconds_to_come / lab.eager_s)).run(MEASURED + ladder.POLL_STEPS).step.close()
     assert len(lab.begun) == 1
     lab.eager_s = 20e-3
-    Job(round(seconds_to_come / lab.eager_s)).run(MEASURED + auto.POLL_STEPS).step.close()
+    Job(round(seconds_to_come / lab.eager_s)).run(MEASURED + ladder.POLL_STEPS).step.close()
     assert len(lab.begun) == 1
 
 
@@ -117,17 +121,17 @@ def test_what_is_known_to_pay_needs_fewer_steps(lab: Lab) -> None:
 def test_the_only_processor_is_not_shared_with_a_compiler_for_nothing(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worth.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(compiler.os, "sched_getaffinity", lambda _: {0})
     seconds_to_come = 40.0  # repays a compiler that runs beside it, as another test shows
-    Job(round(seconds_to_come / lab.eager_s)).run(MEASURED + auto.POLL_STEPS)
+    Job(round(seconds_to_come / lab.eager_s)).run(MEASURED + ladder.POLL_STEPS)
     assert not lab.begun
 
 
 def test_a_faster_program_is_taken_up(lab: Lab) -> None:
-    job = Job().run(MEASURED + 10 * auto.POLL_STEPS)
+    job = Job().run(MEASURED + 10 * ladder.POLL_STEPS)
     assert lab.replayed == 0
     lab.is_ready = True
-    job.run(2 * auto.POLL_STEPS + TRIAL)
+    job.run(2 * ladder.POLL_STEPS + TRIAL)
     assert job.engine == "compiled"
     assert job.reason == "measured 50 us a step, eager 100 us"
     [verdict] = lab.remembered
@@ -144,7 +148,7 @@ def test_a_faster_program_is_taken_up(lab: Lab) -> None:
 @pytest.mark.parametrize("program_s", [99e-6, 300e-6])
 def test_a_program_that_is_not_faster_is_dropped(lab: Lab, program_s: float) -> None:
     lab.program_s, lab.is_ready = program_s, True
-    job = Job().run(MEASURED + 2 * auto.POLL_STEPS + TRIAL)
+    job = Job().run(MEASURED + 2 * ladder.POLL_STEPS + TRIAL)
     assert job.engine == "eager"
     assert "not faster: measured" in job.reason
     [verdict] = lab.remembered
@@ -161,9 +165,9 @@ def test_a_program_that_is_not_faster_is_dropped(lab: Lab, program_s: float) -> 
 
 def test_what_is_remembered_of_eager_was_measured_beside_the_program(lab: Lab) -> None:
     lab.eager_s = 60e-6
-    job = Job().run(MEASURED + auto.POLL_STEPS)
+    job = Job().run(MEASURED + ladder.POLL_STEPS)
     lab.eager_s, lab.is_ready = 100e-6, True  # the machine is slower now
-    job.run(2 * auto.POLL_STEPS + 2 * TRIAL)
+    job.run(2 * ladder.POLL_STEPS + 2 * TRIAL)
     assert job.engine == "compiled"
     [verdict] = lab.remembered
     assert (verdict.eager_us, verdict.program_us) == (pytest.approx(100.0), pytest.approx(50.0))
@@ -188,7 +192,7 @@ def test_what_an_earlier_run_refused_is_not_traced(lab: Lab) -> None:
 def test_a_program_with_other_numbers_is_refused_and_remembered(lab: Lab) -> None:
     lab.spoil, lab.is_ready = lambda loss: loss * 1.01, True
     job = Job().run(2 * MEASURED + TRIAL)
-    assert lab.replayed == 1
+    assert lab.replayed == 2
     assert job.engine == "eager"
     assert "was refused: its numbers differ from eager's: the loss is" in job.reason
     assert [verdict.refused is not None for verdict in lab.remembered] == [True]
@@ -219,7 +223,7 @@ def test_whatever_fails_training_goes_on_and_says_why(lab: Lab, where: str) -> N
 
 
 def test_a_program_that_does_not_fit_beside_the_training_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasttrain.step.snapshot.free_bytes", lambda _: 10)
+    monkeypatch.setattr("fasttrain.step.state.free_bytes", lambda _: 10)
     lab.is_ready = True
     job = Job().run(2 * MEASURED)
     assert "do not fit in memory" in job.reason
@@ -228,7 +232,8 @@ def test_a_program_that_does_not_fit_beside_the_training_is_refused(lab: Lab, mo
 
 
 def test_audits_go_on_while_a_program_runs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "AUDIT_STEPS", 64)
+    monkeypatch.setattr(ladder, "VERIFIED_SHARE", VERIFIED_OFTEN)
+    monkeypatch.setattr(ladder, "LEAST_UNVERIFIED", 1)
     job = compiled(lab)
     job.run(200)
     assert job.engine == "compiled"
@@ -254,13 +259,12 @@ def test_what_is_wrong_while_another_program_is_compiled_is_not_remembered_of_th
 ) -> None:
     job = compiled(lab)
     lab.is_ready = False
-    job.run(3 * auto.LOOK_STEPS, is_short=half)
+    job.run(3 * ladder.LOOK_STEPS, is_short=half)
     assert len(lab.begun) == 2
     assert not lab.begun[1].is_closed
     remembered = len(lab.remembered)
     lab.spoil = lambda loss: loss * 1.01
-    monkeypatch.setattr(auto, "AUDIT_STEPS", 64)
-    job.step._engine._programs.audit()  # type: ignore[attr-defined]
+    job.step._engine.verify_again()  # type: ignore[attr-defined]
     for batch in batches(4):
         job.step(batch)
     assert job.engine == "eager"
@@ -270,9 +274,9 @@ def test_what_is_wrong_while_another_program_is_compiled_is_not_remembered_of_th
 
 
 def test_a_rare_batch_at_the_moment_of_the_swap_does_not_matter(lab: Lab) -> None:
-    job = Job().run(MEASURED + auto.POLL_STEPS)
+    job = Job().run(MEASURED + ladder.POLL_STEPS)
     lab.is_ready = True
-    job.run(auto.POLL_STEPS + 20, is_short=lambda _: True)
+    job.run(ladder.POLL_STEPS + 20, is_short=lambda _: True)
     assert lab.replayed == 0
     job.run(TRIAL + 1)
     assert job.engine == "compiled"
@@ -280,22 +284,22 @@ def test_a_rare_batch_at_the_moment_of_the_swap_does_not_matter(lab: Lab) -> Non
 
 
 def test_objects_replaced_while_the_child_compiled_are_taken_up(lab: Lab) -> None:
-    job = Job().run(MEASURED + auto.POLL_STEPS)
+    job = Job().run(MEASURED + ladder.POLL_STEPS)
     traced = lab.begun[0].traced
     traced.is_stale = traced.can_rebind = True
     lab.is_ready = True
     # Both at once: the objects are taken up, and the batch is still another.
-    job.run(auto.POLL_STEPS, is_short=lambda _: True)
+    job.run(ladder.POLL_STEPS, is_short=lambda _: True)
     job.run(TRIAL + 1)
     assert job.engine == "compiled"
     assert len(lab.begun) == 1
 
 
 def test_a_step_that_has_changed_meanwhile_is_traced_anew(lab: Lab) -> None:
-    job = Job().run(MEASURED + auto.POLL_STEPS)
+    job = Job().run(MEASURED + ladder.POLL_STEPS)
     lab.begun[0].traced.is_stale = True
     lab.is_ready = True
-    job.run(auto.LOOK_STEPS + 3 * auto.POLL_STEPS + TRIAL)
+    job.run(ladder.LOOK_STEPS + 3 * ladder.POLL_STEPS + TRIAL)
     assert [pending.is_closed for pending in lab.begun] == [True, True]
     assert job.engine == "compiled"
     assert job.step.compile_s == 1.0
@@ -303,8 +307,8 @@ def test_a_step_that_has_changed_meanwhile_is_traced_anew(lab: Lab) -> None:
 
 def test_a_step_that_keeps_changing_is_given_up(lab: Lab) -> None:
     lab.is_changing = lab.is_ready = True
-    job = Job().run(MEASURED + (auto.MAX_TRACES + 1) * (auto.LOOK_STEPS + 2 * auto.POLL_STEPS))
-    assert len(lab.begun) == auto.MAX_TRACES
+    job = Job().run(MEASURED + (ladder.MAX_CANDIDATES + 1) * (ladder.LOOK_STEPS + 2 * ladder.POLL_STEPS))
+    assert len(lab.begun) == ladder.MAX_CANDIDATES
     assert all(pending.is_closed for pending in lab.begun)
     assert job.engine == "eager"
     assert "kept changing" in job.reason
@@ -317,9 +321,9 @@ def half(number: int) -> bool:
 
 def test_a_second_shape_gets_a_program_too(lab: Lab) -> None:
     job = compiled(lab)
-    job.run(auto.LOOK_STEPS // 8, is_short=half)
+    job.run(ladder.LOOK_STEPS // 8, is_short=half)
     assert len(lab.begun) == 1, "too few to matter"
-    job.run(3 * auto.LOOK_STEPS + 2 * TRIAL, is_short=half)
+    job.run(3 * ladder.LOOK_STEPS + 2 * TRIAL, is_short=half)
     assert [len(pending.traced.shape) and pending.traced.shape[0] for pending in lab.begun] == [8, 5]
     assert job.engine == "compiled"
     replayed = lab.replayed
@@ -332,19 +336,19 @@ def test_the_number_of_traces_is_bounded(lab: Lab) -> None:
     lab.is_ready = False
     for _ in range(2):
         lab.begun[-1].traced.is_stale = True
-        job.run(3 * auto.LOOK_STEPS)
+        job.run(3 * ladder.LOOK_STEPS)
     lab.errors["begin"] = "this step cannot be traced"
     calls: list[str] = []
     real = lab.call
     lab.call = lambda name: (calls.append(name), real(name))[1]  # pyright: ignore[reportAttributeAccessIssue]
-    job.run(8 * auto.LOOK_STEPS)
-    assert len(lab.begun) + calls.count("begin") <= auto.MAX_TRACES
+    job.run(8 * ladder.LOOK_STEPS)
+    assert len(lab.begun) + calls.count("begin") <= ladder.MAX_CANDIDATES
 
 
 def test_while_a_second_shape_is_looked_at_the_record_tells_what_runs(lab: Lab) -> None:
     job = compiled(lab)
     lab.is_ready = False
-    job.run(3 * auto.LOOK_STEPS, is_short=half)
+    job.run(3 * ladder.LOOK_STEPS, is_short=half)
     assert len(lab.begun) == 2
     assert job.engine == "compiled"
     lab.errors["is_ready"] = "the compiling child was ended by SIGKILL"
@@ -357,7 +361,7 @@ def test_while_a_second_shape_is_looked_at_the_record_tells_what_runs(lab: Lab) 
 def test_a_second_shape_that_cannot_repay_leaves_the_first_program(lab: Lab) -> None:
     job = compiled(lab)
     job.step.expect(2000)
-    job.run(3 * auto.LOOK_STEPS, is_short=half)
+    job.run(3 * ladder.LOOK_STEPS, is_short=half)
     assert len(lab.begun) == 1
     assert job.engine == "compiled"
 
@@ -366,10 +370,10 @@ def test_the_record_tells_when_no_program_holds_and_when_one_does_again(lab: Lab
     job = compiled(lab)
     lab.errors["begin"] = "this step cannot be traced"
     lab.begun[0].traced.is_stale = True
-    job.run(3 * auto.LOOK_STEPS)
+    job.run(3 * ladder.LOOK_STEPS)
     assert job.engine == "eager"
-    assert job.reason.endswith("since this changed: an option of a parameter group")
+    assert "192 steps ran eagerly, the last because this differed: an option of a parameter group" in job.reason
     lab.begun[0].traced.is_stale = False
-    job.run(2 * auto.LOOK_STEPS)
+    job.run(2 * ladder.LOOK_STEPS)
     assert job.engine == "compiled"
-    assert job.reason == "measured 50 us a step, eager 100 us"
+    assert job.reason.startswith("measured 50 us a step, eager 100 us; 192 steps ran eagerly")

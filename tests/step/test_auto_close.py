@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fasttrain.step import auto
+from fasttrain.step import ladder
 from tests.step.fakes import Lab
 from tests.step.test_auto import MANY, MEASURED, TRIAL, Job, half, lab
 
@@ -15,8 +15,8 @@ STAGES = {
     "measuring": 1,
     "short of steps": 2 * MEASURED,
     "waiting": 2 * MEASURED,
-    "trial": MEASURED + 2 * auto.POLL_STEPS + TRIAL // 2,
-    "compiled": MEASURED + 2 * auto.POLL_STEPS + TRIAL,
+    "trial": MEASURED + 2 * ladder.POLL_STEPS + TRIAL // 2,
+    "compiled": MEASURED + 2 * ladder.POLL_STEPS + TRIAL,
 }
 
 
@@ -32,7 +32,7 @@ def test_after_close_nothing_is_compiled_and_the_record_is_right(lab: Lab, stage
     assert ("training ended before the program was ready" in job.reason) == (stage in ("waiting", "trial"))
     lab.is_ready = True
     job.run(3 * MEASURED)
-    job.run(2 * auto.LOOK_STEPS, is_short=half)
+    job.run(2 * ladder.LOOK_STEPS, is_short=half)
     assert len(lab.begun) == begun
     assert (lab.replayed > replayed) == (stage == "compiled")
     job.step.close()
@@ -46,7 +46,7 @@ def test_where_more_is_expected_after_close_it_goes_on(lab: Lab, stage: str) -> 
     begun = len(lab.begun)
     lab.is_ready = True
     job.step.expect(2 * MANY)
-    job.run(MEASURED + 4 * auto.POLL_STEPS + TRIAL)
+    job.run(MEASURED + 4 * ladder.POLL_STEPS + TRIAL)
     assert job.engine == "compiled"
     assert job.reason == "measured 50 us a step, eager 100 us"
     assert len(lab.begun) == begun + (stage != "compiled")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import gc
+import itertools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,34 +14,32 @@ import torch
 from torch import Tensor
 
 from fasttrain import TrainStep
-from fasttrain.data.resident import ResidentBatches, Span
-from fasttrain.step import auto, cudagraph, launch
-from fasttrain.step.auto import AutoEngine
+from fasttrain.data.resident import Span
+from fasttrain.step import cudagraph, ladder, timing
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.spec import Engine, StepSpec, run_steps
+from fasttrain.step.ladder import Ladder
+from fasttrain.step.spec import StepSpec, run_steps
 from tests.step import jobs
-from tests.step.cuda_stand_in import EXACT, Recording, graph_rung
+from tests.step.cuda_stand_in import EXACT, Recording, graph_backend
 from tests.step.jobs import assert_as_eager, batches
 from tests.step.models import ASKED, CASES, OPTIMIZERS, assert_same, make
 from tests.step.spans import data_of
 
 pytestmark = pytest.mark.usefixtures("in_double", "temporary", "hasty")
 
-EPOCHS = 12
+NUM_BATCHES = 35
+EPOCHS = 6
 
 
 @pytest.fixture(autouse=True)
-def in_haste(monkeypatch: pytest.MonkeyPatch, lane: Recording) -> None:
-    """Launches are asked for at once, and the fewer there are the less time it takes."""
-    monkeypatch.setattr(auto, "LAUNCHES_FROM_S", 0.0)
-    monkeypatch.setattr(auto, "CACHED_LAUNCHES_FROM_S", 0.0)
-    monkeypatch.setattr(launch, "FROM_STEPS", 0)
-    lane.price = lambda launches: {1: 1.0, 4: 2.0}.get(launches, 3.0)
+def priced(lane: Recording) -> None:
+    """Eager steps take time, too."""
+    lane.price = lambda launches: launches * 1e-5 or 1e-4
 
 
-def auto_engine(spec: StepSpec, lane: Recording) -> AutoEngine:
-    rung, waits = graph_rung(spec, lane, is_required=False)
-    engine = AutoEngine(spec, rung, waits)
+def auto_engine(spec: StepSpec, lane: Recording) -> Ladder:
+    backend, waits = graph_backend(spec, lane, is_required=False)
+    engine = Ladder(spec, ASKED, backend, waits, waits_for_compiler=False)
     engine.expect(10_000_000)
     return engine
 
@@ -117,49 +118,95 @@ class Epochs:
     def __init__(self, case: str, lane: Recording) -> None:
         self.auto, self.eager = (make(CASES[case], OPTIMIZERS["adam"]) for _ in range(2))
         self.engine = auto_engine(self.auto, lane)
-        self._sources = [data_of(CASES[case], batch_size=1) for _ in range(2)]
+        self.sources = [data_of(CASES[case], batch_size=1) for _ in range(2)]
         self.sizes: list[int] = []
 
     def run(self, epochs: int) -> None:
         """So many epochs, both ways."""
         eager = EagerEngine(self.eager, ASKED)
-        for engine, source in zip((self.engine, eager), self._sources, strict=True):
+        for engine, source in zip((self.engine, eager), self.sources, strict=True):
             torch.manual_seed(11)
             for _ in range(epochs):
-                self.sizes += [ran.steps for ran in launched(engine, source)]
+                sizes = [ran.steps for ran in run_steps(engine, iter(source)) if isinstance(ran, Span)]
+                self.sizes += sizes if engine is self.engine else []
         assert_same(self.auto, self.eager)
-
-
-def launched(engine: Engine, source: ResidentBatches) -> Iterator[Span]:
-    for ran in run_steps(engine, iter(source)):
-        if isinstance(ran, Span):
-            yield ran
 
 
 def test_resident_rows_are_launched_several_steps_at_a_time(lane: Recording) -> None:
     epochs = Epochs("mlp", lane)
     epochs.run(EPOCHS)
     assert epochs.engine.choice.value == "graphed"
-    assert "; 16 steps run as one: measured us a step: one by one " in epochs.engine.choice.reason
-    assert epochs.sizes[-2:] == [16, 16]
+    assert "us a step, several steps a call, eager " in epochs.engine.choice.reason
+    assert epochs.sizes[-1] == NUM_BATCHES
+    assert (lane.programs.builds, lane.captures) == (1, 2)
+    launches = lane.launches
+    epochs.run(1)
+    assert lane.launches == launches + 2 + 3, "replays of 16 steps, then of one"
 
 
 def test_rows_of_unequal_length_are_in_the_graphs_of_several_steps(lane: Recording) -> None:
     """Single batches of them have other sizes each time; the rows of a table, by their numbers, have not."""
     epochs = Epochs("sparse", lane)
     epochs.run(EPOCHS)
-    assert (epochs.engine.choice.value, lane.captures) == ("graphed", 2), "of 4 and of 16 steps, none of single ones"
-    assert epochs.sizes[-2:] == [16, 16]
+    assert (epochs.engine.choice.value, lane.captures) == ("graphed", 2)
+    assert epochs.sizes[-1] == NUM_BATCHES
 
 
-def test_audits_compare_launches_anew(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_verifications_compare_graphs_anew(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "VERIFIED_SHARE", 1e9)
+    monkeypatch.setattr(ladder, "LEAST_UNVERIFIED", 2 * NUM_BATCHES)
     epochs = Epochs("mlp", lane)
-    epochs.run(EPOCHS)
-    monkeypatch.setattr(auto, "AUDIT_STEPS", 64)
-    captures = lane.captures
-    epochs.run(EPOCHS)
-    assert (epochs.engine.choice.value, lane.captures) == ("graphed", captures)
-    lane.programs.spoil = lambda loss: loss * 1.01
+    epochs.run(2 * EPOCHS)
+    assert epochs.engine.choice.value == "graphed"
+    assert lane.captures == 2
+
+    class Wrong(cudagraph.CapturedWalk):
+        def run(self, span: Span, **options: Any) -> Any:
+            losses: Any = super().run(span, **options)
+            return losses * 1.01
+
+    walk: Any = epochs.engine.candidates[0]._program  # pyright: ignore[reportPrivateUsage]
+    walk.__class__ = Wrong
     epochs.run(EPOCHS)
     assert epochs.engine.choice.value == "eager"
     assert "while it ran: its numbers differ from eager's" in epochs.engine.choice.reason
+
+
+def test_a_walk_that_cannot_be_captured_stays_eager(lane: Recording) -> None:
+    tries = itertools.count()
+
+    def refuse() -> None:
+        next(tries)
+        raise RuntimeError("it waits for the device")
+
+    lane.on_capture = refuse
+    epochs = Epochs("mlp", lane)
+    epochs.run(EPOCHS)
+    assert (epochs.engine.choice.value, next(tries)) == ("eager", 1)
+    assert "cannot be captured in a CUDA graph: it waits for the device" in epochs.engine.choice.reason
+
+
+def test_a_walk_that_cannot_be_captured_anew_is_left(lane: Recording) -> None:
+    def refuse() -> None:
+        raise RuntimeError("it waits for the device")
+
+    epochs = Epochs("mlp", lane)
+    epochs.run(EPOCHS)
+    assert epochs.engine.choice.value == "graphed"
+    lane.failures += 1  # as a failed capture of another graph
+    lane.on_capture = refuse
+    epochs.run(EPOCHS)
+    assert epochs.engine.choice.value == "eager"
+    assert "while it ran: the step cannot be captured" in epochs.engine.choice.reason
+
+
+def test_graphs_that_do_not_pay_are_let_go_of(lane: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MARGIN", -1.0)  # nothing is ever faster than what is there
+    epochs = Epochs("mlp", lane)
+    epochs.run(EPOCHS)
+    assert epochs.engine.choice.value == "eager"
+    assert "the compiled program is not faster: measured" in epochs.engine.choice.reason
+    dropped = weakref.ref(epochs.sources[0])
+    epochs.sources.clear()
+    gc.collect()
+    assert dropped() is None

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ import torch
 
 from fasttrain.errors import EngineError
 from fasttrain.step import build as build_module
-from fasttrain.step.build import REFUSED, Build, ChildEndedError, GraphJob
-from fasttrain.step.shared_folder import empty_if_free
+from fasttrain.step import cache as cache_module
+from fasttrain.step.build import REFUSED, Build, ChildEndedError, GraphJob, end_idle_child
+from fasttrain.step.cache import empty_if_free
 
 StandIn = Callable[[str], None]
 
@@ -282,6 +284,9 @@ FAILURES = {"refuse": NotImplementedError("no such operator"), "lack": MemoryErr
 def compile_graph(graph, inputs, open_dims, package, origins, anywhere):
     if sys.argv[2] in FAILURES:
         raise EngineError("this step cannot be compiled") from FAILURES[sys.argv[2]]
+    if sys.argv[2] == "second" and package.parent != Path(sys.argv[1]):
+        print("of the second job", file=sys.stderr)
+        raise EngineError("this step cannot be compiled") from FAILURES["refuse"]
     if sys.argv[2] == "hang":
         print("ready", flush=True)
         threading.Event().wait()
@@ -295,15 +300,16 @@ def compile_graph(graph, inputs, open_dims, package, origins, anywhere):
     package.write_text(json.dumps(found))
 
 build.compile_graph = compile_graph
-sys.exit(build.main(Path(sys.argv[1])))
+build.PAUSE_S, build.IDLE_S = 0.0, 0.0 if sys.argv[2] == "short" else 100.0
+sys.exit(build.main(Path(sys.argv[1]), may_stay=build.STAY in sys.argv))
 """
 
 
-def real_child(folder: Path, manner: str) -> subprocess.Popen[bytes]:
+def real_child(folder: Path, *manner: str) -> subprocess.Popen[bytes]:
     """The child's own code, up to where it would compile."""
     (folder / "job").write_bytes(pickle.dumps(job()))
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder), manner],
+        [sys.executable, "-c", CHILD, str(folder), *manner],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -358,3 +364,151 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
         assert child.stdout.readline() == b"ready\n"
         child.stdin.close()  # as it does when the parent ends, however that comes
         assert child.wait(timeout=60) == -signal.SIGKILL
+
+
+LIGHT = """
+import os, sys, time
+from pathlib import Path
+
+folder, manner = Path(sys.argv[1]), sys.argv[2]
+while True:
+    (folder / "step.pt2").touch()
+    (folder / "done").touch()
+    told = b""
+    while not told.endswith(b"\\0"):
+        read = os.read(0, 1)
+        if not read:
+            sys.exit()
+        told += read
+    folder = Path(os.fsdecode(told[:-1]))
+    if manner != "stay":
+        time.sleep(1000) if manner == "hang" else sys.exit()
+"""
+"""What a child that stays does, without torch."""
+
+
+@pytest.fixture
+def python_child(stand_in: StandIn, tmp_path: Path) -> Callable[[str, str], None]:
+    """Has children run Python code, in one manner."""
+    python = sys.executable
+
+    def use(code: str, manner: str) -> None:
+        (tmp_path / "child.py").write_text(code)
+        stand_in(f'exec "{python}" "{tmp_path}/child.py" "$3" {manner} "$5"')
+
+    return use
+
+
+PythonChild = Callable[[str, str], None]
+
+
+def test_a_child_that_has_done_a_job_takes_the_next(python_child: PythonChild, temporary: Path, tmp_path: Path) -> None:
+    python_child(CHILD, "compile")
+    pids: list[int] = []
+    for _ in range(3):
+        build = Build(job(), tmp_path / "kept")
+        assert json.loads(build.wait().read_text())["nice"] == 19
+        assert build.poll() is not None, "it does not ask the child again"
+        pids.append(child_of(build).pid)
+        build.close()
+        assert not any(temporary.iterdir())
+    assert len(set(pids)) == 1
+    assert not empty_if_free(tmp_path / "kept")
+    end_idle_child()
+    assert not Path(f"/proc/{pids[0]}").exists()
+    end_idle_child()
+
+
+@pytest.mark.parametrize("change", ["kept", "environment", "fork", "killed"])
+def test_a_child_is_not_asked_for_what_it_cannot_do(
+    change: str, python_child: PythonChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python_child(LIGHT, "stay")
+    first = Build(job(), tmp_path / "kept")
+    first.wait()
+    child = child_of(first)
+    if change == "environment":
+        monkeypatch.setenv("TORCHINDUCTOR_CPP_SIMDLEN", "256")
+    elif change == "killed":
+        child.kill()
+        wait_for_end(child.pid)
+    with monkeypatch.context() as forked:
+        if change == "fork":  # such as a loader's worker: the child is the training's
+            forked.setattr(build_module, "_idle", [(0, build_module._idle.pop()[1])])  # pyright: ignore[reportPrivateUsage]
+        second = Build(job(), tmp_path / ("other" if change == "kept" else "kept"))
+    second.wait()
+    assert child_of(second).pid != child.pid
+    if change == "fork":
+        assert child.poll() is None
+        build_module._end_child(child, None, os.getpid())  # pyright: ignore[reportPrivateUsage]
+    assert child.poll() is not None
+
+
+def test_a_job_of_a_child_that_stayed_fails_as_any_other(
+    python_child: PythonChild, temporary: Path, tmp_path: Path
+) -> None:
+    python_child(CHILD, "second")
+    Build(job(), tmp_path / "kept").wait()
+    build = Build(job(), tmp_path / "kept")
+    with pytest.raises(EngineError, match="failed with exit code 65: this step cannot be compiled") as caught:
+        build.wait()
+    assert not isinstance(caught.value, ChildEndedError)
+    assert not any(temporary.iterdir())
+
+
+def test_a_job_that_is_given_up_ends_the_child_that_stayed(
+    python_child: PythonChild, temporary: Path, tmp_path: Path
+) -> None:
+    python_child(LIGHT, "hang")
+    Build(job(), tmp_path / "kept").wait()
+    build = Build(job(), tmp_path / "kept")
+    build.close()
+    assert child_of(build).returncode == -signal.SIGKILL
+    assert not any(temporary.iterdir())
+
+
+def test_a_child_that_ends_as_a_job_is_given_to_it_is_replaced(python_child: PythonChild, tmp_path: Path) -> None:
+    python_child(LIGHT, "leave")
+    first = Build(job(), tmp_path / "kept")
+    first.wait()
+    build = Build(job(), tmp_path / "kept")
+    assert child_of(build) is child_of(first)
+    assert build.wait().is_file()
+    assert child_of(build) is not child_of(first)
+
+
+def test_a_child_does_not_wait_for_long(python_child: PythonChild, tmp_path: Path) -> None:
+    python_child(CHILD, "short")
+    build = Build(job(), tmp_path / "kept")
+    build.wait()
+    wait_for_end(child_of(build).pid)
+    assert Build(job(), tmp_path / "kept").wait().is_file()
+
+
+def test_a_child_that_waits_ends_with_its_parent(tmp_path: Path) -> None:
+    with real_child(tmp_path, "compile", build_module.STAY) as child:
+        assert child.stdin is not None
+        while not (tmp_path / build_module.DONE).exists():
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.stdin.close()
+        assert child.wait(timeout=60) == -signal.SIGKILL
+
+
+def test_no_child_stays_where_too_much_is_kept(
+    python_child: PythonChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold the folder, so that nothing is removed."""
+    python_child(LIGHT, "stay")
+    monkeypatch.setattr(cache_module, "SCRATCH_BYTES", 0)
+    build = Build(job(), tmp_path / "kept")
+    build.wait()
+    assert child_of(build).poll() is not None
+    assert empty_if_free(tmp_path / "kept")
+
+
+def test_what_is_kept_with_a_job_has_its_own_child(python_child: PythonChild, temporary: Path) -> None:
+    python_child(LIGHT, "stay")
+    build = Build(job())
+    build.wait()
+    assert child_of(build).poll() is not None

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from fasttrain.errors import EngineError
 from fasttrain.step import cache as cache_module
-from fasttrain.step.cache import ProgramCache, Verdict, default_folder
-from fasttrain.step.shared_folder import held
+from fasttrain.step.cache import ProgramCache, Verdict, default_folder, held
 
 CONTENT = b"machine code"
 VERDICT = Verdict(eager_us=100.0, program_us=50.0, trace_s=0.5, compile_s=20.0, refused=None)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain import TrainStep
-from fasttrain.step import replay
+from fasttrain.step import candidate, ladder
 from tests.step.graph_backend import use_graphs
 
 pytestmark = pytest.mark.usefixtures("in_double")
@@ -35,9 +35,10 @@ second one after the change."""
 
 @pytest.fixture(autouse=True)
 def captured_graphs(monkeypatch: pytest.MonkeyPatch, own_programs: object) -> None:
-    """`compiled` runs captured graphs, and makes another one as soon as one step was missed."""
+    """`compiled` runs captured graphs, each after one comparison, and makes another once one step was missed."""
     use_graphs(monkeypatch)
-    monkeypatch.setattr(replay, "ENOUGH_STEPS", 1)
+    monkeypatch.setattr(candidate, "VERIFIED_BATCHES", 1)
+    monkeypatch.setattr(ladder, "ENOUGH_MISSED", 1)
 
 
 @dataclass
@@ -89,7 +90,7 @@ def engine_steps(job: Job, engine: str) -> list[float]:
             job.change()
         losses += [step(batch).item() for batch in batches]
     is_eager = engine == "eager"
-    runs_compiled = not is_eager and step._engine._programs.missed_in_a_row == 0  # pyright: ignore
+    runs_compiled = not is_eager and step._engine._missed.in_a_row == 0  # pyright: ignore
     assert runs_compiled == (job.is_compiled and not is_eager), step.engine
     return losses
 

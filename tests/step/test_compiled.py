@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from fasttrain.errors import EngineError
-from fasttrain.step import compiled, compiler, replay
-from fasttrain.step.compiled import CompiledEngine
+from fasttrain.step import candidate, compiler, ladder
 from fasttrain.step.train_step import TrainStep
 from tests.step.fakes import Graphs
 from tests.step.jobs import ROUNDING, Change, assert_as_eager, batches, run, started
@@ -147,7 +146,7 @@ def test_a_change_that_no_program_can_follow_is_followed_eagerly_or_refused(grap
     step = started("auto")
     assert_as_eager(step, batches(60), changes, rtol=ROUNDING)
     assert step.engine.value == "eager"
-    assert step.engine.reason.endswith("since this changed: a hook of a gradient")
+    assert step.engine.reason.endswith("steps ran eagerly, the last because this differed: a hook of a gradient")
     step.close()
     with pytest.raises(EngineError, match="has gradient hooks"):
         run(started("compiled"), batches(60), changes)
@@ -209,6 +208,18 @@ def test_the_record_of_compiled_tells_how_many_steps_it_missed(graphs: Graphs) -
     assert "because this differed: a gradient that was there" in step.engine.reason
 
 
+def test_a_change_while_a_program_is_verified_has_another_one_compiled(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidate, "VERIFIED_BATCHES", 3)
+    monkeypatch.setattr(ladder, "LOOK_STEPS", 256)
+    step = started("compiled")
+    assert_as_eager(step, batches(40), once(lambda step: step.spec.model.eval())(3), rtol=ROUNDING)
+    assert graphs.builds == 2
+    assert graphs.replayed == 40 - 1 - ladder.ENOUGH_MISSED
+    assert (step.engine.value, step.engine.reason) == ("compiled", "asked for")
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_batch_of_another_size_is_run_eagerly_until_it_has_its_program(engine: str, graphs: Graphs) -> None:
     full, short = batches(60), batches(60, rows=5)
@@ -223,17 +234,17 @@ def test_a_batch_of_another_size_is_run_eagerly_until_it_has_its_program(engine:
 def test_the_short_batch_that_ends_each_epoch_gets_its_program(graphs: Graphs) -> None:
     full, short = batches(4), batches(1, rows=5)
     step = started("compiled")
-    assert_as_eager(step, [*full, *short] * (replay.ENOUGH_STEPS + 4), rtol=ROUNDING)
+    assert_as_eager(step, [*full, *short] * (ladder.ENOUGH_MISSED + 4), rtol=ROUNDING)
     assert graphs.builds == 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_number_of_programs_is_bounded(engine: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "ENOUGH_STEPS", 4)
+    monkeypatch.setattr(ladder, "ENOUGH_MISSED", 4)
     data = [batch for rows in range(4, 12) for batch in batches(24, rows=rows)]
     step = started(engine)
     assert_as_eager(step, data, rtol=ROUNDING)
-    assert graphs.builds == compiled.MAX_PROGRAMS
+    assert graphs.builds == ladder.MAX_CANDIDATES
     step.close()
 
 
@@ -270,7 +281,7 @@ def test_a_compiled_job_gives_eagers_numbers_and_its_second_run_needs_no_child(
     }
     step = started("compiled")
     assert_as_eager(step, batches(30), changes, rtol=ROUNDING)
-    assert isinstance(step._engine, CompiledEngine)  # pyright: ignore[reportPrivateUsage]
+    assert step.engine.value == "compiled"
 
     def forbidden(*_: Any) -> Any:
         raise AssertionError("a child was started for a program that is in the cache")

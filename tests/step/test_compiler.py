@@ -18,20 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain.data.resident import resident
-from fasttrain.step import identity
+from fasttrain.step import compiler
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import ProgramCache, Verdict
-from fasttrain.step.compiler import Compiler
+from fasttrain.step.compiler import Compiler, program_key
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.identity import job_signature, program_key
 from fasttrain.step.program import compile_graph
-from fasttrain.step.span import TracedSpan
 from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.torch_private import prepare_for_inductor, trace_graph
 from fasttrain.step.trace import trace_step
 from fasttrain.step.train_step import TrainStep
+from fasttrain.step.walk import TracedWalk
+from tests.step.fakes import Graphs
 from tests.step.jobs import batches, model, train_step
-from tests.step.models import ASKED
+from tests.step.models import ASKED, CASES, OPTIMIZERS, started
+from tests.step.spans import data_of, trace_walk
+
+job_signature = partial(compiler.job_signature, is_resident=False)
 
 
 def job(factor: Tensor, example: Tensor, open_dims: frozenset[int] = frozenset()) -> GraphJob:
@@ -76,8 +79,8 @@ def test_open_sizes_are_not_part_of_the_key() -> None:
     [
         ("torch.get_num_threads", lambda: 7),
         ("torch.backends.cpu.get_cpu_capability", lambda: "ANOTHER"),
-        ("fasttrain.step.identity.device_name", lambda _: "another processor"),
-        ("fasttrain.step.identity.cpu_features", lambda: "fewer"),
+        ("fasttrain.step.compiler.device_name", lambda _: "another processor"),
+        ("fasttrain.step.compiler.cpu_features", lambda: "fewer"),
         ("torch.__version__", "0.0"),
     ],
 )
@@ -93,13 +96,13 @@ def test_threads_hardware_and_versions_are_part_of_key_and_signature(
     assert before[1] != after[1]
 
 
-@pytest.mark.parametrize("name", [*identity.COMPILING[:-2], "torch_private/small.py", "unroll.py"])
+@pytest.mark.parametrize("name", [name if name.endswith(".py") else f"{name}/small.py" for name in compiler.COMPILING])
 def test_what_compiles_is_part_of_the_key(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    digest = identity._compiling_code  # pyright: ignore[reportPrivateUsage]
-    package = Path(identity.__file__).parent
+    digest = compiler._compiling_code  # pyright: ignore[reportPrivateUsage]
+    package = Path(compiler.__file__).parent
     copy = Path(shutil.copytree(package, tmp_path / "step"))
     before = program_key(job(TWO, X))
-    monkeypatch.setattr(identity, "files", lambda _: copy)
+    monkeypatch.setattr(compiler, "files", lambda _: copy)
     try:
         digest.cache_clear()
         assert program_key(job(TWO, X)) == before
@@ -114,22 +117,24 @@ def test_what_compiles_is_part_of_the_key(name: str, monkeypatch: pytest.MonkeyP
 def test_a_key_knows_all_code_that_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All of ours that runs while a job is compiled, but for plain data."""
     ran: set[str] = set()
-    package = Path(identity.__file__).parent
+    package = Path(compiler.__file__).parent
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call":
             ran.add(frame.f_code.co_filename)
 
-    wanted = job(TWO, X)
+    wanted, data = job(TWO, X), data_of(CASES["sparse"])
+    walking = GraphJob.of(trace_walk(started(CASES["sparse"], OPTIMIZERS["sgd"])[0], data).parts[0])
     sys.setprofile(note)
     try:
-        made = wanted.unrolled()
+        walking.spelled_out()
+        made = wanted.spelled_out()
         compile_graph(made.graph, made.inputs, made.open_dims, tmp_path / "step.pt2")
     finally:
         sys.setprofile(None)
     ours = {Path(name).relative_to(package).parts[0] for name in ran if Path(name).is_relative_to(package)}
     assert "torch_private" in ours
-    assert ours <= set(identity.COMPILING)
+    assert ours <= set(compiler.COMPILING)
 
 
 def altered(**options: Any) -> Callable[[StepSpec], StepSpec]:
@@ -224,7 +229,7 @@ def test_a_global_that_raises_for_any_attribute_has_a_signature() -> None:
 
 IN_ANOTHER_PROCESS = """
 import torch
-from fasttrain.step.identity import job_signature
+from fasttrain.step.compiler import job_signature
 from fasttrain.step.train_step import TrainStep
 A, B, C, D, E = range(5)
 def forward(model, batch):
@@ -232,7 +237,8 @@ def forward(model, batch):
     assert str(batch.dtype) in {"torch.float32", "torch.float64", "torch.bfloat16"}
     return model(batch).sum()
 net = torch.nn.Linear(2, 2)
-print(job_signature(TrainStep(net, torch.optim.SGD(net.parameters()), forward).spec, torch.ones(2, 2)))
+spec = TrainStep(net, torch.optim.SGD(net.parameters()), forward).spec
+print(job_signature(spec, torch.ones(2, 2), is_resident=False))
 """
 
 
@@ -316,7 +322,7 @@ def test_extra_state_of_a_module_may_be_anything() -> None:
 def test_the_version_is_part_of_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     [batch] = batches(1)
     before = job_signature(train_step("eager").spec, batch)
-    monkeypatch.setattr("fasttrain.step.identity.versions", lambda: {"fasttrain": "another"})
+    monkeypatch.setattr("fasttrain.step.compiler.versions", lambda: {"fasttrain": "another"})
     assert job_signature(train_step("eager").spec, batch) != before
 
 
@@ -355,19 +361,43 @@ def test_a_verdict_that_cannot_be_written_is_measured_again(
     assert compiler.verdict(batch) is None
 
 
-def test_the_cache_has_the_program_of_several_steps_once_it_is_whole(own_programs: Path, tmp_path: Path) -> None:
+def test_verdicts_of_resident_rows_and_of_batches_are_apart(own_programs: Path) -> None:
     data = resident(*batches(1, rows=40)[0], batch_size=8, device="cpu")
-    batch, spec = next(iter(data)), train_step("eager").spec
-    EagerEngine(spec, ASKED).step(batch)
-    step = trace_step(spec, batch)
-    two, four = (TracedSpan(step, batch, data, steps) for steps in (2, 4))
-    compiler, package = Compiler(spec), tmp_path / "package"
-    assert not compiler.has(four)
-    package.write_bytes(b"machine code")
-    home = compiler.cache.add(program_key(GraphJob.of(four.parts[0])), package, "Sequential")
-    assert (compiler.has(four), compiler.has(two)) == (True, False)
+    epoch = iter(data)
+    span, batch = epoch.take(2), next(epoch)
+    verdict = Verdict(eager_us=100.0, program_us=200.0, trace_s=0.5, compile_s=None, refused="not faster")
+    compiler = Compiler(train_step("eager").spec)
+    assert compiler.verdict(span) is None
+    compiler.remember(verdict)
+    later = Compiler(train_step("eager").spec)
+    assert later.verdict(batch) is None
+    assert later.verdict(span) == verdict
+
+
+def test_the_cache_has_a_walking_program_once_it_is_whole(graphs: Graphs) -> None:
+    """Nor is it taken for the program of the same step on batches."""
+    data = resident(*batches(1, rows=40)[0], batch_size=8, device="cpu")
+    spec = train_step("eager").spec
+    epoch = iter(data)
+    EagerEngine(spec, ASKED).step(next(epoch))
+    span = epoch.take(2)
+    assert span is not None
+    compiler, builds = Compiler(spec), list[int]()
+
+    def begin(work: Any) -> None:
+        pending = compiler.begin(work)
+        assert isinstance(pending.traced, TracedWalk) == (work is span)
+        assert pending.is_ready()
+        builds.append(graphs.builds)
+
+    for work in (span, span, span.batch(), span):
+        begin(work)
+    assert builds == [1, 1, 2, 2]
+    home = compiler.cache.find(program_key(GraphJob.of(compiler.begin(span).traced.parts[0])))
+    assert home is not None
     home.write_bytes(b"machine")
-    assert not compiler.has(four)
+    begin(span)
+    assert graphs.builds == 3
 
 
 def test_two_constants_of_forward_make_two_programs() -> None:

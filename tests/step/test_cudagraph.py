@@ -17,8 +17,8 @@ from fasttrain import TrainStep
 from fasttrain.step import cudagraph
 from fasttrain.step import torch_private as private
 from fasttrain.step.cudagraph import CudaLane
-from fasttrain.step.parity import compare_steps
 from fasttrain.step.torch_private import cuda as private_cuda
+from fasttrain.step.verify import agree
 from tests.step import jobs
 from tests.step.cuda_stand_in import Recording, with_graphs
 
@@ -294,8 +294,10 @@ def test_steps_are_compared_without_tf32(device: str, expected: list[bool], monk
         seen.append(torch.backends.cudnn.allow_tf32)
         return torch.tensor(1.0)
 
+    part = SimpleNamespace(graph=torch.fx.symbolic_trace(nn.Identity()))
+    traced: Any = SimpleNamespace(spec=SimpleNamespace(device=torch.device(device)), tensors=[], kinds=[], parts=[part])
     with tf32(True):
-        assert compare_steps([], [], torch.device(device), step, step, torch.ones(1))[1] is None
+        assert agree(traced, torch.ones(1), step, step).difference is None
         assert torch.backends.cudnn.allow_tf32
     assert seen == expected
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import ConfigError, EngineError, TrainStep
-from fasttrain.step import plan
-from fasttrain.step import torch_compile as module
+from fasttrain.step import eager as module
+from fasttrain.step import train_step
 from fasttrain.step.eager import FusedWhereOpen
-from fasttrain.step.plan import explain_auto
+from fasttrain.step.train_step import explain_auto
 
 ENGINES = ["eager", "torch-compile", "compiled"]
 
@@ -149,7 +149,7 @@ def test_auto_says_what_a_gpu_lacks(has_headers: bool, monkeypatch: pytest.Monke
         if not has_headers:
             raise EngineError("no CUDA headers")
 
-    monkeypatch.setattr(plan, "cuda_home", home)
+    monkeypatch.setattr(train_step, "cuda_home", home)
     found = explain_auto(torch.device("cuda"))
     assert found.value == ("eager, then graphed" if has_headers else "eager")
     assert has_headers or found.reason == "no CUDA headers"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fasttrain.errors import EngineError
-from fasttrain.step import build, compiler, torch_compile
-from fasttrain.step.auto import AutoEngine
+from fasttrain.step import build, compiler, eager
 from fasttrain.step.cache import ProgramCache, default_folder
+from fasttrain.step.ladder import Ladder
 from fasttrain.step.train_step import TrainStep
 from tests.step.fakes import Graphs
 from tests.step.jobs import ROUNDING, Change, assert_as_eager, batches, run, started
@@ -85,7 +85,7 @@ def test_a_program_with_other_numbers(graphs: Graphs, monkeypatch: pytest.Monkey
     step = started("auto")
     assert_as_eager(step, batches(20))
     assert "refused: its numbers differ from eager's" in step.engine.reason
-    assert graphs.replayed == 2  # once beside eager, once beside the exact numbers
+    assert graphs.replayed == 2  # on two batches
     monkeypatch.setattr(compiler, "trace_step", full_disk)
     again = started("auto")
     assert_as_eager(again, batches(20))
@@ -110,7 +110,7 @@ def test_a_program_that_cannot_run(graphs: Graphs) -> None:
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_compile, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(eager, "cpp_compiler", lambda: None)
     step = started("auto")
     assert_as_eager(step, batches(20))
     assert "needs a C++ compiler, and none is on the PATH" in step.engine.reason
@@ -132,14 +132,15 @@ def test_a_damaged_program_is_not_loaded(
 # From here on children are real.
 
 
-def auto_of(step: TrainStep) -> AutoEngine:
+def auto_of(step: TrainStep) -> Ladder:
     engine = step._engine  # pyright: ignore[reportPrivateUsage]
-    assert isinstance(engine, AutoEngine)
+    assert isinstance(engine, Ladder)
     return engine
 
 
 def child_pid(step: TrainStep) -> int:
-    pending: Any = auto_of(step)._pending  # pyright: ignore[reportPrivateUsage]
+    [candidate] = auto_of(step).candidates
+    pending: Any = candidate.pending
     return pending._builds[-1]._child.pid
 
 

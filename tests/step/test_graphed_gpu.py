@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from fasttrain import EngineError, FastLoop, TrainStep, resident
 from fasttrain.data.ragged import Ragged
-from fasttrain.step import auto, trial
-from fasttrain.step.cudagraph import CudaLane
-from fasttrain.step.graphed import GraphLauncher
-from fasttrain.step.launch import FROM_STEPS
-from fasttrain.step.replay import ENOUGH_STEPS
+from fasttrain.step import ladder, timing
+from fasttrain.step.cudagraph import MANY, CudaLane
+from fasttrain.step.ladder import ENOUGH_MISSED
 from fasttrain.step.torch_private import without_cudnn_tf32
 from tests.host_waits import host_waits_are_errors
 
@@ -163,11 +161,11 @@ def test_a_loaded_state_is_taken_up() -> None:
 
 
 def test_another_size_gets_its_own_graph() -> None:
-    data = [*batches(10), *batches(ENOUGH_STEPS + 10, rows=20), *batches(5)]
+    data = [*batches(10), *batches(ENOUGH_MISSED + 10, rows=20), *batches(5)]
     _, wanted = trained("eager", mlp(), OPTIMIZERS["adam"], data)
     step, losses = trained("graphed", mlp(), OPTIMIZERS["adam"], data)
     assert losses == pytest.approx(wanted, rel=1e-4)
-    assert f"{ENOUGH_STEPS} steps ran eagerly" in step.engine.reason
+    assert f"{ENOUGH_MISSED} steps ran eagerly" in step.engine.reason
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"clip_norm": 1.0}, {"accumulate": 2}])
@@ -226,19 +224,17 @@ JOBS: dict[str, tuple[Callable[[str], FastLoop], Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_several_steps_a_launch_give_eagers_numbers_and_never_wait(name: str) -> None:
+def test_several_steps_a_call_give_eagers_numbers_and_never_wait(name: str) -> None:
     make, source = JOBS[name]
     sources = [source() for _ in range(2)]
     losses: list[list[float]] = []
     for engine, given in zip(("eager", "graphed"), sources, strict=True):
         loop = make(engine)
-        loop.step.expect(2 * FROM_STEPS)
         losses.append([loop.train(given).loss for _ in range(16)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     step = loop.step
     assert step.engine.value == "graphed", step.engine.reason
-    assert "steps run as one: measured us a step: one by one" in step.engine.reason
-    assert step.span in GraphLauncher.SIZES
+    assert step.span > MANY, "an epoch takes graphs of several steps"
     with host_waits_are_errors():
         for _ in step.run(iter(sources[1])):
             step.metrics.read_late()
@@ -246,14 +242,17 @@ def test_several_steps_a_launch_give_eagers_numbers_and_never_wait(name: str) ->
 
 @pytest.mark.parametrize("name", JOBS)
 def test_auto_ends_on_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "shortfall", lambda *_: None)
-    monkeypatch.setattr(auto, "LAUNCHES_FROM_S", 0.0)
+    monkeypatch.setattr(ladder, "shortfall", lambda *_: None)
+    monkeypatch.setattr(timing, "MARGIN", 1e9)  # whether the program is faster or not
     make, source = JOBS[name]
     loop = make("auto")
     given = source()
     loop.step.settle(given)
     assert loop.step.engine.value == "graphed", loop.step.engine.reason
     assert loop.step.compile_s is not None
+    for _ in range(4):  # the first calls are timed, and the larger graph is captured in one of them
+        loop.train(given)
+    assert loop.step.span > MANY
     with host_waits_are_errors():
         for _ in loop.step.run(iter(given)):
             loop.step.metrics.read_late()
@@ -261,7 +260,7 @@ def test_auto_ends_on_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_auto_leaves_step_counts_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "MARGIN", 1e9)  # whether the program is faster or not
+    monkeypatch.setattr(timing, "MARGIN", 1e9)  # whether the program is faster or not
     net = mlp()
     optimizer = torch.optim.Adam(net.parameters(), foreach=True)
     step = TrainStep(net, optimizer, loss=F.cross_entropy)

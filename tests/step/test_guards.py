@@ -22,7 +22,7 @@ from fasttrain.metrics import RunningMetrics
 from fasttrain.step.capture import Capture
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.guards import Guards
-from fasttrain.step.options import GroupOptions
+from fasttrain.step.optimizer import GroupOptions
 from fasttrain.step.spec import StepSpec, normalise_forward
 from fasttrain.step.state import StepState
 from fasttrain.step.trace import Mismatch, TracedStep, trace_step

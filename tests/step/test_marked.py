@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._inductor.codegen.cpp import CppScheduling
 
 from fasttrain.step.build import GraphJob
-from fasttrain.step.identity import program_key
+from fasttrain.step.compiler import program_key
+from fasttrain.step.function import TracedPart
 from fasttrain.step.program import StepProgram
-from fasttrain.step.recorded import TracedPart
 from fasttrain.step.torch_private import origins_of, recorded_as, unpickle_with_graph
 from fasttrain.step.torch_private.marking import KernelCall, kernel_calls, kernels_apart, with_origins
 from fasttrain.step.trace import trace_step

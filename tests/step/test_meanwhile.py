@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain import FastLoop, resident
-from fasttrain.step import launch
 from tests.step.fakes import GraphProgram, Graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
@@ -65,20 +64,21 @@ def test_anomaly_detection_has_steps_run_eagerly_meanwhile(engine: str, graphs: 
     assert graphs.replayed == len(data())
 
 
-def test_anomaly_detection_ends_launches_of_several_steps_meanwhile(
-    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "most_steps", lambda *_: 4)
-    monkeypatch.setattr(launch, "FROM_STEPS", 1)
+@pytest.mark.parametrize("engine", ["auto", "compiled"])
+def test_anomaly_detection_has_resident_rows_taken_by_eager_steps(engine: str, graphs: Graphs, hasty: None) -> None:
     columns = [torch.cat(each) for each in zip(*data(), strict=True)]
     batches = resident(*columns, batch_size=8, device="cpu")
-    loop = running_by_program("compiled", graphs, batches)
-    span = iter(batches).take(4)  # pyright: ignore
+    loop = running_by_program(engine, graphs, batches)
+    assert graphs.walked
+    walked, span = graphs.walked, iter(batches).take(4)
     assert span is not None
     with torch.autograd.set_detect_anomaly(True):
-        assert loop.step.span == 1
-        loop.step.steps(span)
-    assert graphs.replayed == 0
+        losses = loop.step.steps(span)
+        assert loop.train(batches).engine == "eager"
+    assert losses.shape == (4,)
+    assert (graphs.replayed, graphs.walked) == (0, walked)
+    assert loop.train(batches).engine == "compiled"
+    assert graphs.replayed in (len(data()), 2 * len(data())), "16 steps in one call may be compared with single ones"
 
 
 def failing(message: str) -> Any:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn, optim
 
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.options import GroupOptions
+from fasttrain.step.optimizer import GroupOptions
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.trace import Mismatch, trace_step
 from tests.step.agreement import both, run_graph, steps_agree

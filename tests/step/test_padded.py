@@ -13,12 +13,11 @@ from torch.fx import Graph, GraphModule
 
 from fasttrain.data.ragged import Ragged
 from fasttrain.errors import EngineError
-from fasttrain.step import span as span_module
+from fasttrain.step import walk as walk_module
 from fasttrain.step.build import GraphJob
-from fasttrain.step.kernels import define_operators
-from fasttrain.step.padded import spelled_out
+from fasttrain.step.kernels import define_operators, spelled_out
 from tests.step.models import CASES, CPU, OPTIMIZERS, started
-from tests.step.spans import data_of, taken, trace_span
+from tests.step.spans import data_of, taken, trace_walk
 
 NUM_VALUES = 20
 
@@ -81,31 +80,35 @@ def test_whole_batches_are_left_to_torchs_segments() -> None:
 
 
 @pytest.mark.usefixtures("in_double")
-def test_a_span_of_steps_gives_the_same_numbers() -> None:
+def test_a_walk_gives_the_same_numbers() -> None:
     """Forward, backward and optimizer of a sparse model over resident rows, as a GPU would run them."""
     data = data_of(CASES["sparse"])
     spec, _ = started(CASES["sparse"], OPTIMIZERS["adam"])
-    traced = trace_span(spec, data, 2)
-    inputs: Any = traced.inputs(taken(iter(data), 2))
-    graph = GraphJob.of(traced.parts[0]).unrolled().graph
+    traced = trace_walk(spec, data)
+    state = traced.new_state()
+    state.begin(taken(iter(data), 2))
+    inputs: Any = traced.inputs(data, state)
+    graph = GraphJob.of(traced.parts[0]).graph
     assert "sum_rows" in operators(graph)
     found: list[list[Tensor]] = []
     for each in (graph, spelled_out(graph, CPU, data.longest)):
         copies = [tensor.detach().clone() for tensor in inputs]
         with torch.no_grad():
-            found.append([each(*copies), *copies])
+            each(*copies)
+            each(*copies)
+        found.append(copies)
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
 def test_only_devices_without_kernels_pad(monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(CASES["sparse"])
-    assert span_module._padded_to(data) is None  # pyright: ignore[reportPrivateUsage]
+    assert walk_module._padded_to(data) is None  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(data, "device", torch.device("cuda"))
-    assert span_module._padded_to(data) == data.longest > 0  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(span_module, "MOST_PADDED", data.longest)
+    assert walk_module._padded_to(data) == data.longest > 0  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(walk_module, "MOST_PADDED", data.longest)
     with pytest.raises(EngineError, match="5 rows padded to it are too many"):
-        span_module._padded_to(data)  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(span_module, "MOST_PADDED", 1 << 22)
+        walk_module._padded_to(data)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(walk_module, "MOST_PADDED", 1 << 22)
     plain = data_of(CASES["mlp"])
     monkeypatch.setattr(plain, "device", torch.device("cuda"))
-    assert span_module._padded_to(plain) is None  # pyright: ignore[reportPrivateUsage]
+    assert walk_module._padded_to(plain) is None  # pyright: ignore[reportPrivateUsage]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fasttrain.step.eager import EagerEngine
-from fasttrain.step.scaling import LossScaling
+from fasttrain.step.function import LossScaling
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import scaler_tensors
 from fasttrain.step.trace import Mismatch, trace_step

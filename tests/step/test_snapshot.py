@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fasttrain.step import snapshot as module
-from fasttrain.step.snapshot import Snapshot, fits_in_memory
+from fasttrain.step import state as module
+from fasttrain.step.state import Snapshot, fits_in_memory
 from tests.step.models import CPU
 
 

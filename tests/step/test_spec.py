@@ -19,7 +19,6 @@ class Engine:
 
     def __init__(self, span: int) -> None:
         self.span = span
-        self.calls = 1
         self.given: list[Any] = []
 
     def step(self, batch: Any) -> None:
@@ -38,25 +37,31 @@ def rows(count: int, batch_size: int = 1) -> Any:
 
 
 def flat(given: list[Any]) -> list[int]:
-    return [each for launch in given for each in (launch if isinstance(launch, list) else [launch])]
+    return [each for call in given for each in (call if isinstance(call, list) else [call])]
 
 
 def of(engine: Engine) -> Any:
     return engine
 
 
-def test_spans_come_first_and_what_is_left_one_by_one() -> None:
+def test_spans_come_first_and_a_short_batch_by_itself() -> None:
     engine = Engine(3)
-    ran = list(run_steps(of(engine), iter(rows(8))))
-    assert engine.given == [[0, 1, 2], [3, 4, 5], 6, 7]
-    assert [each.steps if isinstance(each, Span) else 1 for each in ran] == [3, 3, 1, 1]
+    ran = list(run_steps(of(engine), iter(rows(17, 2))))
+    assert engine.given == [[0, 2, 4], [6, 8, 10], [12, 14], 16]
+    assert [each.steps if isinstance(each, Span) else 1 for each in ran] == [3, 3, 2, 1]
 
 
-def test_the_engine_says_before_each_launch_how_many_it_wants() -> None:
-    engine = Engine(1)
+def test_an_engine_without_spans_is_given_batches() -> None:
+    engine = Engine(0)
+    assert not any(isinstance(each, Span) for each in run_steps(of(engine), iter(rows(3))))
+    assert engine.given == [0, 1, 2]
+
+
+def test_the_engine_says_before_each_call_how_many_it_wants() -> None:
+    engine = Engine(0)
     for done, _ in enumerate(run_steps(of(engine), iter(rows(10)))):
-        engine.span = {0: 1, 1: 4, 2: 2}.get(done, 1)
-    assert engine.given == [0, 1, [2, 3, 4, 5], [6, 7], 8, 9]
+        engine.span = {0: 1, 1: 4, 2: 2}.get(done, 0)
+    assert engine.given == [0, [1], [2, 3, 4, 5], [6, 7], 8, 9]
 
 
 @pytest.mark.parametrize("batches", [[0, 1, 2, 3], (each for each in range(4)), (each for each in rows(4))])
@@ -67,7 +72,7 @@ def test_other_batches_are_never_taken_several_at_a_time(batches: Iterable[Any])
 
 
 @settings(deadline=None)
-@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 6), st.integers(1, 40))
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(0, 6), st.integers(1, 40))
 def test_passes_go_on_until_there_were_enough_steps(num_rows: int, batch_size: int, span: int, most: int) -> None:
     engine, data = Engine(span), rows(num_rows, batch_size)
     num_batches = len(data)
@@ -75,7 +80,7 @@ def test_passes_go_on_until_there_were_enough_steps(num_rows: int, batch_size: i
     steps = flat(engine.given)
     assert len(ran) == len(engine.given)
     assert steps == [place % num_batches * batch_size for place in range(len(steps))]
-    assert most <= len(steps) < most + span
+    assert most <= len(steps) < most + max(1, span)
     assert data.epoch == -(-len(steps) // num_batches), "no epoch is begun for nothing"
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fasttrain.step import threads
-from fasttrain.step.threads import MOST_S, SHARE, ThreadChoice, candidates, choose_threads
+from fasttrain.step import timing
+from fasttrain.step.timing import MOST_S, SHARE, ThreadChoice, candidates, choose_threads
 from fasttrain.step.train_step import TrainStep
 from tests.step.jobs import batches, everything, train_step
 
@@ -52,7 +52,7 @@ class Machine:
 
     def choose(self, steps: int = MANY) -> ThreadChoice:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(threads, "EagerEngine", lambda *_: self)
+            patch.setattr(timing, "EagerEngine", lambda *_: self)
             return choose_threads(train_step("eager").spec, DATA, steps=steps, clock=lambda: self.now)
 
 
@@ -171,7 +171,7 @@ def test_a_choice_never_loses_and_measuring_is_bounded(one_s: float, two: float,
     chosen = machine.choose(steps)
     assert times[chosen.count] <= one_s
     most_s = max(MOST_S, SHARE * steps * one_s)
-    assert machine.now <= most_s + 2 * max(threads.TURN_S, one_s) * 3 * 2 + 4 * max(times.values())
+    assert machine.now <= most_s + 2 * max(timing.TURN_S, one_s) * 3 * 2 + 4 * max(times.values())
 
 
 def test_torchs_own_count_is_the_most() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fasttrain.errors import EngineError
-from fasttrain.step import toolkit
-from fasttrain.step.toolkit import HEADERS, cuda_environment
+from fasttrain.step import build
+from fasttrain.step.build import HEADERS, cuda_environment
 
 
 def headers(home: Path, *, of_cccl: str = "include/cccl") -> Path:
@@ -25,9 +25,9 @@ def headers(home: Path, *, of_cccl: str = "include/cccl") -> Path:
 def nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_HOME", "CUDA_PATH", "CPATH", "LIBRARY_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(toolkit, "USUAL_HOME", tmp_path / "usual")
-    monkeypatch.setattr(toolkit, "MAPS", tmp_path / "maps")
-    monkeypatch.setattr(toolkit.torch, "__file__", str(tmp_path / "site" / "torch" / "__init__.py"))
+    monkeypatch.setattr(build, "USUAL_HOME", tmp_path / "usual")
+    monkeypatch.setattr(build, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(build.torch, "__file__", str(tmp_path / "site" / "torch" / "__init__.py"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
 
 
@@ -94,7 +94,7 @@ def test_where_nvcc_is_a_script_it_is_asked(
     nvcc.parent.mkdir()
     nvcc.write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{script.format(home=home)}\n")
     nvcc.chmod(0o700)
-    monkeypatch.setattr(toolkit, "NVCC_S", 5.0 if is_found else 0.5)
+    monkeypatch.setattr(build, "NVCC_S", 5.0 if is_found else 0.5)
     if is_found:
         assert cuda_environment(folder_for(tmp_path))["CUDA_HOME"] == str(home)
     else:

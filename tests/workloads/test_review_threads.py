@@ -14,8 +14,8 @@ import torch
 
 from fasttrain.cli import main
 from fasttrain.run.config import TrainConfig
-from fasttrain.step import compiler, threads
-from fasttrain.step.identity import program_key
+from fasttrain.step import compiler, timing
+from fasttrain.step.compiler import program_key
 from fasttrain.workloads import reviews
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.reviews import ReviewsOutcome, train_reviews, warm_reviews
@@ -52,9 +52,9 @@ def make_fastest(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         now += 1e-4 if torch.get_num_threads() == count else 1.5e-4
         return now
 
-    monkeypatch.setattr(threads, "SHARE", 1.0)
-    monkeypatch.setattr(threads, "TURN_S", 0.0)
-    monkeypatch.setattr(reviews, "choose_threads", partial(threads.choose_threads, clock=clock))
+    monkeypatch.setattr(timing, "SHARE", 1.0)
+    monkeypatch.setattr(timing, "TURN_S", 0.0)
+    monkeypatch.setattr(reviews, "choose_threads", partial(timing.choose_threads, clock=clock))
 
 
 def assert_same_numbers(run: ReviewsOutcome, fixed: ReviewsOutcome) -> None:

@@ -22,7 +22,7 @@ from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, ArmFactory
 from fasttrain.measure.bench.rounds import SLICE_S
 from fasttrain.metrics import count_correct
 from fasttrain.reference import compute_loss, train_epoch, unpack_batch
-from fasttrain.step.snapshot import Snapshot
+from fasttrain.step.state import Snapshot
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.review_job import ReviewJob
 
@@ -166,7 +166,7 @@ class LoopArm:
         self._loop = FastLoop(model, optimizer, forward, engine=engine, precision=precision)
         self._first_epoch = iter(self._batches)
         self._checked = CheckedSteps()
-        self._launches = self._launch_after_launch()
+        self._calls = self._call_after_call()
         self._steps = 0
         self._early: Snapshot | None = None
         # None once it is settled; the other engines run the second step as they run all that follow.
@@ -193,9 +193,8 @@ class LoopArm:
             return steps
         if self._checked.losses and self._start is not None:
             self._settle(self._start)
-            steps = self._checked_steps()  # the first one again
-            return steps - 1 + self._checked_steps()
-        return self._checked_steps()
+            self._checked_steps(1)  # the first one again: it makes the optimizer's state
+        return self._checked_steps(CHECKED_STEPS - len(self._checked.losses))
 
     def sync(self) -> None:
         """See `Arm.sync`."""
@@ -217,11 +216,11 @@ class LoopArm:
     def _part_of_epoch(self) -> int:
         limit, steps = self._checked.steps_in(PASS_S), 0
         while steps < limit:
-            steps += next(self._launches)
+            steps += next(self._calls)
         return steps
 
-    def _launch_after_launch(self) -> Iterator[int]:
-        """Epochs without an end, as `FastLoop.train` runs them; what each launch was of, in steps."""
+    def _call_after_call(self) -> Iterator[int]:
+        """Epochs without an end, as `FastLoop.train` runs them; the steps of each call."""
         step = self._loop.step
         while True:
             step.metrics.reset()
@@ -230,24 +229,27 @@ class LoopArm:
             step.flush()
             step.metrics.compute()  # HOST READ: an epoch's figures
 
-    def _checked_steps(self) -> int:
-        """One step, or as many as the loop would run as one."""
-        step = self._loop.step
-        epoch = self._first_epoch
-        span = epoch.take(step.span) if step.span > 1 and isinstance(epoch, ResidentEpoch) else None
-        steps = 1 if span is None else span.steps
+    def _checked_steps(self, most: int) -> int:
+        """One step, or as many as the loop would run in one call, but not more than so many."""
+        step, work = self._loop.step, self._next_checked(most)
+        steps = work.steps if isinstance(work, Span) else 1
         with self._checked.timing(steps):
-            losses = step(self._first_batch()) if span is None else step.steps(span)
+            losses = step.steps(work) if isinstance(work, Span) else step(work)
             self._checked.losses += losses.reshape(-1).tolist()  # HOST READ: of the first steps, which are checked
         if self._checked.is_enough:
             self._first_epoch = iter(())  # it is not gone on with
         return steps
 
-    def _first_batch(self) -> Any:
-        for batch in self._first_epoch:
-            return batch
-        self._first_epoch = iter(self._batches)
-        return next(self._first_epoch)
+    def _next_checked(self, most: int) -> Any:
+        """The next batch or, of a resident epoch, the next batches; where the epoch is over, of the one after it."""
+        while True:
+            epoch, size = self._first_epoch, min(most, self._loop.step.span)
+            span = epoch.take(size) if size and isinstance(epoch, ResidentEpoch) else None
+            if span is not None:
+                return span
+            for batch in epoch:
+                return batch
+            self._first_epoch = iter(self._batches)
 
     def _settle(self, start: _Start) -> None:
         """Has it decided what runs the steps, and goes back to the start."""
@@ -329,7 +331,7 @@ def endless_textbook(job: Job) -> Iterator[Any]:
 
 
 class CheckedSteps:
-    """Losses and times of the first steps, which are run one by one; what many of them in one go take follows.
+    """Losses and times of the first steps, which run some at a time; what many in one go take follows.
 
     Attributes:
         losses: of each.
@@ -346,7 +348,7 @@ class CheckedSteps:
 
     @contextmanager
     def timing(self, steps: int = 1) -> Generator[None]:
-        """Around each step, or each launch of several."""
+        """Around each step, or each call of several."""
         begin = time.perf_counter()
         yield
         self._seconds.append((time.perf_counter() - begin) / steps)

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fasttrain.step import eager
-from fasttrain.step.cudagraph import CapturedSpan, CapturedStep
+from fasttrain.step.cudagraph import CapturedStep, CapturedWalk
 from fasttrain.step.program import StepProgram
 from fasttrain.step.trace import Mismatch
+from fasttrain.step.walk import WalkingProgram
 
 __all__ = ["FlopCount", "graph_flops"]
 
@@ -44,7 +45,7 @@ class FlopCount:
     def __enter__(self) -> Self:
         """Begins to count."""
         self._entered.enter_context(mock.patch.object(eager, "run_backward", self._watched(eager.run_backward)))
-        for kind in (StepProgram, CapturedStep, CapturedSpan):
+        for kind in (StepProgram, WalkingProgram, CapturedStep, CapturedWalk):
             self._entered.enter_context(mock.patch.object(kind, "run", self._counted(kind.run)))
         self._entered.enter_context(self._calls)
         return self
@@ -62,20 +63,22 @@ class FlopCount:
 
         return watched
 
-    def _counted(self, run: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    def _counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """The run of a program or of a CUDA graph; for inputs of the same sizes its operators are counted once."""
         known: dict[tuple[Any, ...], FlopCount] = {}
 
-        def counted(program: StepProgram | CapturedStep | CapturedSpan, given: Any) -> Any:
-            is_span = isinstance(program, CapturedSpan)
-            inputs = program.inputs_of(given) if is_span else given
+        def counted(
+            program: StepProgram | WalkingProgram | CapturedStep | CapturedWalk, given: Any, **options: Any
+        ) -> Any:
+            is_walk = isinstance(program, WalkingProgram | CapturedWalk)
+            inputs = program.inputs_of(given, **options) if is_walk else given
             if not isinstance(inputs, Mismatch):
                 graph = program.due.graph
                 sizes = (graph, *(tensor.shape for tensor in inputs))
                 found = known.get(sizes) or known.setdefault(sizes, graph_flops(graph, inputs))
-                self.flops += found.flops * (program.calls if is_span else 1)
+                self.flops += found.flops * (given.steps if is_walk else 1)
                 self.not_counted |= found.not_counted
-            return run(program, given)
+            return run(program, given, **options)
 
         return counted
 
@@ -84,7 +87,7 @@ def graph_flops(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> FlopCo
     """Counts what a graph of ATen operators would compute, on tensors without values.
 
     Args:
-        graph: of a step, or of several.
+        graph: of a step.
         inputs: of which nothing but the metadata is looked at.
     """
     counts = FlopCount()

@@ -29,7 +29,7 @@ from fasttrain.measure.profiling.record import Gpu
 from fasttrain.measure.profiling.suspects import CallWatch, CopyWatch, GrowthWatch, Loaders, Seen, TorchCalls
 from fasttrain.measure.profiling.tensor_memory import Allocations, AllocationTrace
 from fasttrain.measure.profiling.trace_summary import TraceSummary, summarise_trace
-from fasttrain.step.marked import with_marked_kernels
+from fasttrain.step.compiler import with_marked_kernels
 from fasttrain.step.torch_private import compilations
 from fasttrain.step.torch_private.marking import record_empty_events
 

@@ -21,10 +21,10 @@ from fasttrain.measure.places import Place, user_place
 from fasttrain.metrics import RunningMetrics
 from fasttrain.step import eager
 from fasttrain.step.capture import TIMED
-from fasttrain.step.cudagraph import CapturedSpan, CapturedStep
+from fasttrain.step.cudagraph import CapturedStep, CapturedWalk
 from fasttrain.step.program import StepProgram
-from fasttrain.step.span import TracedSpan
 from fasttrain.step.trace import TracedStep
+from fasttrain.step.walk import TracedWalk, WalkingProgram
 
 __all__ = ["MARK", "STEP", "Phases", "gap_phase"]
 
@@ -101,7 +101,8 @@ class Phases:
         """Wraps `Prefetcher`: its iterators live longer than a pass."""
         make = Prefetcher.__iter__
         self._always.enter_context(mock.patch.object(Prefetcher, "__iter__", self._timed_source(make)))
-        self._always.enter_context(mock.patch.object(StepProgram, "__init__", self._counted(StepProgram.__init__)))
+        for kind in (StepProgram, WalkingProgram):
+            self._always.enter_context(mock.patch.object(kind, "__init__", self._counted(kind.__init__)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -269,9 +270,10 @@ _METHODS: tuple[tuple[Any, str, str, str], ...] = (
     (ResidentEpoch, "take", "data wait", "python"),
     (Span, "batches", "data wait", "python"),
     (TracedStep, "inputs", "program", "guards and inputs"),
-    (TracedSpan, "inputs_of", "program", "guards and inputs"),
+    (TracedWalk, "inputs", "program", "guards and inputs"),
     (StepProgram, "run", "program", "generated code"),
+    (WalkingProgram, "run", "program", "generated code"),
     (CapturedStep, "run", "program", "copies and launch"),
-    (CapturedSpan, "run", "program", "copies and launch"),
+    (CapturedWalk, "run", "program", "copies and launch"),
 )
 """What is wrapped while the watch is on: (owner, name, phase, what runs in it where no operator does)."""

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 from fasttrain.measure.profiling.origins import UNKNOWN
-from fasttrain.step.marked import KernelCall
+from fasttrain.step.compiler import KernelCall
 from fasttrain.step.program import StepProgram
+from fasttrain.step.walk import WalkingProgram
 
 __all__ = ["kernel_namer", "loaded_programs", "without_graph"]
 
@@ -19,9 +20,10 @@ _LABEL = 48
 """Characters of a kernel's name that are kept; those that fuse much have hundreds."""
 
 
-def loaded_programs() -> list[StepProgram]:
+def loaded_programs() -> list[StepProgram | WalkingProgram]:
     """The compiled programs for the CPU that this process holds; of those on a GPU the profiler sees all kernels."""
-    return [each for each in gc.get_objects() if type(each) is StepProgram and each.device.type == "cpu"]
+    kinds = (StepProgram, WalkingProgram)
+    return [each for each in gc.get_objects() if type(each) in kinds and each.device.type == "cpu"]
 
 
 def without_graph(event: str) -> str | None:
@@ -43,7 +45,8 @@ def kernel_namer(programs: Sequence[Sequence[KernelCall]]) -> Callable[[tuple[st
 
     @cache
     def names(run: tuple[str, ...]) -> list[str]:
-        origins = next(filter(None, (_aligned(run, calls) for calls in programs)), [UNKNOWN] * len(run))
+        whole = next(filter(None, (_aligned(run, calls) for calls in programs)), None)
+        origins = whole or next(filter(None, (_aligned_steps(run, calls) for calls in programs)), [UNKNOWN] * len(run))
         return [f"{origin}: {_label(name)}" for origin, name in zip(origins, run, strict=True)]
 
     return names
@@ -62,6 +65,14 @@ def _aligned(run: Iterable[str], calls: Sequence[KernelCall]) -> list[str] | Non
             return None
         found.append(" + ".join(call.origins) or UNKNOWN)
     return found
+
+
+def _aligned_steps(run: Sequence[str], calls: Sequence[KernelCall]) -> list[str] | None:
+    """The same for several steps of a program that walks: the kernels of one of them, again and again."""
+    sizes = [size for size in range(1, len(run) // 2 + 1) if len(run) % size == 0]
+    size = next((size for size in sizes if run[size:] == run[:-size]), None)
+    found = None if size is None else _aligned(run[:size], calls)
+    return None if found is None or size is None else found * (len(run) // size)
 
 
 def _label(name: str) -> str:

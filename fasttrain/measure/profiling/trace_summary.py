@@ -18,7 +18,7 @@ from fasttrain.measure.profiling.phases import MARK, STEP, gap_phase
 from fasttrain.measure.profiling.program_kernels import kernel_namer, without_graph
 from fasttrain.measure.profiling.record import PHASES, PROGRAM, Operator
 from fasttrain.measure.profiling.trace_file import trace_events
-from fasttrain.step.marked import KernelCall
+from fasttrain.step.compiler import KernelCall
 from fasttrain.step.torch_private.marking import EMPTY_EVENT
 
 __all__ = ["TraceSummary", "summarise_trace"]

@@ -1,7 +1,7 @@
 """Every private torch API that the compiled step needs, in one room, for torch 2.11 to 2.13.
 
 Each has a canary in tests/step: test_torch_private.py, test_torch_objects.py, test_kernels.py, test_small.py,
-test_scratch.py, test_marked.py or test_cudagraph.py.
+test_scratch.py, test_native.py, test_cpp.py, test_marked.py or test_cudagraph.py.
 """
 
 from fasttrain.step.torch_private.cuda import (
@@ -29,6 +29,7 @@ from fasttrain.step.torch_private.graphs import (
     without_onednn,
 )
 from fasttrain.step.torch_private.marking import origins_of, recorded_as
+from fasttrain.step.torch_private.native import native_loop
 from fasttrain.step.torch_private.objects import (
     NO_GRADIENT_HOOKS,
     has_gradient_hooks,
@@ -77,6 +78,7 @@ __all__ = [
     "is_changed",
     "lacks_resources",
     "module_tables",
+    "native_loop",
     "note_step",
     "optimizer_hooks",
     "origins_of",

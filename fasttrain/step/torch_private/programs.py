@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fasttrain.step.torch_private.marking import MARKS, kernels_apart
-from fasttrain.step.torch_private.scratch import small_buffers_kept
 
 __all__ = [
     "Compilation",
@@ -64,12 +63,22 @@ def compile_package(program: torch.export.ExportedProgram, path: str, *, is_mark
         path: where the package goes.
         is_marked: the profiler is to see its kernels (see `marking`); it is slower for that.
     """
-    from torch._inductor import aoti_compile_and_package
+    from torch._inductor import aoti_compile_and_package, config
+
+    from fasttrain.step.torch_private.cpp import inputs_unchecked  # which only the child that compiles needs
+    from fasttrain.step.torch_private.scratch import small_buffers_kept
 
     # Random numbers must be eager's own, so its kernels are called for them. Whether padding a product pays, on a GPU,
-    # would be measured beside the training.
-    configs = {"fallback_random": True, "shape_padding": False, **(MARKS if is_marked else {})}
-    with warnings.catch_warnings(), small_buffers_kept(), kernels_apart() if is_marked else nullcontext():
+    # would be measured beside the training. A step's inputs are checked before they are handed over.
+    configs = {"fallback_random": True, "shape_padding": False, "size_asserts": False, **(MARKS if is_marked else {})}
+    if hasattr(config.aot_inductor, "enable_line_tables"):
+        configs["aot_inductor.enable_line_tables"] = False  # they take a tenth of the C++ compiler's time
+    with (
+        warnings.catch_warnings(),
+        small_buffers_kept(),
+        inputs_unchecked(),
+        kernels_apart() if is_marked else nullcontext(),
+    ):
         # torch warns of its own use of what it has deprecated; no code of the user's runs here.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # whether to use them is for the user to say
         warnings.simplefilter("ignore", FutureWarning)

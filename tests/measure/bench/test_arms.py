@@ -19,7 +19,7 @@ from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, Arm
 from fasttrain.measure.bench.arms import LoopArm, TextbookArm, TunedArm, endless
 from fasttrain.measure.bench.losses import check_losses, running_means
 from fasttrain.reference import TextbookDataset, train_epoch
-from fasttrain.step import auto, span
+from fasttrain.step import ladder, walk
 from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.mlp import mlp_job
@@ -162,14 +162,14 @@ def test_a_drop_in_trains_the_textbooks_own_batches(epoch_s: float, monkeypatch:
 
 
 def test_auto_is_given_steps_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "SETTLING_STEPS", 3)
+    monkeypatch.setattr(ladder, "SETTLING_STEPS", 3)
     monkeypatch.setattr(arms, "EPOCH_S", 0.0)
     monkeypatch.setattr(arms, "PASS_S", 0.0)
     job = small_mlp()
     arm, eager = LoopArm(job, engine="auto"), LoopArm(job, engine="eager")
     assert run(arm, CHECKED_STEPS) == run(eager, CHECKED_STEPS) == CHECKED_STEPS
     assert arm.losses() == eager.losses()  # the three are put back
-    assert arm.step() == 1
+    assert arm.step() == STEPS_IN_EPOCH <= ladder.MAX_EAGER_SPAN
     assert arm.engine.startswith("eager: ")
     assert arm.compile_s is None
 
@@ -178,12 +178,14 @@ def test_auto_is_given_steps_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
 def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Graphs:
     """Programs that are taken up within some fifty steps, later than any loss is checked that eager gives.
 
-    That of several steps is kept whether it is faster or not.
+    Those that walk over resident rows run four steps a call.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     hasten(monkeypatch)
-    monkeypatch.setattr(auto, "WARM_STEPS", 2 * CHECKED_STEPS)
-    monkeypatch.setattr(span, "MOST_STEPS", 4)
+    monkeypatch.setattr(ladder, "WARM_STEPS", 2 * CHECKED_STEPS)
+    monkeypatch.setattr(ladder, "CALL_S", 1e9)
+    for name in ("LEAST_STEPS", "MOST_STEPS"):
+        monkeypatch.setattr(walk, name, 4)
     return Graphs(monkeypatch, tmp_path)
 
 
@@ -197,36 +199,36 @@ def test_what_auto_has_settled_on_gives_the_checked_losses(graphs: Graphs) -> No
     run(textbook, CHECKED_STEPS)
     assert arm.step() == 1
     parameters = [id(parameter) for parameter in arm._loop.model.parameters()]
-    assert arm.step() == 7  # four, the first of which had been counted, and four
+    assert arm.step() == 4  # the first had been counted
     assert arm.engine.startswith("compiled: ")
-    assert "; 4 steps run as one: " in arm.engine
-    assert len(arm.losses()) == 8  # from the start again
-    replayed, launched = graphs.replayed, graphs.launched
+    assert ", several steps a call, " in arm.engine
+    assert len(arm.losses()) == 5  # from the start again
+    walked = graphs.walked
     num_steps = run(arm, CHECKED_STEPS - len(arm.losses()))
-    assert graphs.replayed - replayed == graphs.launched - launched == num_steps
+    assert graphs.walked - walked == num_steps == CHECKED_STEPS - 5
     assert check_losses(running_means(arm.losses()), running_means(textbook.losses()), job.tolerance) < job.tolerance
     assert [id(parameter) for parameter in arm._loop.model.parameters()] == parameters
 
 
-@pytest.mark.parametrize("which", ["single", "several"])
-def test_a_program_of_autos_that_gives_wrong_numbers_is_not_timed(which: str, graphs: Graphs) -> None:
+@pytest.mark.parametrize("is_drop_in", [False, True], ids=["walking over rows", "on batches"])
+def test_a_program_of_autos_that_gives_wrong_numbers_is_not_timed(is_drop_in: bool, graphs: Graphs) -> None:
     def spoil(losses: Tensor) -> Tensor:
-        """Right where it is proven."""
-        is_wrong = graphs.replayed > 1 if which == "single" else losses.dim() and graphs.launched > len(losses)
-        return losses * 1.01 if is_wrong else losses
+        """Right where it is verified."""
+        return losses * 1.01 if graphs.replayed > 1 else losses
 
     graphs.spoil = spoil
     job = auto_job()
-    textbook, arm = TextbookArm(job), LoopArm(job, engine="auto")
+    textbook, arm = TextbookArm(job), LoopArm(job, engine="auto", is_drop_in=is_drop_in)
     for each in (textbook, arm):
         run(each, CHECKED_STEPS)
+    assert (graphs.walked == 0) == is_drop_in
     assert graphs.replayed > CHECKED_STEPS
     with pytest.raises(DataError, match="leave the reference's"):
         check_losses(running_means(arm.losses()), running_means(textbook.losses()), job.tolerance)
 
 
 def test_a_job_is_put_back_with_its_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "SETTLING_STEPS", 3)
+    monkeypatch.setattr(ladder, "SETTLING_STEPS", 3)
     job = replace(small_mlp(), network=lambda: nn.Sequential(nn.Linear(64, 10), nn.Dropout(0.5), nn.BatchNorm1d(10)))
     found: list[list[float]] = []
     for engine in ("eager", "auto"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ import torch
 from fasttrain.measure.profiling.operator_counts import FlopCount, graph_flops
 from fasttrain.step.trace import Mismatch, trace_step
 from fasttrain.step.train_step import TrainStep
+from fasttrain.step.walk import Loop, WalkingProgram
 from fasttrain.workloads.cnn import cnn_job
 from fasttrain.workloads.mlp import mlp_job
 from fasttrain.workloads.tensor_job import TensorJob
+from tests.step.models import CASES, OPTIMIZERS, started
+from tests.step.spans import data_of, taken, trace_walk
 
 CPU = torch.device("cpu")
 
@@ -41,3 +46,23 @@ def check_flops(job: TensorJob) -> None:
     assert found.flops == eager.flops > 0
     assert "argmax" in found.not_counted & eager.not_counted
     assert all(torch.equal(tensor, was) for tensor, was in zip(inputs, before, strict=True)), "it was run"
+
+
+class Idle(WalkingProgram):
+    """Computes nothing: what is counted is what it says that it runs."""
+
+    def _loaded(self, packages: Sequence[Path]) -> Loop:
+        return lambda _inputs, _steps: None
+
+
+def test_each_step_of_a_walking_program_has_the_steps_flops() -> None:
+    data = data_of(CASES["mlp"])
+    spec, _ = started(CASES["mlp"], OPTIMIZERS["sgd"])
+    traced = trace_walk(spec, data)
+    program, span = Idle([], traced), taken(iter(data), 3)
+    inputs = traced.step.inputs(span.batch())
+    assert not isinstance(inputs, Mismatch)
+    of_step = graph_flops(traced.step.parts[0].graph, inputs)
+    with FlopCount() as counted:
+        program.run(span)
+    assert counted.flops == 3 * of_step.flops > 0

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fasttrain.measure.profiling.origins import NOT_ATTRIBUTED, UNKNOWN, in_order, split_program
 from fasttrain.measure.profiling.program_kernels import kernel_namer, without_graph
-from fasttrain.step.marked import KernelCall
+from fasttrain.step.compiler import KernelCall
 
 MM, RELU, ADAM = "aoti_torch_cpu_mm_out", "cpp_fused_relu_2", "cpp_fused_addcdiv_lerp_3"
 PROGRAM = [
@@ -46,12 +46,27 @@ def test_a_kernels_place_in_the_run_tells_what_it_computes() -> None:
     ]
 
 
+def test_several_steps_of_a_call_are_each_told_as_one_is() -> None:
+    run = (MM, RELU, MM, ADAM)
+    namer = kernel_namer([PROGRAM])
+    assert namer(run * 3) == namer(run) * 3
+    assert namer((*run, MM, RELU, MM)) == [f"{UNKNOWN}: {each}" for each in ("mm_out", RELU, "mm_out", ADAM) * 2][:7]
+
+
 def test_the_program_that_ran_is_told_by_its_kernels() -> None:
     other = [KernelCall(RELU, ("metrics",)), KernelCall(MM, ("optimizer",))]
     namer = kernel_namer([PROGRAM, other])
     assert namer((RELU, MM)) == [f"forward: {RELU}", "backward: mm_out"]  # as the first program may have run
     assert namer((RELU, MM, RELU)) == [f"{UNKNOWN}: {RELU}", f"{UNKNOWN}: mm_out", f"{UNKNOWN}: {RELU}"]
     assert kernel_namer([other])((RELU, MM)) == [f"metrics: {RELU}", "optimizer: mm_out"]
+
+
+def test_a_program_that_walks_runs_its_kernels_once_for_each_step() -> None:
+    step = (MM, RELU, MM, ADAM)
+    namer = kernel_namer([[KernelCall(RELU, ("metrics",))], PROGRAM])
+    assert namer(3 * step) == 3 * namer(step)
+    assert UNKNOWN not in " ".join(namer(step))
+    assert all(name.startswith(UNKNOWN) for name in namer((*step, *step, MM)))
 
 
 def test_kernels_that_fuse_much_keep_their_numbers() -> None:

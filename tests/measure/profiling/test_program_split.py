@@ -20,7 +20,7 @@ from fasttrain.measure.profiling.phases import Phases
 from fasttrain.measure.profiling.trace_summary import TraceSummary
 from fasttrain.step.build import GraphJob
 from fasttrain.step.cache import ProgramCache, default_folder
-from fasttrain.step.identity import program_key
+from fasttrain.step.compiler import program_key
 from fasttrain.step.program import StepProgram, compile_graph
 from fasttrain.step.trace import TracedStep, trace_step
 from fasttrain.step.train_step import TrainStep

@@ -16,7 +16,7 @@ from fasttrain.measure.profiling import trace_file
 from fasttrain.measure.profiling.phases import MARK
 from fasttrain.measure.profiling.trace_file import trace_events
 from fasttrain.measure.profiling.trace_summary import TraceSummary, summarise_trace
-from fasttrain.step.marked import KernelCall
+from fasttrain.step.compiler import KernelCall
 from fasttrain.step.torch_private.marking import EMPTY_EVENT
 
 

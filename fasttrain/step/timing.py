@@ -1,7 +1,4 @@
-"""How many CPU threads a step runs fastest with, by measuring it on a copy of the job.
-
-Threads are a setting of the whole process: nothing here changes it for good, and a command that does owns its process.
-"""
+"""Time: clocks of devices, what steps have waited for, trials of several ways to run a step, the number of threads."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -21,7 +18,142 @@ from fasttrain.metrics import RunningMetrics
 from fasttrain.step.eager import EagerEngine
 from fasttrain.step.spec import Gathered, StepSpec
 
-__all__ = ["ThreadChoice", "candidates", "choose_threads"]
+__all__ = [
+    "Clock",
+    "CudaClock",
+    "HostClock",
+    "ThreadChoice",
+    "Trial",
+    "Waits",
+    "candidates",
+    "choose_threads",
+    "clock_of",
+]
+
+T = TypeVar("T")
+Arm = TypeVar("Arm", bound=int | str)
+
+ROUNDS = 10
+"""Rounds of each arm that count, after one that warms up."""
+
+MARGIN = 0.98
+"""An arm is chosen over one before it if its step takes less than this share of the time."""
+
+
+class Clock(Protocol):
+    """Times calls, in seconds. In tests something else stands in for it."""
+
+    def timed(self, run: Callable[[], T]) -> tuple[T, float]:
+        """What `run` returns, and how long it took."""
+        ...
+
+
+class HostClock:
+    """For what is over when the call returns."""
+
+    def timed(self, run: Callable[[], T]) -> tuple[T, float]:
+        """See `Clock.timed`."""
+        begin = time.perf_counter()
+        result = run()
+        return result, time.perf_counter() - begin
+
+
+class CudaClock:
+    """For what a call has queued on a CUDA device: from when the device could begin until it is done. Waits for it.
+
+    Args:
+        device: whose current stream is timed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def timed(self, run: Callable[[], T]) -> tuple[T, float]:
+        """See `Clock.timed`."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream = torch.cuda.current_stream(self._device)
+        begin.record(stream)
+        result = run()
+        end.record(stream)
+        end.synchronize()  # HOST READ: in a measurement or a trial, some hundred times an engine
+        return result, begin.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for what runs on a device."""
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+class Waits:
+    """What steps have waited for: traces, compilers, captures.
+
+    Attributes:
+        seconds: in all; None where there was no wait yet.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+
+    def add(self, seconds: float) -> None:
+        """Notes one more."""
+        self.seconds = (self.seconds or 0.0) + seconds
+
+
+class Trial(Generic[Arm]):
+    """Rounds of several arms in turn.
+
+    Args:
+        arms: in the order of their turns; the first is what the others have to beat.
+        steps: of a round, which must be long enough for the clock.
+    """
+
+    def __init__(self, arms: Iterable[Arm], steps: int = 1) -> None:
+        self._steps = steps
+        self._seconds: dict[Arm, list[float]] = {arm: [] for arm in arms}
+
+    @property
+    def turn(self) -> Arm:
+        """The arm that is to run the next step: the first to the last, the last to the first, and so on."""
+        rounds = [self._rounds(arm) for arm in self._seconds]
+        arms = list(self._seconds)
+        return min(arms if min(rounds) % 2 == 0 else arms[::-1], key=self._rounds)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every arm has had its rounds."""
+        return all(self._rounds(arm) > ROUNDS for arm in self._seconds)
+
+    def add(self, arm: Arm, seconds: float) -> None:
+        """What a step took by an arm."""
+        self._seconds[arm].append(seconds)
+
+    def step_s(self) -> dict[Arm, float]:
+        """Seconds of a step by each arm: the lower quartile over rounds of their mean.
+
+        Other processes only add to a round, and they may add to most rounds of one arm: a scheduler's time slice is as
+        long as one or two rounds.
+        """
+        return {arm: _lower_quartile(self._means(seconds)[1:]) for arm, seconds in self._seconds.items()}
+
+    def fastest(self) -> Arm:
+        """The arm to go on with."""
+        step_s = self.step_s()
+        first, *others = step_s
+        for arm in others:
+            first = arm if step_s[arm] < MARGIN * step_s[first] else first
+        return first
+
+    def _rounds(self, arm: Arm) -> int:
+        return len(self._seconds[arm]) // self._steps
+
+    def _means(self, seconds: list[float]) -> list[float]:
+        whole = len(seconds) - len(seconds) % self._steps
+        return [statistics.fmean(seconds[at : at + self._steps]) for at in range(0, whole, self._steps)]
+
+
+def _lower_quartile(values: list[float]) -> float:
+    return sorted(values)[len(values) // 4]
+
 
 Batch = Any
 
@@ -42,7 +174,7 @@ HOPELESS = 2.0
 """A count that takes so many times as long as one thread when it is first tried is left out, with all above it. On a
 machine at work threads wait for each other: a CNN's step with two took up to 16 times as long as with one."""
 
-MARGIN = 0.97
+THREADS_MARGIN = 0.97
 """More threads are taken where a step with them takes less than this share, and less in three of four rounds."""
 
 
@@ -216,4 +348,4 @@ def _is_faster(count: int, fewer: int, rounds: Sequence[Round]) -> bool:
     if count <= fewer:
         return False
     _, median, upper = statistics.quantiles([each[count] / each[fewer] for each in rounds], n=4, method="inclusive")
-    return median < MARGIN and upper < 1.0
+    return median < THREADS_MARGIN and upper < 1.0

@@ -1,0 +1,463 @@
+"""Multi-step training over resident data: one compiled step that takes its batch by a cursor and advances the cursor.
+
+    TracedStep -> TracedWalk (whose graph is rewritten by a Walk) -> WalkingProgram, or CapturedWalk on CUDA
+
+K steps are K calls of one program, whatever K is: the program's inputs hold the order of the rows of many batches, the
+number of the next batch (the cursor), and a column for the losses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from fasttrain.data.ragged import Ragged
+from fasttrain.data.resident import ResidentBatches, Span
+from fasttrain.errors import EngineError, first_line
+from fasttrain.step.eager import raise_index_error
+from fasttrain.step.function import TracedGraph
+from fasttrain.step.kernels import define_operators
+from fasttrain.step.program import Runner, load_runner
+from fasttrain.step.torch_private import native_loop
+from fasttrain.step.trace import Mismatch, TracedStep
+
+__all__ = [
+    "StepsFailedError",
+    "TracedWalk",
+    "Walk",
+    "WalkState",
+    "WalkingProgram",
+    "kind_of",
+    "raise_failed",
+    "takes_rows",
+]
+
+_aten = torch.ops.aten
+
+MOST_STEPS = 1_024
+"""Steps of a call. It is a constant, so that the program does not depend on the length of an epoch; at 25 us a step,
+the least that was measured, a call then takes 26 ms."""
+
+LEAST_STEPS, MOST_ENTRIES = 64, 1 << 20
+"""Where batches are so large that the order of `MOST_STEPS` of them would have more entries than this, the order holds
+fewer batches, but never fewer than 64: a CUDA graph of 16 steps is run three times before it is captured."""
+
+MOST_PADDED = 1 << 22
+"""Entries of a batch whose rows are padded to the longest of all."""
+
+
+class StepsFailedError(EngineError):
+    """A step failed after it may have changed some of the state. Nothing may go on from that state, eagerly or not."""
+
+
+class WalkState(NamedTuple):
+    """The inputs of a walking program that are its own.
+
+    Attributes:
+        order: the numbers of the rows of each batch, [most steps, batch rows], int64.
+        cursor: which batch comes next, [1], int64; the program adds 1.
+        losses: of each step, [most steps]; the program writes one.
+    """
+
+    order: Tensor
+    cursor: Tensor
+    losses: Tensor
+
+    def begin(self, span: Span) -> None:
+        """Puts in the rows of a span, and the cursor on the first of its batches. No host read."""
+        self.order[: span.steps].view(-1).copy_(span.rows, non_blocking=True)
+        self.cursor.zero_()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """How the graph of a walking step is made from the graph of a step on a batch.
+
+    Attributes:
+        first_leaf: which of the step's inputs is the first tensor of a batch.
+        is_ragged: for each column that batches are gathered from, whether its rows are of unequal length.
+        rows: in a batch.
+        longest: entries of the longest row of unequal length, where the graph is to hold for no longer ones; None: for
+            any.
+    """
+
+    first_leaf: int
+    is_ragged: tuple[bool, ...]
+    rows: int
+    longest: int | None = None
+
+    @classmethod
+    def of(cls, first_leaf: int, columns: Sequence[Tensor | Ragged], rows: int, longest: int | None = None) -> Walk:
+        """For batches that are gathered from these columns, in the order of the batch's tensors."""
+        is_ragged = tuple(isinstance(column, Ragged) for column in columns)
+        return cls(first_leaf=first_leaf, is_ragged=is_ragged, rows=rows, longest=longest)
+
+    @property
+    def are_ragged(self) -> list[bool]:
+        """For each tensor of a batch, whether it is one of the two of rows of unequal length."""
+        return [is_ragged for is_ragged in self.is_ragged for _ in range(2 if is_ragged else 1)]
+
+    def leaves(self, graph: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
+        """The inputs of a step's graph: those before a batch's tensors, these, and those after."""
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        end = self.first_leaf + len(self.are_ragged)
+        return nodes[: self.first_leaf], nodes[self.first_leaf : end], nodes[end:]
+
+    def __call__(self, graph: GraphModule) -> GraphModule:
+        """The graph of a step that takes its batch from the columns by itself.
+
+        Args:
+            graph: of a step on a batch, which `takes_rows`.
+
+        Returns:
+            A graph that takes the columns' tensors in place of the batch's and, after them, the tensors of a
+            `WalkState`. It returns nothing: it writes the loss into the state.
+        """
+        define_operators()
+        before, leaves, after = self.leaves(graph)
+        made = Graph()
+        place = {node: made.placeholder(f"before_{at}") for at, node in enumerate(before)}
+        tables = [made.placeholder(f"column_{at}") for at in range(len(leaves))]
+        order, cursor, losses = map(made.placeholder, WalkState._fields)
+        place.update({node: made.placeholder(f"after_{at}") for at, node in enumerate(after)})
+        batch = made.call_function(_aten.index_select.default, (order, 0, cursor))
+        chosen = made.call_function(_aten.view.default, (batch, [self.rows]))
+        for leaf, table, is_ragged in zip(leaves, tables, self.are_ragged, strict=True):
+            gathered = (table, 0, chosen)
+            place[leaf] = table if is_ragged else made.call_function(_aten.index_select.default, gathered)
+        loss = made.call_function(_aten.view.default, (self._append(made, graph, place, chosen), [1]))
+        written = made.call_function(_aten.index_put.default, (losses, [cursor], loss))
+        made.call_function(_aten.copy_.default, (losses, written))
+        advanced = made.call_function(_aten.add.Tensor, (cursor, 1))
+        made.call_function(_aten.copy_.default, (cursor, advanced))
+        made.output(())
+        return GraphModule(graph, made)
+
+    def _append(self, made: Graph, graph: GraphModule, place: dict[Node, Node], chosen: Node) -> Any:
+        """Copies the step; returns its loss."""
+        ragged = _ragged_leaves(graph, self)
+        for node in graph.graph.nodes:
+            if node.op == "output":
+                return torch.fx.map_arg(node.args[0], place.__getitem__)
+            if node.op == "placeholder":
+                continue
+            copied = place[node] = made.node_copy(node, place.__getitem__)
+            if not ragged.isdisjoint(node.all_input_nodes):
+                copied.kwargs = {"chosen": chosen}
+        raise AssertionError("a graph has an output")
+
+
+def takes_rows(graph: GraphModule, walk: Walk) -> bool:
+    """Whether a graph sums the rows of unequal length that it is given, and does nothing else with them."""
+    readers = [user for leaf in _ragged_leaves(graph, walk) for user in leaf.users]
+    return all(getattr(user.target, "namespace", "") == "fasttrain" for user in readers)
+
+
+def _ragged_leaves(graph: GraphModule, walk: Walk) -> set[Node]:
+    _, leaves, _ = walk.leaves(graph)
+    return {leaf for leaf, is_ragged in zip(leaves, walk.are_ragged, strict=True) if is_ragged}
+
+
+class TracedWalk:
+    """A step that walks over the rows of one resident source, as a graph, and what that holds for.
+
+    Args:
+        step: the step, whose guards are the walk's.
+        batch: one of its batches.
+        source: whose rows.
+
+    Attributes:
+        spec: of the step.
+        step: see above.
+        source: a weak reference, so that the program does not keep the data alive.
+        tables: the tensors of the source's columns; none once the source is gone.
+        most_steps: of a call.
+        parts: the one graph (see `Walk`). It takes the step's state and options, the tables, the tensors of a
+            `WalkState` and closed-over tensors.
+        due: which of the parts is to run: the one.
+
+    Raises:
+        EngineError: the step is more than one graph; or its batches are not what the source's columns give, or it needs
+            more of their rows of unequal length than sums.
+    """
+
+    due = 0
+
+    def __init__(self, step: TracedStep, batch: Any, source: ResidentBatches) -> None:
+        self.spec = step.spec
+        self.step = step
+        self._rows = source.batch_size
+        self.most_steps = max(LEAST_STEPS, min(MOST_STEPS, MOST_ENTRIES // source.batch_size))
+        if not step.is_whole:
+            raise EngineError(
+                "one graph does not hold the whole step (its gradients are accumulated, or its optimizer steps eagerly)"
+            )
+        columns = _read_columns(source.columns, step.leaf_places)
+        self._bind(source, columns)
+        self._kinds = [_kind(table) for table in self.tables]
+        leaves, standing = step.leaves(batch), step.standing_examples()
+        if leaves is None:
+            raise EngineError("forward reads the batch in another way than when it was traced")
+        _refuse_other_leaves(leaves, columns, source.batch_size)
+        graph = step.parts[0].graph
+        walk = Walk.of(len(standing), columns, source.batch_size, _padded_to(source))
+        if not takes_rows(graph, walk):
+            raise EngineError("rows of unequal length are used otherwise than by sums")
+        self._standing = standing
+        inputs = self._assembled(self.new_state())
+        self.parts = [TracedGraph(walk(graph), inputs, [frozenset()] * len(inputs), walk.longest)]
+
+    def take(self, source: ResidentBatches) -> bool:
+        """Walks over other resident data from now on, where they are like those that it knows; whether it does."""
+        if source is self.source() or source.batch_size != self._rows:
+            return False
+        try:
+            columns, longest = _read_columns(source.columns, self.step.leaf_places), _padded_to(source)
+        except EngineError:
+            return False
+        if [_kind(table) for table in _tables(columns)] != self._kinds or longest != self.parts[0].longest:
+            return False
+        self._bind(source, columns)
+        return True
+
+    def _bind(self, source: ResidentBatches, columns: Sequence[Tensor | Ragged]) -> None:
+        self.tables = _tables(columns)
+        self.source = weakref.ref(source, self._forget)
+
+    def _forget(self, source: weakref.ref[ResidentBatches]) -> None:
+        if source is self.source:
+            self.tables = []
+
+    def new_state(self) -> WalkState:
+        """Of a program of its own. The order's numbers are those of rows: a program may run before it is given any."""
+        device, rows = self.spec.device, self._rows
+        return WalkState(
+            torch.zeros(self.most_steps, rows, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.zeros(self.most_steps, dtype=self.step.parts[0].loss_dtype, device=device),
+        )
+
+    def inputs(self, source: ResidentBatches, state: WalkState, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
+        """The graph's inputs, or why it does not hold: to be asked once a call of many steps. Makes no host read.
+
+        Args:
+            source: whose rows the call is to take.
+            state: of the program that is to run.
+            is_checked: whether it held just before, for the same source, and no code of the user's has run since.
+        """
+        if is_checked:
+            return self._assembled(state)
+        if source is not self.source():
+            return Mismatch("the resident data")
+        standing = self.step.standing_inputs()
+        if isinstance(standing, Mismatch):
+            return standing
+        self._standing = standing
+        found = self._assembled(state)
+        reason = self.parts[0].differ(found)
+        return found if reason is None else Mismatch(reason)
+
+    def _assembled(self, state: WalkState) -> list[Tensor]:
+        return [*self._standing, *self.tables, *state, *self.step.parts[0].closed_over]
+
+
+Loop = Callable[[list[Tensor], int], None]
+"""Runs one graph so many times on the same inputs."""
+
+
+class WalkingProgram:
+    """A compiled step that walks, with a state and (in C) a container of its own: no other thread's program waits.
+
+    On the CPU the steps of a call are called from C where that can be (see `torch_private.native_loop`), else, and on
+    other devices, from Python.
+
+    Args:
+        packages: the compiled package of the one part; read here and not needed afterwards.
+        traced: what it was compiled from.
+
+    Raises:
+        EngineError: it cannot be loaded.
+    """
+
+    def __init__(self, packages: Sequence[Path], traced: TracedWalk) -> None:
+        self._traced = traced
+        self._state = traced.new_state()
+        self._loop = self._loaded(packages)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._traced.spec.device
+
+    @property
+    def parts(self) -> Sequence[TracedGraph]:
+        """What was compiled."""
+        return self._traced.parts
+
+    @property
+    def due(self) -> TracedGraph:
+        """The part that every step runs."""
+        return self.parts[0]
+
+    def inputs_of(self, span: Span, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
+        """What each step of a span is given, or why the program does not hold (see `TracedWalk.inputs`)."""
+        return self._traced.inputs(span.source, self._state, is_checked=is_checked)
+
+    def run(self, span: Span, *, is_checked: bool = False) -> Tensor | Mismatch:
+        """The steps of a span. Makes no host read.
+
+        Args:
+            span: of at most `TracedWalk.most_steps` steps.
+            is_checked: see `TracedWalk.inputs`.
+
+        Returns:
+            The losses, [steps], a tensor of their own; or why the program does not hold, and nothing has run.
+
+        Raises:
+            IndexError: an index in a batch, such as an id for an embedding, is out of range: PyTorch's own error, from
+                the line of the user's code.
+            StepsFailedError: a step failed.
+        """
+        inputs = self.inputs_of(span, is_checked=is_checked)
+        if isinstance(inputs, Mismatch):
+            return inputs
+        self._state.begin(span)
+        try:
+            self._loop(inputs, span.steps)
+        except RuntimeError as error:
+            raise_failed(self._traced, self._state, span, error)
+        return self._state.losses[: span.steps].clone()
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps of the last call are done. HOST READ: after an error in it."""
+        return int(self._state.cursor)
+
+    def once(self, inputs: list[Tensor]) -> None:
+        """One step on inputs with a state of the caller's, as a CUDA graph captures it."""
+        self._loop(inputs, 1)
+
+    @contextmanager
+    def running(self, packages: Sequence[Path]) -> Generator[None]:
+        """Has another package run meanwhile, compiled from the same graph.
+
+        Raises:
+            EngineError: it cannot be loaded.
+        """
+        before, self._loop = self._loop, self._loaded(packages)
+        try:
+            yield
+        finally:
+            self._loop = before
+
+    def _loaded(self, packages: Sequence[Path]) -> Loop:
+        [package] = packages
+        native = native_loop(package) if self.device.type == "cpu" else None
+        return _python_loop(load_runner(package, self.device)) if native is None else native
+
+
+def _python_loop(run: Runner) -> Loop:
+    def loop(inputs: list[Tensor], steps: int) -> None:
+        for _ in range(steps):
+            run([*inputs])  # it empties the list
+
+    return loop
+
+
+def raise_failed(traced: TracedWalk, state: WalkState, span: Span, error: RuntimeError) -> NoReturn:
+    """Raises the exception for a failed step of a span. HOST READ: of the cursor.
+
+    Args:
+        traced: what ran.
+        state: which it ran with; the cursor says how many steps are done.
+        span: whose steps.
+        error: of the program.
+
+    Raises:
+        IndexError: an index is out of range (see `raise_index_error`).
+        StepsFailedError: in every other case.
+    """
+    try:
+        done = int(state.cursor)
+    except RuntimeError:  # after an error inside a kernel, CUDA answers nothing any more
+        told = "an unknown number"
+    else:
+        told = f"{done}"
+        raise_index_error(traced.spec, map(span.batch, [done]), error)
+    raise StepsFailedError(
+        f"the compiled step failed after {told} of the {span.steps} steps of this call; the model and the optimizer "
+        "may be partly updated and are not to be trusted: restore them from a checkpoint and create a new step "
+        f"({first_line(error)})"
+    ) from error
+
+
+def kind_of(source: ResidentBatches) -> object:
+    """What decides whether a step can walk over resident data: the kinds of their rows, not how many there are."""
+    tables = _tables(source.columns)
+    are_ragged = tuple(isinstance(column, Ragged) for column in source.columns)
+    return source.batch_size, are_ragged, tuple((table.shape[1:], table.dtype) for table in tables)
+
+
+def _tables(columns: Sequence[Tensor | Ragged]) -> list[Tensor]:
+    return [each for column in columns for each in (column if isinstance(column, Ragged) else (column,))]
+
+
+def _kind(table: Tensor) -> tuple[object, ...]:
+    return table.shape, table.stride(), table.dtype, table.device
+
+
+def _padded_to(source: ResidentBatches) -> int | None:
+    """What rows of unequal length are padded to; None where they need not be, or there are none.
+
+    Raises:
+        EngineError: that would be far more than there is in them.
+    """
+    if source.device.type == "cpu" or not source.longest:
+        return None
+    if source.longest * source.batch_size > MOST_PADDED:
+        raise EngineError(
+            f"the longest row has {source.longest:,} entries, and {source.batch_size} rows padded to it are too many"
+        )
+    return source.longest
+
+
+def _read_columns(columns: Sequence[Tensor | Ragged], places: Sequence[int | None]) -> list[Tensor | Ragged]:
+    """The columns that forward reads: those whose tensors have these numbers among all tensors of a batch.
+
+    Raises:
+        EngineError: it reads one of the two tensors of rows of unequal length without the other.
+    """
+    found: list[Tensor | Ragged] = []
+    first = 0
+    for column in columns:
+        of_column = range(first, first + (2 if isinstance(column, Ragged) else 1))
+        first = of_column.stop
+        if all(place in places for place in of_column):
+            found.append(column)
+        elif any(place in places for place in of_column):
+            raise EngineError("rows of unequal length are used otherwise than by sums")
+    return found
+
+
+def _refuse_other_leaves(leaves: Sequence[Tensor], columns: Sequence[Tensor | Ragged], rows: int) -> None:
+    """Raises EngineError where the tensors of a batch are not, one by one, what is gathered from the columns."""
+    wanted = [each for column in columns for each in _gathered(column, rows)]
+    found = [(leaf.dtype, leaf.shape) for leaf in leaves]
+    are_alike = [dtype == got[0] and size in (None, got[1]) for (dtype, size), got in zip(wanted, found, strict=False)]
+    if len(found) != len(wanted) or not all(are_alike):
+        raise EngineError("batches hold other tensors than the columns that they are gathered from")
+
+
+def _gathered(column: Tensor | Ragged, rows: int) -> list[tuple[torch.dtype, torch.Size | None]]:
+    """Dtype and size (None: any) of each tensor that a batch has of a column."""
+    if isinstance(column, Ragged):
+        return [(column.values.dtype, None), (column.offsets.dtype, torch.Size([rows + 1]))]
+    return [(column.dtype, torch.Size([rows, *column.shape[1:]]))]
