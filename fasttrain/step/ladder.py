@@ -80,8 +80,8 @@ SETTLING_STEPS = 4_000
 CALL_S = 0.05
 """Time of the steps of one call: progress, Ctrl-C and the guards wait for it."""
 
-MAX_EAGER_SPAN = 8
-"""Resident batches that are gathered at once for eager steps."""
+MAX_EAGER_SPAN = 32
+"""Resident batches that are gathered at once for eager steps: 8 at once make a step of the reviews 15% slower."""
 
 FOREVER = 1 << 40
 """A number of expected steps that makes compiling always pay."""
@@ -181,8 +181,10 @@ class Ladder:
         adopted = [each for each in self._candidates if each.walks and each.stage is Stage.ADOPTED]
         if adopted:
             step_s, most = adopted[0].step_s, adopted[0].most_steps
+        elif self._single or (self._phase in (Phase.SHORT, Phase.DECIDED) and not self._candidates):
+            return 0  # eager, whose batches are gathered in larger blocks
         else:
-            step_s, most = self._eager_s, 0 if self._single else MAX_EAGER_SPAN
+            step_s, most = self._eager_s, MAX_EAGER_SPAN
         return min(most, 1 if step_s is None else max(1, int(CALL_S / max(step_s, 1e-9))))
 
     def step(self, batch: Batch) -> Tensor:
@@ -328,9 +330,11 @@ class Ladder:
     def _eagerly(self, work: Work) -> Tensor:
         if not isinstance(work, Span):
             return self._eager.step(work)
-        if work.steps <= MAX_EAGER_SPAN:
+        source = work.source
+        most = max(1, min(MAX_EAGER_SPAN, source.block_rows // source.batch_size))
+        if work.steps <= most:
             return self._eager.steps(work)
-        return torch.cat([self._eager.steps(piece) for piece in work.pieces(MAX_EAGER_SPAN)])
+        return torch.cat([self._eager.steps(piece) for piece in work.pieces(most)])
 
     def _run(self, work: Work) -> Tensor:
         """By the first candidate that holds for the batch or span, else eagerly."""

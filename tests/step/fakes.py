@@ -340,6 +340,7 @@ HASTE: dict[str, float] = {
     "POLL_STEPS": 1,
     "TRIAL_S": 0.0,
     "LOOK_STEPS": 8,
+    "MAX_EAGER_SPAN": 8,
 }
 
 

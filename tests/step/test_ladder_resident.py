@@ -235,8 +235,8 @@ def test_several_steps_in_one_call_are_compared_with_single_ones(lab: Lab) -> No
     lab.spoil = lambda losses: losses * (1.01 if losses.numel() > 1 else 1.0)
     job = Job().run(UNTIL_ADOPTED)
     assert job.engine == "eager"
-    assert "8 steps in one call give other numbers than one by one: the loss is" in job.reason
-    assert lab.walked.count(8) == 1
+    assert "16 steps in one call give other numbers than one by one: the loss is" in job.reason
+    assert lab.walked.count(16) == 1
 
 
 def test_a_call_of_many_steps_is_compared_too(lab: Lab) -> None:
