@@ -187,6 +187,7 @@ def differences(plain: Picture, ours: Picture, tolerance: float = TOLERANCE) -> 
 
 def relative(one: Tensor, two: Tensor) -> float:
     """The largest difference over the largest entry; NaN equals NaN."""
+    one, two = (each.detach().as_subclass(Tensor) for each in (one, two))  # each side has its own subclasses
     if one.shape != two.shape or one.layout != two.layout:
         return math.inf
     if one.layout != torch.strided:
