@@ -314,16 +314,15 @@ class CapturedWalk:
         """How many steps of the last call are done. HOST READ: after an error in it."""
         return int(self._state.cursor)
 
-    def inputs_of(self, span: Span, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
+    def inputs_of(self, span: Span) -> list[Tensor] | Mismatch:
         """What each step of a span is given, or why the graphs do not hold (see `TracedWalk.inputs`)."""
-        return self._traced.inputs(span.source, self._state, is_checked=is_checked)
+        return self._traced.inputs(span.source, self._state)
 
-    def run(self, span: Span, *, is_checked: bool = False) -> Tensor | Mismatch:
+    def run(self, span: Span) -> Tensor | Mismatch:
         """The steps of a span. Makes no host read unless it captures.
 
         Args:
             span: of at most `TracedWalk.most_steps` steps.
-            is_checked: see `TracedWalk.inputs`.
 
         Returns:
             The losses, [steps], a tensor of their own; or why the graphs do not hold, and nothing has run.
@@ -332,7 +331,7 @@ class CapturedWalk:
             EngineError: the step cannot be captured; nothing has changed.
             StepsFailedError: a step failed.
         """
-        inputs = self.inputs_of(span, is_checked=is_checked)
+        inputs = self.inputs_of(span)
         if isinstance(inputs, Mismatch):
             return inputs
         of_many, of_one = divmod(span.steps, self._many)

@@ -337,7 +337,7 @@ class Ladder:
         return torch.cat([self._eager.steps(piece) for piece in work.pieces(most)])
 
     def _run(self, work: Work) -> Tensor:
-        """By the first candidate that holds for the batch or span, else eagerly."""
+        """Runs a batch or span by the first candidate whose guards hold, else eagerly."""
         if not isinstance(work, Span):
             return self._run_first(work)[0]
         losses, done = list[Tensor](), 0
@@ -348,7 +348,7 @@ class Ladder:
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def _run_first(self, work: Work) -> tuple[Tensor, int]:
-        """The steps of a batch, or the first steps of a span; returns their losses and how many they are."""
+        """Runs a batch, or the first steps of a span. Returns the losses and the number of steps."""
         steps, reason = work.steps if isinstance(work, Span) else 1, ""
         for index, candidate in enumerate(self._candidates):
             count = min(steps, candidate.most_steps)
@@ -366,7 +366,7 @@ class Ladder:
         return self._eagerly(work if count == steps else work.piece(0, count)), count
 
     def _by_candidate(self, candidate: Candidate, work: Work) -> Tensor | Mismatch:
-        """The steps of a batch or span by one candidate, or why it does not hold; verifies where that is due."""
+        """Runs a batch or span by one candidate, and verifies it where due. Returns a Mismatch if its guards fail."""
         if self._is_to_be_verified(candidate):
             reason = candidate.mismatch(work, rebinds=self._missed.wants_rebinding())
             return Mismatch(reason) if reason is not None else self._verify(candidate, work)
@@ -418,7 +418,7 @@ class Ladder:
         return fits_in_memory([*step.tensors, *step.gradients], self._spec.device)
 
     def _verify(self, candidate: Candidate, work: Work) -> Tensor:
-        """The steps of a batch or span by eager, of which the first is compared with the candidate's."""
+        """Runs a batch or span eagerly, and compares the first step with the candidate."""
         if not self._fits_twice(candidate):
             reason = "two copies of the step's state, to check the program with, do not fit in memory"
             self._drop_running(candidate, reason, is_wrong=False)
@@ -449,7 +449,7 @@ class Ladder:
         return torch.cat([found.loss.reshape(1), run(rest)])
 
     def _verify_call(self, candidate: Candidate, span: Span) -> Tensor:
-        """The steps of a span by program, of which the first are compared: in one call, and one by one."""
+        """Runs the steps of a span by program, and compares one call of its first steps with single steps."""
         end = CALLED_STEPS if span.steps >= CALLED_STEPS else span.steps
         try:
             losses, found = candidate.compare_call(span.piece(0, end))
@@ -469,7 +469,7 @@ class Ladder:
         return torch.cat([losses, self._run(span.piece(end, span.steps))])
 
     def _plan_verification(self, candidate: Candidate) -> None:
-        """When this candidate is compared with eager again: all of it takes a stated share of the training."""
+        """Schedules the next verification, so that all of them take at most VERIFIED_SHARE of the training time."""
         step_s = candidate.step_s or self._eager_s or CALL_S
         steps = math.ceil(candidate.verify_s / VERIFIED_SHARE / step_s)
         self._next_verification = self._steps + max(LEAST_UNVERIFIED, steps)

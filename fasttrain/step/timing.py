@@ -113,7 +113,7 @@ class Trial(Generic[Arm]):
 
     @property
     def turn(self) -> Arm:
-        """The arm that is to run the next step: the first to the last, the last to the first, and so on."""
+        """The arm that runs the next step. The order of the arms is reversed after each round."""
         rounds = [self._rounds(arm) for arm in self._seconds]
         arms = list(self._seconds)
         return min(arms if min(rounds) % 2 == 0 else arms[::-1], key=self._rounds)

@@ -246,7 +246,7 @@ def _gradients_seen(spec: StepSpec, tensors: Sequence[Tensor]) -> Generator[list
 
 
 class _Side(NamedTuple):
-    """What a step made: its loss, and the state followed by the kept gradients, complex ones as pairs of real ones."""
+    """Results of one step: the loss, then the state tensors and the kept gradients (complex tensors viewed as real)."""
 
     loss: Tensor
     tensors: list[Tensor]

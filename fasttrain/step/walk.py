@@ -237,7 +237,7 @@ class TracedWalk:
             self.tables = []
 
     def new_state(self) -> WalkState:
-        """Of a program of its own. The order's numbers are those of rows: a program may run before it is given any."""
+        """Creates the state of one program. `order` is zeros, valid rows: CUDA graphs run before it is filled."""
         device, rows = self.spec.device, self._rows
         return WalkState(
             torch.zeros(self.most_steps, rows, dtype=torch.int64, device=device),
@@ -245,16 +245,13 @@ class TracedWalk:
             torch.zeros(self.most_steps, dtype=self.step.parts[0].loss_dtype, device=device),
         )
 
-    def inputs(self, source: ResidentBatches, state: WalkState, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
+    def inputs(self, source: ResidentBatches, state: WalkState) -> list[Tensor] | Mismatch:
         """The graph's inputs, or why it does not hold: to be asked once a call of many steps. Makes no host read.
 
         Args:
             source: whose rows the call is to take.
             state: of the program that is to run.
-            is_checked: whether it held just before, for the same source, and no code of the user's has run since.
         """
-        if is_checked:
-            return self._assembled(state)
         if source is not self.source():
             return Mismatch("the resident data")
         standing = self.step.standing_inputs()
@@ -307,16 +304,15 @@ class WalkingProgram:
         """The part that every step runs."""
         return self.parts[0]
 
-    def inputs_of(self, span: Span, *, is_checked: bool = False) -> list[Tensor] | Mismatch:
+    def inputs_of(self, span: Span) -> list[Tensor] | Mismatch:
         """What each step of a span is given, or why the program does not hold (see `TracedWalk.inputs`)."""
-        return self._traced.inputs(span.source, self._state, is_checked=is_checked)
+        return self._traced.inputs(span.source, self._state)
 
-    def run(self, span: Span, *, is_checked: bool = False) -> Tensor | Mismatch:
+    def run(self, span: Span) -> Tensor | Mismatch:
         """The steps of a span. Makes no host read.
 
         Args:
             span: of at most `TracedWalk.most_steps` steps.
-            is_checked: see `TracedWalk.inputs`.
 
         Returns:
             The losses, [steps], a tensor of their own; or why the program does not hold, and nothing has run.
@@ -326,7 +322,7 @@ class WalkingProgram:
                 the line of the user's code.
             StepsFailedError: a step failed.
         """
-        inputs = self.inputs_of(span, is_checked=is_checked)
+        inputs = self.inputs_of(span)
         if isinstance(inputs, Mismatch):
             return inputs
         self._state.begin(span)

@@ -319,8 +319,8 @@ class GraphWalk(WalkingProgram):
         self._graphs = graphs
         super().__init__([], traced)
 
-    def run(self, span: Span, *, is_checked: bool = False) -> Tensor | Mismatch:
-        losses = super().run(span, is_checked=is_checked)
+    def run(self, span: Span) -> Tensor | Mismatch:
+        losses = super().run(span)
         return losses if isinstance(losses, Mismatch) else self._graphs.spoil(losses)
 
     def _loaded(self, _packages: Sequence[Path]) -> Loop:

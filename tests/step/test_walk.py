@@ -187,18 +187,6 @@ def test_its_guards_are_the_steps(name: str) -> None:
         assert reason in why_not(TracedWalk(traced.step, batch, data), data), "nor does one that is made now hold"
 
 
-def test_what_was_checked_just_before_is_not_checked_again() -> None:
-    data = data_of(MLP)
-    traced, state = of_mlp(data), None
-    state = traced.new_state()
-    wanted = traced.inputs(data, state)
-    traced.spec.optimizer.param_groups[0].update(amsgrad=True)
-    found = traced.inputs(data, state, is_checked=True)
-    assert not isinstance(wanted, Mismatch)
-    assert not isinstance(found, Mismatch)
-    assert all(one is other for one, other in zip(found, wanted, strict=True))
-
-
 def test_state_that_was_loaded_is_taken_up_with_the_step() -> None:
     data = data_of(MLP)
     traced = of_mlp(data)

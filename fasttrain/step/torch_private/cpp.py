@@ -360,7 +360,7 @@ def _builder_class(kept: Kept) -> Any:
 
 
 def _without_interface(source: str) -> str:
-    """A program's source, with declarations in place of the interface."""
+    """Returns C++ source of a program in which AOTInductor's interface is declared, not defined."""
     return source.replace(_interface(), _DECLARED + _constructor(_ELSEWHERE))
 
 
