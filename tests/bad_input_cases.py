@@ -185,7 +185,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasttrain.step.eager.cpp_compiler", lambda: None)
 
 
-PACKED = gzip.compress(GOOD.encode())
+PACKED = gzip.compress(GOOD.encode(), mtime=0)
 
 REFUSED = {
     # --- the table ---
