@@ -26,6 +26,7 @@ class EpochResult:
         seconds: wall time, readout included.
         samples_per_s: samples / seconds.
         engine: what ran the steps.
+        source: where the batches came from, "resident" or "streamed".
         metrics: the user's metrics by name: functions are averaged like the loss, objects with `update` and `compute`
             are computed from the whole pass.
     """
@@ -37,6 +38,7 @@ class EpochResult:
     seconds: float
     samples_per_s: float
     engine: str
+    source: str
     metrics: dict[str, float] = field(default_factory=dict[str, float])
 
 

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fasttrain.data.batch import num_samples
 from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.data.stream import Prefetcher, prefetch
+from fasttrain.device import Choice
 from fasttrain.errors import ConfigError, DataError
 from fasttrain.history import EpochResult, EpochRow, History
 from fasttrain.metrics import LossObserver, Metric, RunningMetrics, copies_of
@@ -154,11 +155,17 @@ class FastLoop:
             "and make a new one from them; copy.deepcopy makes an independent copy"
         )
 
+    @property
+    def source(self) -> Choice:
+        """Where the batches of the last pass came from ("resident" or "streamed"), and why."""
+        return self.step.sources.choice
+
     def train(self, batches: Iterable[Batch], *, watch: Watch | None = None) -> EpochResult:
         """Trains one epoch. Waits for the device once, at its end.
 
         Args:
-            batches: whatever forward takes, from any iterable; brought to the device while the steps run.
+            batches: whatever forward takes, from any iterable; brought to the device while the steps run. A
+                `DataLoader` over tensors is read as resident data (see `source`), in the loader's own order.
             watch: called after every call, of a batch or several; may raise `Interrupted`. Not the place to step a
                 scheduler batch by batch: several batches may run in one call (see `TrainStep` for that).
 
@@ -334,12 +341,14 @@ class FastLoop:
             seconds=seconds,
             samples_per_s=counts.samples / seconds,
             engine=self.step.engine.value,
+            source=self.step.sources.choice.value,
             metrics=readout.metrics,
         )
 
     @contextmanager
     def _on_device(self, batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:
         """One pass over the batches, on the device; what feeds it is closed at the end, however that comes."""
+        batches = self.step.sources.of(batches)
         if not isinstance(batches, ResidentBatches | Prefetcher):
             batches = self._prefetcher(batches)
         elif isinstance(batches, ResidentBatches) and batches.device.type != self.step.device.type:

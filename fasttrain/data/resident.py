@@ -205,11 +205,15 @@ class ResidentEpoch:
 
     def __init__(self, source: ResidentBatches, host_order: np.ndarray, *, keeps_all: bool = False) -> None:
         self._source = source
+        self._block_rows = len(host_order) if keeps_all else source.block_rows
+        self._set_order(host_order)
+
+    def _set_order(self, host_order: np.ndarray) -> None:
+        """Begins with the first of these rows."""
         self._host_order = host_order
         self._order = torch.from_numpy(host_order)
-        if source.device.type == "cuda":
-            self._order = self._order.pin_memory().to(source.device, non_blocking=True)
-        self._block_rows = len(host_order) if keeps_all else source.block_rows
+        if self._source.device.type == "cuda":
+            self._order = self._order.pin_memory().to(self._source.device, non_blocking=True)
         self._block: list[Batch] = []
         self._block_begin = 0
         self._next = 0

@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor, nn
 
+from fasttrain.data.loader import Sources
 from fasttrain.data.resident import Span
 from fasttrain.device import Choice, choose_precision, resolve_device
 from fasttrain.errors import ConfigError, EngineError
@@ -81,6 +82,7 @@ class TrainStep:
         metrics: the running metrics; `compute()` reads them (and waits), `reset()` starts anew.
         device: where the step runs.
         precision: what the forward pass runs in, with the reason.
+        sources: where batches come from.
 
     Raises:
         ConfigError: an option, or their combination, cannot work.
@@ -109,6 +111,7 @@ class TrainStep:
         self.device = _agreed_device(model, device)
         self.precision = choose_precision(precision, self.device)
         self.metrics = RunningMetrics(self.device, metrics)
+        self.sources = Sources(self.device)
         self.spec = StepSpec(
             model=model,
             optimizer=optimizer,
@@ -129,8 +132,9 @@ class TrainStep:
         step = object.__new__(type(self))
         memo[id(self)] = step
         _copy_optimizer(self.spec.optimizer, memo)
-        own = {name: value for name, value in vars(self).items() if name != "_engine"}
+        own = {name: value for name, value in vars(self).items() if name not in ("_engine", "sources")}
         vars(step).update(copy.deepcopy(own, memo))
+        step.sources = Sources(step.device)
         step._engine = make_engine(step._engine_name, step.spec)
         return step
 
@@ -170,12 +174,13 @@ class TrainStep:
         """Steps on all the batches while it is iterated over, several a call where the engine can.
 
         Args:
-            batches: as `step` takes them; of `resident(...)` several steps may be one call.
+            batches: as `step` takes them; of `resident(...)`, and of a `DataLoader` over tensors (see
+                `fasttrain.data.loader.resident_loader`), several steps may be one call.
 
         Yields:
             After each call, what it ran: a batch, or a `Span` of several.
         """
-        return run_steps(self._engine, iter(batches))
+        return run_steps(self._engine, iter(self.sources.of(batches)))
 
     @property
     def span(self) -> int:
