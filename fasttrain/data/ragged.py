@@ -1,19 +1,17 @@
-"""Rows of unequal length without padding, and the gather that reorders them."""
+"""Rows of unequal length without padding, as a batch has them, and the arithmetic of their offsets."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fasttrain.errors import DataError
 
-__all__ = ["Ragged", "RaggedTable", "data_tensor"]
+__all__ = ["Ragged", "batch_offsets", "checked_offsets", "data_tensor", "gather_by_index"]
 
 _OFFSET_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
@@ -93,90 +91,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to({torch.uint16: torch.int32, torch.uint32: torch.int64}.get(tensor.dtype, tensor.dtype))
 
 
-class RaggedTable:
-    """All rows of a dataset, resident on one device, from which batches are gathered in any order.
-
-    Args:
-        rows: all rows. Integer values narrower than int32 are kept as int32, the narrowest type that torch looks up
-            with; every other dtype stays as it is. Offsets may be any integers, and are copied.
-        device: where the rows live.
-
-    Attributes:
-        device: see above.
-        all_rows: the rows in their own order, on the device.
-
-    Raises:
-        DataError: the offsets do not rise from 0 to the number of values, or the values are no data.
-    """
-
-    def __init__(self, rows: Ragged, device: torch.device) -> None:
-        values = data_tensor(rows.values)
-        if values.dtype in (torch.uint8, torch.int8, torch.int16):
-            values = values.int()
-        offsets = _checked_offsets(rows.offsets, len(values))
-        self.device = device
-        self._host_offsets = offsets.numpy()
-        self._host_lengths = np.diff(self._host_offsets)
-        self.all_rows = Ragged(values.resolve_conj().resolve_neg().contiguous().to(device), offsets.to(device))
-        if device.type == "cpu":
-            # pyarrow's take of binary values is one memcpy a row: 11 us for a batch of 128 reviews where the same
-            # gather by index takes torch 69 us (Xeon with AMX, one thread, 66 ids a review).
-            values = self.all_rows.values
-            entry_bytes = values.itemsize * math.prod(values.shape[1:])
-            self._rows_as_bytes = pa.LargeBinaryArray.from_buffers(
-                pa.large_binary(),
-                len(self._host_lengths),
-                [
-                    None,
-                    pa.py_buffer(self._host_offsets * entry_bytes),
-                    # Of one value or none, the stride may be anything, and `view` wants 1.
-                    pa.py_buffer(values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy()),
-                ],
-            )
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self._host_lengths)
-
-    @property
-    def longest(self) -> int:
-        """Entries of the longest row."""
-        return int(self._host_lengths.max(initial=0))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the rows take on their device."""
-        return self.all_rows.values.nbytes + self._host_offsets.nbytes
-
-    def gather(self, rows: Tensor, host_rows: np.ndarray, batch_size: int) -> list[Ragged]:
-        """Batches of `batch_size` rows (the last may be shorter), in the order of `rows`, without a host read.
-
-        Args:
-            rows: [n], int64 row numbers on this table's device.
-            host_rows: the same row numbers on the host: they tell where batches begin and end.
-            batch_size: rows in a batch.
-        """
-        if len(host_rows) == 0:
-            return []
-        lengths = self._host_lengths[host_rows]
-        if self.device.type == "cpu":
-            values = self._take_bytes(host_rows)
-        else:
-            values = gather_by_index(*self.all_rows, rows, int(lengths.sum()))
-        sizes = np.add.reduceat(lengths, range(0, len(lengths), batch_size)).tolist()
-        offsets = batch_offsets(lengths, batch_size, self.device)
-        return [Ragged(*pair) for pair in zip(values.split_with_sizes(sizes), offsets, strict=True)]
-
-    def _take_bytes(self, host_rows: np.ndarray) -> Tensor:
-        _, _, data = self._rows_as_bytes.take(pa.array(host_rows)).buffers()
-        values = self.all_rows.values
-        if data is None or data.size == 0:
-            return values[:0]
-        taken = torch.from_numpy(np.frombuffer(data, dtype=np.uint8)).view(values.dtype)
-        return taken if values.ndim == 1 else taken.view(-1, *values.shape[1:])
-
-
-def _checked_offsets(given: object, num_values: int) -> Tensor:
+def checked_offsets(given: object, num_values: int) -> Tensor:
     """Return a copy of a `Ragged`'s offsets, int64, on the host. Waits for their device."""
     if not isinstance(given, Tensor | np.ndarray):
         raise DataError(f"Ragged offsets are a {type(given).__name__}: give an int64 tensor, [num_rows + 1]")

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fasttrain.data.ragged import Ragged, RaggedTable, data_tensor
+from fasttrain.data.columns import Column, DenseColumn, RaggedColumn
+from fasttrain.data.ragged import Ragged, data_tensor
 from fasttrain.device import resolve_device
 from fasttrain.errors import ConfigError, DataError
 
@@ -22,7 +23,7 @@ __all__ = ["ResidentBatches", "ResidentEpoch", "Span", "epoch_order", "resident"
 # One gather serves as many batches as fit in here: an index_select costs 5 us before it moves a byte, a slice 0.3 us.
 BLOCK_BYTES = 8 << 20
 
-Column = Tensor | np.ndarray | Ragged
+Rows = Tensor | np.ndarray | Ragged | Column
 Batch = Any
 
 
@@ -36,7 +37,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def resident(
-    *tensors: Column | Mapping[str, Column] | pd.DataFrame,
+    *tensors: Rows | Mapping[str, Rows] | pd.DataFrame,
     batch_size: int,
     device: str | torch.device,
     shuffle: bool = True,
@@ -89,11 +90,12 @@ class ResidentBatches:
         batch_size: rows in a batch.
         num_rows: rows of the data.
         block_rows: rows that are gathered at a time.
+        columns: the data itself, on the device: all rows, in their own order.
     """
 
     def __init__(
         self,
-        columns: Sequence[Column],
+        columns: Sequence[Rows],
         rebuild: Callable[[Sequence[Any]], Batch],
         *,
         batch_size: int,
@@ -105,8 +107,8 @@ class ResidentBatches:
         self.device = device
         self.epoch = 0
         self.batch_size = batch_size
-        self._columns = [_place(column, device) for column in columns]
-        self.num_rows = _common_length(self._columns)
+        self.columns = [_place(column, device) for column in columns]
+        self.num_rows = _common_length(self.columns)
         self._rebuild = rebuild
         self._shuffle = shuffle
         self._seed = seed
@@ -120,8 +122,10 @@ class ResidentBatches:
                 f"batch_size {batch_size} is larger than the {self.num_rows} rows, and a short last batch is dropped: "
                 f"there would be no batch; use at most {self.num_rows}"
             )
-        batch_bytes = max(1, sum(column.nbytes for column in self._columns) * batch_size // self.num_rows)
-        self.block_rows = batch_size * max(1, BLOCK_BYTES // batch_bytes)
+        row_nbytes = sum(column.row_nbytes for column in self.columns)
+        self.block_rows = batch_size * max(1, BLOCK_BYTES // max(1, row_nbytes * batch_size))
+        # Batches of narrow or sparse columns would take far more memory than the columns.
+        self._keeps_all = row_nbytes * self.num_rows < 1.5 * sum(column.nbytes for column in self.columns)
         self._unshuffled: ResidentEpoch | None = None
         self._every_row: ResidentBatches | None = None
 
@@ -160,7 +164,7 @@ class ResidentBatches:
     def __iter__(self) -> ResidentEpoch:
         """One epoch of batches."""
         epoch, self.epoch = self.epoch, self.epoch + 1
-        if self._shuffle:
+        if self._shuffle or not self._keeps_all:
             return ResidentEpoch(self, self.order(epoch))
         if self._unshuffled is None:
             self._unshuffled = ResidentEpoch(self, self.order(epoch), keeps_all=True)
@@ -173,25 +177,14 @@ class ResidentBatches:
             rows: [n], int64, the rows' numbers, on the device.
             host_rows: the same on the host.
         """
-        parts = [self._batches_of(column, rows, host_rows) for column in self._columns]
+        is_in_order = not self._shuffle  # a view of rows that come one after the other takes no memory
+        parts = [column.gather(rows, host_rows, self.batch_size, may_alias=is_in_order) for column in self.columns]
         return [self._rebuild(batch) for batch in zip(*parts, strict=True)]
 
     @property
-    def columns(self) -> list[Tensor | Ragged]:
-        """The data itself, on the device: all rows, in their own order."""
-        return [column.all_rows if isinstance(column, RaggedTable) else column for column in self._columns]
-
-    @property
     def longest(self) -> int:
-        """Entries of the longest row of a column whose rows are of unequal length; 0 where there is none."""
-        return max((column.longest for column in self._columns if isinstance(column, RaggedTable)), default=0)
-
-    def _batches_of(self, column: Tensor | RaggedTable, rows: Tensor, host_rows: np.ndarray) -> Sequence[Any]:
-        if isinstance(column, RaggedTable):
-            return column.gather(rows, host_rows, self.batch_size)
-        # Unshuffled rows come one after the other: a view of them takes no memory.
-        found = column.index_select(0, rows) if self._shuffle else column[host_rows[0] : host_rows[-1] + 1]
-        return found.split(self.batch_size)
+        """Entries of the longest row of a column whose rows have entries of their own number; 0 where there is none."""
+        return max(column.longest for column in self.columns)
 
 
 class ResidentEpoch:
@@ -294,7 +287,7 @@ class Span:
         return self.source.gather(self.rows, self.host_rows)
 
 
-def _columns(given: Sequence[Any]) -> tuple[list[Column], Callable[[Sequence[Any]], Batch]]:
+def _columns(given: Sequence[Any]) -> tuple[list[Rows], Callable[[Sequence[Any]], Batch]]:
     """The columns, and how a batch is put together from a slice of each."""
     if len(given) == 1 and isinstance(given[0], pd.DataFrame):
         frame = given[0]
@@ -304,7 +297,7 @@ def _columns(given: Sequence[Any]) -> tuple[list[Column], Callable[[Sequence[Any
             raise DataError(f"columns have the same name: {', '.join(twice)}; rename them", file="DataFrame")
         return _columns([{str(name): _numbers(column, str(name)) for name, column in frame.items()}])
     if len(given) == 1 and isinstance(given[0], Mapping):
-        columns: Mapping[str, Column] = given[0]
+        columns: Mapping[str, Rows] = given[0]
         return list(columns.values()), partial(_named, list(columns))
     return list(given), tuple
 
@@ -326,7 +319,7 @@ def _numbers(series: pd.Series, name: str) -> np.ndarray:
     return array if array.dtype != object else np.array(array.tolist())
 
 
-def _common_length(columns: Sequence[Tensor | RaggedTable]) -> int:
+def _common_length(columns: Sequence[Column]) -> int:
     lengths = [len(column) for column in columns]
     if not lengths or lengths[0] == 0:
         raise DataError("resident data needs at least one column with at least one row")
@@ -335,5 +328,7 @@ def _common_length(columns: Sequence[Tensor | RaggedTable]) -> int:
     return lengths[0]
 
 
-def _place(column: Column, device: torch.device) -> Tensor | RaggedTable:
-    return RaggedTable(column, device) if isinstance(column, Ragged) else data_tensor(column).to(device)
+def _place(rows: Rows, device: torch.device) -> Column:
+    if isinstance(rows, Column):
+        return rows.to(device)
+    return RaggedColumn(rows, device) if isinstance(rows, Ragged) else DenseColumn(data_tensor(rows).to(device))

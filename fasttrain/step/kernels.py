@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node, Transformer
 
 from fasttrain.data.ragged import Ragged, gather_by_index
 
-__all__ = ["define_operators", "spelled_out", "spread_rows", "sum_rows", "use_kernels"]
+__all__ = ["define_operators", "dense_rows", "spelled_out", "spread_rows", "sum_rows", "use_kernels"]
 
 _DTYPES = (torch.float32, torch.float64)
 _INDICES = (torch.int32, torch.int64)
@@ -33,11 +33,18 @@ def define_operators() -> Any:
     library.define(
         "spread_rows(Tensor gradient, Tensor ids, Tensor offsets, SymInt num_values, Tensor? chosen=None) -> Tensor"
     )
-    for device in ("CPU", "CUDA"):
-        library.impl("sum_rows", sum_rows, device)
-        library.impl("spread_rows", spread_rows, device)
-    library.impl("sum_rows", _shape_of_sums, "Meta")
-    library.impl("spread_rows", _shape_of_values, "Meta")
+    library.define(
+        "dense_rows(Tensor? values, Tensor ids, Tensor offsets, SymInt num_values, ScalarType dtype, Tensor chosen)"
+        " -> Tensor"
+    )
+    for name, (compute, shape) in {
+        "sum_rows": (sum_rows, _shape_of_sums),
+        "spread_rows": (spread_rows, _shape_of_values),
+        "dense_rows": (dense_rows, _shape_of_dense),
+    }.items():
+        for device in ("CPU", "CUDA"):
+            library.impl(name, compute, device)
+        library.impl(name, shape, "Meta")
     return library
 
 
@@ -72,12 +79,42 @@ def spread_rows(
     return gradient.new_zeros(num_values).index_add(0, ids, by_entry)
 
 
+def dense_rows(
+    values: Tensor | None, ids: Tensor, offsets: Tensor, num_values: int, dtype: torch.dtype, chosen: Tensor
+) -> Tensor:
+    """Each chosen row of a sparse column as it is in full, [rows, num_values]: zeros but for its entries.
+
+    Args:
+        values: [num_entries], the entries; None: all are 1.
+        ids: [num_entries], their places in the row.
+        offsets: [table rows + 1], where each row begins and ends among the entries.
+        num_values: of a row in full.
+        dtype: of the result, which the entries are converted to.
+        chosen: [rows], the rows' numbers.
+    """
+    found, of_rows = _rows(ids, offsets, chosen)
+    begins = torch.arange(0, len(chosen) * num_values, num_values, device=ids.device)
+    places = begins.repeat_interleave(of_rows.diff(), output_size=len(found)) + found
+    made = torch.zeros(len(chosen) * num_values, dtype=dtype, device=ids.device)
+    if values is None:
+        made.index_fill_(0, places, 1)
+    else:
+        made.index_copy_(0, places, _rows(values, offsets, chosen)[0].to(dtype))
+    return made.view(len(chosen), num_values)
+
+
 def _shape_of_sums(values: Tensor, _ids: Tensor, offsets: Tensor, chosen: Tensor | None = None) -> Tensor:
     return values.new_empty(offsets.shape[0] - 1 if chosen is None else chosen.shape[0])
 
 
 def _shape_of_values(gradient: Tensor, _ids: Tensor, _offsets: Tensor, num_values: int, *_chosen: Tensor) -> Tensor:
     return gradient.new_empty(num_values)
+
+
+def _shape_of_dense(
+    _values: Tensor | None, ids: Tensor, _offsets: Tensor, num_values: int, dtype: torch.dtype, chosen: Tensor
+) -> Tensor:
+    return ids.new_empty((chosen.shape[0], num_values), dtype=dtype)
 
 
 def _rows(ids: Tensor, offsets: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -155,7 +192,7 @@ def _replace(node: Node, target: Any, arguments: tuple[Any, ...], gone: list[Any
 
 
 def spelled_out(graph: GraphModule, device: torch.device, longest: int | None) -> GraphModule:
-    """A graph that says in torch's operators what another one says in `sum_rows` and `spread_rows`.
+    """A graph that says in torch's operators what another one says in the operators of this module.
 
     Args:
         graph: the other one; it stays as it is.
@@ -174,6 +211,8 @@ class _Speller(Transformer):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """One operator of the graph; its tensors are stand-ins, which record what is done with them."""
+        if target is torch.ops.fasttrain.dense_rows.default:
+            return self._dense_padded(*args)
         of_rows = {
             torch.ops.fasttrain.sum_rows.default: (sum_rows, self._sum_padded),
             torch.ops.fasttrain.spread_rows.default: (spread_rows, self._spread_padded),
@@ -183,22 +222,37 @@ class _Speller(Transformer):
         return of_rows["chosen" in kwargs](*args, **kwargs)
 
     def _sum_padded(self, values: Tensor, ids: Tensor, offsets: Tensor, *, chosen: Tensor) -> Tensor:
-        found, is_there, _ = self._ids_of(ids, offsets, chosen)
-        return torch.where(is_there, values.reshape(-1)[found], 0).sum(1)
+        entries, is_there, _ = self._entries_of(offsets, chosen)
+        return torch.where(is_there, values.reshape(-1)[ids[entries]], 0).sum(1)
 
     def _spread_padded(
         self, gradient: Tensor, ids: Tensor, offsets: Tensor, num_values: int, *, chosen: Tensor
     ) -> Tensor:
-        found, is_there, columns = self._ids_of(ids, offsets, chosen)
+        entries, is_there, columns = self._entries_of(offsets, chosen)
         # What pads a row goes to places after the last, one a column: in one place it would all wait in line.
-        places = torch.where(is_there, found, num_values + columns)
+        places = torch.where(is_there, ids[entries], num_values + columns)
         spread = torch.where(is_there, gradient.unsqueeze(1), 0)
         made = gradient.new_zeros(num_values + self._longest).index_put((places,), spread, accumulate=True)
         return made.narrow(0, 0, num_values)
 
-    def _ids_of(self, ids: Tensor, offsets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows' ids, [rows, longest]; whether each is there (else it is some other one); the columns' numbers."""
+    def _dense_padded(
+        self,
+        values: Tensor | None,
+        ids: Tensor,
+        offsets: Tensor,
+        num_values: int,
+        dtype: torch.dtype,
+        chosen: Tensor,
+    ) -> Tensor:
+        entries, is_there, columns = self._entries_of(offsets, chosen)
+        places = torch.where(is_there, ids[entries], num_values + columns).long()
+        found = torch.ones_like(is_there, dtype=dtype) if values is None else values[entries].to(dtype)
+        zeros = torch.zeros_like(chosen, dtype=dtype).unsqueeze(1).expand(-1, num_values + self._longest)
+        return zeros.scatter(1, places, found).narrow(1, 0, num_values).contiguous()
+
+    def _entries_of(self, offsets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The numbers of the rows' entries, [rows, longest]; whether each is there, else it is 0; the columns'."""
         columns = super().call_function(torch.arange, (self._longest,), {"device": self._device})
         places = offsets[chosen].unsqueeze(1) + columns
         is_there = places < offsets[chosen + 1].unsqueeze(1)
-        return ids[torch.where(is_there, places, 0)], is_there, columns
+        return torch.where(is_there, places, 0), is_there, columns

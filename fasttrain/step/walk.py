@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fasttrain.data.ragged import Ragged
+from fasttrain.data.columns import Column, ColumnKind, carrier
 from fasttrain.data.resident import ResidentBatches, Span
 from fasttrain.errors import EngineError, first_line
 from fasttrain.step.eager import raise_index_error
@@ -83,33 +83,28 @@ class Walk:
 
     Attributes:
         first_leaf: which of the step's inputs is the first tensor of a batch.
-        is_ragged: for each column that batches are gathered from, whether its rows are of unequal length.
+        kinds: of the columns that batches are gathered from, in the order of the batch's tensors.
         rows: in a batch.
-        longest: entries of the longest row of unequal length, where the graph is to hold for no longer ones; None: for
-            any.
+        longest: entries of the longest row that has entries of its own number, where the graph is to hold for no longer
+            ones; None: for any.
     """
 
     first_leaf: int
-    is_ragged: tuple[bool, ...]
+    kinds: tuple[ColumnKind, ...]
     rows: int
     longest: int | None = None
-
-    @classmethod
-    def of(cls, first_leaf: int, columns: Sequence[Tensor | Ragged], rows: int, longest: int | None = None) -> Walk:
-        """For batches that are gathered from these columns, in the order of the batch's tensors."""
-        is_ragged = tuple(isinstance(column, Ragged) for column in columns)
-        return cls(first_leaf=first_leaf, is_ragged=is_ragged, rows=rows, longest=longest)
-
-    @property
-    def are_ragged(self) -> list[bool]:
-        """For each tensor of a batch, whether it is one of the two of rows of unequal length."""
-        return [is_ragged for is_ragged in self.is_ragged for _ in range(2 if is_ragged else 1)]
 
     def leaves(self, graph: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
         """The inputs of a step's graph: those before a batch's tensors, these, and those after."""
         nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        end = self.first_leaf + len(self.are_ragged)
+        end = self.first_leaf + sum(kind.num_leaves for kind in self.kinds)
         return nodes[: self.first_leaf], nodes[self.first_leaf : end], nodes[end:]
+
+    def ragged_leaves(self, graph: GraphModule) -> set[Node]:
+        """The inputs of a step's graph that are a batch's rows of unequal length."""
+        _, leaves, _ = self.leaves(graph)
+        are_ragged = [kind.form == "ragged" for kind in self.kinds for _ in range(kind.num_leaves)]
+        return {leaf for leaf, is_ragged in zip(leaves, are_ragged, strict=True) if is_ragged}
 
     def __call__(self, graph: GraphModule) -> GraphModule:
         """The graph of a step that takes its batch from the columns by itself.
@@ -118,21 +113,27 @@ class Walk:
             graph: of a step on a batch, which `takes_rows`.
 
         Returns:
-            A graph that takes the columns' tensors in place of the batch's and, after them, the tensors of a
+            A graph that takes the columns' tables in place of the batch's tensors and, after them, the tensors of a
             `WalkState`. It returns nothing: it writes the loss into the state.
         """
         define_operators()
         before, leaves, after = self.leaves(graph)
         made = Graph()
         place = {node: made.placeholder(f"before_{at}") for at, node in enumerate(before)}
-        tables = [made.placeholder(f"column_{at}") for at in range(len(leaves))]
+        tables = [
+            [made.placeholder(f"column_{at}_{table}") for table in range(len(kind.tables))]
+            for at, kind in enumerate(self.kinds)
+        ]
         order, cursor, losses = map(made.placeholder, WalkState._fields)
         place.update({node: made.placeholder(f"after_{at}") for at, node in enumerate(after)})
         batch = made.call_function(_aten.index_select.default, (order, 0, cursor))
         chosen = made.call_function(_aten.view.default, (batch, [self.rows]))
-        for leaf, table, is_ragged in zip(leaves, tables, self.are_ragged, strict=True):
-            gathered = (table, 0, chosen)
-            place[leaf] = table if is_ragged else made.call_function(_aten.index_select.default, gathered)
+        taken = [
+            each
+            for kind, own in zip(self.kinds, tables, strict=True)
+            for each in _TAKEN[kind.form](made, kind, own, chosen, self.rows)
+        ]
+        place.update(zip(leaves, taken, strict=True))
         loss = made.call_function(_aten.view.default, (self._append(made, graph, place, chosen), [1]))
         written = made.call_function(_aten.index_put.default, (losses, [cursor], loss))
         made.call_function(_aten.copy_.default, (losses, written))
@@ -143,7 +144,7 @@ class Walk:
 
     def _append(self, made: Graph, graph: GraphModule, place: dict[Node, Node], chosen: Node) -> Any:
         """Copies the step; returns its loss."""
-        ragged = _ragged_leaves(graph, self)
+        ragged = self.ragged_leaves(graph)
         for node in graph.graph.nodes:
             if node.op == "output":
                 return torch.fx.map_arg(node.args[0], place.__getitem__)
@@ -155,15 +156,40 @@ class Walk:
         raise AssertionError("a graph has an output")
 
 
+def _take_dense(made: Graph, kind: ColumnKind, tables: list[Node], chosen: Node, _rows: int) -> list[Node]:
+    [table] = tables
+    [(_, stored)] = kind.tables
+    found = made.call_function(_aten.index_select.default, (table, 0, chosen))
+    if stored != (wide := carrier(kind.dtype)):
+        found = made.call_function(_aten._to_copy.default, (found,), {"dtype": wide})
+    return [_viewed(made, found, kind.dtype)]
+
+
+def _take_sparse(made: Graph, kind: ColumnKind, tables: list[Node], chosen: Node, rows: int) -> list[Node]:
+    ids, offsets, *values = tables
+    arguments = (values[0] if values else None, ids, offsets, kind.shape.numel(), carrier(kind.dtype), chosen)
+    found = made.call_function(torch.ops.fasttrain.dense_rows.default, arguments)
+    shaped = made.call_function(_aten.view.default, (found, [rows, *kind.shape]))
+    return [_viewed(made, shaped, kind.dtype)]
+
+
+def _take_ragged(_made: Graph, _kind: ColumnKind, tables: list[Node], _chosen: Node, _rows: int) -> list[Node]:
+    return tables  # sums take the chosen rows of the whole table
+
+
+def _viewed(made: Graph, found: Node, dtype: torch.dtype) -> Node:
+    """What was found, in the dtype that it is carried for."""
+    return found if carrier(dtype) == dtype else made.call_function(_aten.view.dtype, (found, dtype))
+
+
+_TAKEN = {"dense": _take_dense, "sparse": _take_sparse, "ragged": _take_ragged}
+"""By the form of a column: a batch's tensors of it, made from its tables."""
+
+
 def takes_rows(graph: GraphModule, walk: Walk) -> bool:
     """Whether a graph sums the rows of unequal length that it is given, and does nothing else with them."""
-    readers = [user for leaf in _ragged_leaves(graph, walk) for user in leaf.users]
+    readers = [user for leaf in walk.ragged_leaves(graph) for user in leaf.users]
     return all(getattr(user.target, "namespace", "") == "fasttrain" for user in readers)
-
-
-def _ragged_leaves(graph: GraphModule, walk: Walk) -> set[Node]:
-    _, leaves, _ = walk.leaves(graph)
-    return {leaf for leaf, is_ragged in zip(leaves, walk.are_ragged, strict=True) if is_ragged}
 
 
 class TracedWalk:
@@ -178,7 +204,7 @@ class TracedWalk:
         spec: of the step.
         step: see above.
         source: a weak reference, so that the program does not keep the data alive.
-        tables: the tensors of the source's columns; none once the source is gone.
+        tables: those of the source's columns; none once the source is gone.
         most_steps: of a call.
         parts: the one graph (see `Walk`). It takes the step's state and options, the tables, the tensors of a
             `WalkState` and closed-over tensors.
@@ -202,13 +228,14 @@ class TracedWalk:
             )
         columns = _read_columns(source.columns, step.leaf_places)
         self._bind(source, columns)
-        self._kinds = [_kind(table) for table in self.tables]
+        self._table_kinds = [_kind(table) for table in self.tables]
         leaves, standing = step.leaves(batch), step.standing_examples()
         if leaves is None:
             raise EngineError("forward reads the batch in another way than when it was traced")
         _refuse_other_leaves(leaves, columns, source.batch_size)
         graph = step.parts[0].graph
-        walk = Walk.of(len(standing), columns, source.batch_size, _padded_to(source))
+        self._kinds = tuple(column.kind for column in columns)
+        walk = Walk(first_leaf=len(standing), kinds=self._kinds, rows=source.batch_size, longest=_padded_to(source))
         if not takes_rows(graph, walk):
             raise EngineError("rows of unequal length are used otherwise than by sums")
         self._standing = standing
@@ -223,13 +250,15 @@ class TracedWalk:
             columns, longest = _read_columns(source.columns, self.step.leaf_places), _padded_to(source)
         except EngineError:
             return False
-        if [_kind(table) for table in _tables(columns)] != self._kinds or longest != self.parts[0].longest:
+        if tuple(column.kind for column in columns) != self._kinds or longest != self.parts[0].longest:
+            return False
+        if [_kind(table) for column in columns for table in column.tables] != self._table_kinds:
             return False
         self._bind(source, columns)
         return True
 
-    def _bind(self, source: ResidentBatches, columns: Sequence[Tensor | Ragged]) -> None:
-        self.tables = _tables(columns)
+    def _bind(self, source: ResidentBatches, columns: Sequence[Column]) -> None:
+        self.tables = [table for column in columns for table in column.tables]
         self.source = weakref.ref(source, self._forget)
 
     def _forget(self, source: weakref.ref[ResidentBatches]) -> None:
@@ -397,13 +426,7 @@ def raise_failed(traced: TracedWalk, state: WalkState, span: Span, error: Runtim
 
 def kind_of(source: ResidentBatches) -> object:
     """What decides whether a step can walk over resident data: the kinds of their rows, not how many there are."""
-    tables = _tables(source.columns)
-    are_ragged = tuple(isinstance(column, Ragged) for column in source.columns)
-    return source.batch_size, are_ragged, tuple((table.shape[1:], table.dtype) for table in tables)
-
-
-def _tables(columns: Sequence[Tensor | Ragged]) -> list[Tensor]:
-    return [each for column in columns for each in (column if isinstance(column, Ragged) else (column,))]
+    return source.batch_size, tuple(column.kind for column in source.columns)
 
 
 def _kind(table: Tensor) -> tuple[object, ...]:
@@ -411,7 +434,7 @@ def _kind(table: Tensor) -> tuple[object, ...]:
 
 
 def _padded_to(source: ResidentBatches) -> int | None:
-    """What rows of unequal length are padded to; None where they need not be, or there are none.
+    """What rows that have entries of their own number are padded to; None where they need not be, or there are none.
 
     Raises:
         EngineError: that would be far more than there is in them.
@@ -425,16 +448,16 @@ def _padded_to(source: ResidentBatches) -> int | None:
     return source.longest
 
 
-def _read_columns(columns: Sequence[Tensor | Ragged], places: Sequence[int | None]) -> list[Tensor | Ragged]:
+def _read_columns(columns: Sequence[Column], places: Sequence[int | None]) -> list[Column]:
     """The columns that forward reads: those whose tensors have these numbers among all tensors of a batch.
 
     Raises:
         EngineError: it reads one of the two tensors of rows of unequal length without the other.
     """
-    found: list[Tensor | Ragged] = []
+    found: list[Column] = []
     first = 0
     for column in columns:
-        of_column = range(first, first + (2 if isinstance(column, Ragged) else 1))
+        of_column = range(first, first + column.kind.num_leaves)
         first = of_column.stop
         if all(place in places for place in of_column):
             found.append(column)
@@ -443,17 +466,17 @@ def _read_columns(columns: Sequence[Tensor | Ragged], places: Sequence[int | Non
     return found
 
 
-def _refuse_other_leaves(leaves: Sequence[Tensor], columns: Sequence[Tensor | Ragged], rows: int) -> None:
+def _refuse_other_leaves(leaves: Sequence[Tensor], columns: Sequence[Column], rows: int) -> None:
     """Raises EngineError where the tensors of a batch are not, one by one, what is gathered from the columns."""
-    wanted = [each for column in columns for each in _gathered(column, rows)]
+    wanted = [each for column in columns for each in _gathered(column.kind, rows)]
     found = [(leaf.dtype, leaf.shape) for leaf in leaves]
     are_alike = [dtype == got[0] and size in (None, got[1]) for (dtype, size), got in zip(wanted, found, strict=False)]
     if len(found) != len(wanted) or not all(are_alike):
         raise EngineError("batches hold other tensors than the columns that they are gathered from")
 
 
-def _gathered(column: Tensor | Ragged, rows: int) -> list[tuple[torch.dtype, torch.Size | None]]:
+def _gathered(kind: ColumnKind, rows: int) -> list[tuple[torch.dtype, torch.Size | None]]:
     """Dtype and size (None: any) of each tensor that a batch has of a column."""
-    if isinstance(column, Ragged):
-        return [(column.values.dtype, None), (column.offsets.dtype, torch.Size([rows + 1]))]
-    return [(column.dtype, torch.Size([rows, *column.shape[1:]]))]
+    if kind.form == "ragged":
+        return [(kind.dtype, None), (torch.int64, torch.Size([rows + 1]))]
+    return [(kind.dtype, torch.Size([rows, *kind.shape]))]

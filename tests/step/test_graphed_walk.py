@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttrain import EngineError, TrainStep, resident
+from fasttrain.data.columns import Column, RaggedColumn
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import Span
 from fasttrain.step import cudagraph
@@ -209,7 +210,10 @@ def test_batches_that_are_not_plain_rows_run_one_by_one(lane: Recording) -> None
     class Halved:
         def __init__(self, source: Any) -> None:
             self.source = source
-            self.columns = [Ragged(torch.zeros(1), torch.zeros(2)), *source.columns]
+            self.columns: list[Column] = [
+                RaggedColumn(Ragged(torch.zeros(1), torch.tensor([0, 1])), self.source.device)
+            ]
+            self.columns += source.columns
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.source, name)
@@ -318,7 +322,7 @@ def test_data_that_are_dropped_are_let_go_of(lane: Recording, monkeypatch: pytes
     step, source = graphed_step(lane), data()
     train(step, source, EPOCHS)
     dropped = weakref.ref(source)
-    table = weakref.ref(source.columns[0])
+    table = weakref.ref(source.columns[0].tables[0])
     del source
     train(step, data(NUM_BATCHES - 1), EPOCHS)
     gc.collect()

@@ -396,7 +396,7 @@ def test_data_that_are_made_anew_for_each_epoch_keep_their_program(engine: str, 
 def test_a_program_does_not_keep_the_data(graphs: Graphs) -> None:
     data = data_of()
     step = walking("compiled", data)
-    column = weakref.ref(data.columns[0])
+    column = weakref.ref(data.columns[0].tables[0])
     del data
     gc.collect()
     assert column() is None

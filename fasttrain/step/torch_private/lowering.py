@@ -19,22 +19,20 @@ from fasttrain.step.torch_private.small import register_small_kernels
 __all__ = ["register_lowerings"]
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t", torch.int64: "int64_t"}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS_TYPES = {1: "uint8_t", 2: "uint16_t", 4: "uint32_t", 8: "uint64_t"}
+"""By the size of a value in bytes: what its bits are copied as."""
 
 _INCLUDES = """#include <algorithm>
 #include <stdexcept>
 """
 
-_HEAD = """
-extern "C" void {name}(const {real}* given, const {index}* ids, const int64_t* offsets, {chosen}{real}* made,
-                       const int64_t num_given, const int64_t num_ids, const int64_t num_offsets,
-                       const int64_t num_made)"""
-
 # Ids, offsets and rows are the user's data: a row's are checked, as index_select checks them, before anything is done
 # by them; its ids are in the first cache then. Those of rows of a table are fetched in advance. A negative id, without
 # its sign, is larger than any. Sixteen at once: a reduction that the compiler has to find takes 14 us for a batch
 # whose sums take 6.
-_ROWS = """ {{{before}
-    for (int64_t row = 0; row < {num_rows}; ++row) {{{fetch}
+_ROWS = """{{{before}
+    for (int64_t row = 0; row < num_rows; ++row) {{{fetch}
         if ({place} < 0 || {place} + 1 >= num_offsets) throw std::out_of_range("index out of range in the rows");
         int64_t at = offsets[{place}];
         const int64_t end = offsets[{place} + 1];
@@ -45,14 +43,14 @@ _ROWS = """ {{{before}
             for (int lane = 0; lane < 16; ++lane) most[lane] = std::max(most[lane], u{index}(ids[entry + lane]));
         for (; entry < end; ++entry) most[0] = std::max(most[0], u{index}(ids[entry]));
         for (int lane = 0; lane < 16; ++lane)
-            if (most[lane] >= u{index}({num_values}))
-                throw std::out_of_range("index out of range in the ids of rows");{body}
+            if (most[lane] >= u{index}(num_values))
+                throw std::out_of_range("index out of range in the {ids} of rows");{body}
     }}
 }}
 """
 
 _FETCH = """
-        if (row + 8 < {num_rows} && chosen[row + 8] >= 0 && chosen[row + 8] < num_offsets)
+        if (row + 8 < num_rows && chosen[row + 8] >= 0 && chosen[row + 8] < num_offsets)
             __builtin_prefetch(ids + offsets[chosen[row + 8]]);"""
 
 # Eight sums at once, since each addition waits for the one before: 5.7 us instead of 6.9 for 128 rows of 66 ids; a
@@ -68,12 +66,12 @@ _SPREAD = """
         for (; at < end; ++at) made[ids[at]] += given[row];"""
 
 _CLEAR = """
-    for (int64_t value = 0; value < num_made; ++value) made[value] = 0;"""
+    std::fill(made, made + num_values, {real}(0));"""
 
-_BODIES = {
-    "sum": {"before": "", "body": _SUM, "num_values": "num_given", "num_rows": "num_made"},
-    "spread": {"before": _CLEAR, "body": _SPREAD, "num_values": "num_made", "num_rows": "num_given"},
-}
+_DENSE = """
+        {real}* full = made + row * num_values;
+        std::fill(full, full + num_values, {real}(0));
+        for (; at < end; ++at) full[ids[at]] = {entry};"""
 
 
 @cache
@@ -90,21 +88,27 @@ def register_lowerings() -> None:
         x = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(x))
         return ir.ExternKernel.copy_input(x) if isinstance(x, ir.ReinterpretView) else x
 
-    def made(kind: str, size: Any, *inputs: Any) -> Any:
-        device, dtype = inputs[0].get_device(), inputs[0].get_dtype()
-        layout = ir.FixedLayout(device=device, dtype=dtype, size=[size])
-        return ir.TensorBox.create(loop_class()(layout, [flat(x) for x in inputs], partial(_loop_over_rows, kind)))
+    def made(size: list[Any], dtype: Any, describe: Any, inputs: dict[str, Any]) -> Any:
+        named = {name: flat(x) for name, x in inputs.items() if x is not None}
+        layout = ir.FixedLayout(device=named["ids"].get_device(), dtype=dtype, size=size)
+        return ir.TensorBox.create(loop_class()(layout, [*named.values()], partial(describe, [*named])))
 
     def sum_rows(values: Any, ids: Any, offsets: Any, chosen: Any = None) -> Any:
-        if chosen is None:
-            return made("sum", offsets.get_size()[0] - 1, values, ids, offsets)
-        return made("sum", chosen.get_size()[0], values, ids, offsets, chosen)
+        size = offsets.get_size()[0] - 1 if chosen is None else chosen.get_size()[0]
+        inputs = {"given": values, "ids": ids, "offsets": offsets, "chosen": chosen}
+        return made([size], values.get_dtype(), _describe_sums, inputs)
 
     def spread_rows(gradient: Any, ids: Any, offsets: Any, num_values: Any, chosen: Any = None) -> Any:
-        return made("spread", num_values, gradient, ids, offsets, *([] if chosen is None else [chosen]))
+        inputs = {"given": gradient, "ids": ids, "offsets": offsets, "chosen": chosen}
+        return made([num_values], gradient.get_dtype(), _describe_spread, inputs)
+
+    def dense_rows(values: Any, ids: Any, offsets: Any, num_values: Any, dtype: Any, chosen: Any) -> Any:
+        inputs = {"given": values, "ids": ids, "offsets": offsets, "chosen": chosen}
+        return made([chosen.get_size()[0], num_values], dtype, _describe_dense, inputs)
 
     register_lowering(torch.ops.fasttrain.sum_rows.default, type_promotion_kind=None)(sum_rows)
     register_lowering(torch.ops.fasttrain.spread_rows.default, type_promotion_kind=None)(spread_rows)
+    register_lowering(torch.ops.fasttrain.dense_rows.default, type_promotion_kind=None)(dense_rows)
 
 
 def _register_random() -> None:
@@ -130,21 +134,78 @@ def _register_random() -> None:
         lowering.add_layout_constraint(operator, lowering.constrain_to_fx_strides)
 
 
-def _loop_over_rows(kind: str, node: Any, wrapper: Any) -> Loop:
+def _describe_sums(names: list[str], node: Any, wrapper: Any) -> Loop:
     from torch._inductor.utils import sympy_product
 
-    given, ids, offsets, *chosen = node.inputs
-    types = {"real": _TYPES[given.get_dtype()], "index": _TYPES[ids.get_dtype()]}
-    name = f"fasttrain_{kind}{'_chosen' if chosen else ''}_{types['real']}_{types['index']}"
-    parts = {key: value.format(**types) for key, value in _BODIES[kind].items()}
-    fetch = _FETCH.format(**parts) if chosen else ""
-    counts = [sympy_product(given.get_size()), ids.get_size()[0], offsets.get_size()[0], node.get_size()[0]]
-    pointers = (types["real"], types["index"], *["int64_t"] * (1 + len(chosen)))
+    real = _TYPES[node.get_dtype()]
+    sizes = {"num_rows": node.get_size()[0], "num_values": sympy_product(node.inputs[0].get_size())}
+    return _loop_over_rows("sum", dict(zip(names, node.inputs, strict=True)), node, wrapper, sizes, real, _SUM)
+
+
+def _describe_spread(names: list[str], node: Any, wrapper: Any) -> Loop:
+    real = _TYPES[node.get_dtype()]
+    sizes = {"num_rows": node.inputs[0].get_size()[0], "num_values": node.get_size()[0]}
+    inputs = dict(zip(names, node.inputs, strict=True))
+    return _loop_over_rows("spread", inputs, node, wrapper, sizes, real, _SPREAD, _CLEAR)
+
+
+def _describe_dense(names: list[str], node: Any, wrapper: Any) -> Loop:
+    dtype, inputs = node.get_dtype(), dict(zip(names, node.inputs, strict=True))
+    real = _BITS_TYPES[dtype.itemsize]
+    num_rows, num_values = node.get_size()
+    sizes = {"num_rows": num_rows, "num_values": num_values}
+    if "given" in inputs:
+        kind, entry = "dense", f"{real}(given[at])"
+    else:
+        one = int(torch.ones(1, dtype=dtype).view(_BITS[dtype.itemsize]))
+        kind, entry = f"dense_{one}", f"{real}({one})"
+    return _loop_over_rows(kind, inputs, node, wrapper, sizes, real, _DENSE.replace("{entry}", entry))
+
+
+def _loop_over_rows(
+    kind: str,
+    inputs: dict[str, Any],
+    node: Any,
+    wrapper: Any,
+    sizes: dict[str, Any],
+    real: str,
+    body: str,
+    before: str = "",
+) -> Loop:
+    """The call of a loop.
+
+    Args:
+        kind: a name for what `body` and `before` are.
+        inputs: given (if it reads some), ids, offsets, and chosen, if not all rows are meant.
+        node: what it makes.
+        wrapper: of the program.
+        sizes: num_rows and num_values: of the rows, and that ids are below.
+        real: the type in C++ of what is given and made.
+        body: what is done for each row, from its first entry `at` to its `end`.
+        before: what is done before all rows.
+    """
+    dtypes = {name: each.get_dtype() for name, each in inputs.items()}
+    types = {"real": real, "index": _TYPES[dtypes["ids"]]}
+    is_same = dtypes.get("given", node.get_dtype()) == node.get_dtype()
+    of_input = {"given": real if is_same else _TYPES[dtypes["given"]], "ids": types["index"]}
+    pointers = {name: f"const {of_input.get(name, 'int64_t')}*" for name in inputs} | {"made": f"{real}*"}
+    counts = {name: inputs[name[4:]].get_size()[0] for name in ("num_ids", "num_offsets")} | sizes
+    parts_of_name = [kind, *(["chosen"] if "chosen" in inputs else []), real, types["index"]]
+    name = "_".join(["fasttrain", *parts_of_name, *([] if is_same else [of_input["given"]])])
+    parameters = [f"{of} {each}" for each, of in (pointers | dict.fromkeys(counts, "const int64_t")).items()]
+    place = "chosen[row]" if "chosen" in inputs else "row"
+    fetch = _FETCH if "chosen" in inputs else ""
+    # The places of entries are fasttrain's own; ids are the user's, and PyTorch has an error for them.
+    told = "places" if kind.startswith("dense") else "ids"
+    parts = {"before": before.format(**types), "body": body.format(**types), "fetch": fetch, "place": place}
     return Loop(
         name=name,
         shared=_INCLUDES,
-        head=_HEAD.format(name=name, chosen="const int64_t* chosen, " if chosen else "", **types),
-        body=_ROWS.format(**types, **parts, place="chosen[row]" if chosen else "row", fetch=fetch),
-        arguments=[*(each.get_name() for each in (*node.inputs, node)), *map(wrapper.codegen_sizevar, counts)],
-        types=[*(f"const {each}*" for each in pointers), f"{types['real']}*", *["int64_t"] * len(counts)],
+        head=f'extern "C" void {name}({", ".join(parameters)})',
+        body=_ROWS.format(**types, **parts, ids=told),
+        arguments=[
+            *(each.get_name() for each in (*inputs.values(), node)),
+            *map(wrapper.codegen_sizevar, counts.values()),
+        ],
+        types=[*pointers.values(), *["int64_t"] * len(counts)],
     )
