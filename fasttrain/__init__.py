@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasttrain.data.ragged import Ragged
+    from fasttrain.data.record import RecordedLoader, record
     from fasttrain.data.resident import ResidentBatches, resident
     from fasttrain.data.stream import Prefetcher, prefetch
     from fasttrain.errors import ConfigError, DataError, DeviceError, EngineError, FasttrainError, RunError
@@ -28,6 +29,7 @@ __all__ = [
     "Interrupted",
     "Prefetcher",
     "Ragged",
+    "RecordedLoader",
     "ResidentBatches",
     "RunError",
     "RunningMetrics",
@@ -35,11 +37,13 @@ __all__ = [
     "count_host_reads",
     "prefetch",
     "profile",
+    "record",
     "resident",
 ]
 
 _MODULES = {
     "data.ragged": ["Ragged"],
+    "data.record": ["RecordedLoader", "record"],
     "data.resident": ["ResidentBatches", "resident"],
     "data.stream": ["Prefetcher", "prefetch"],
     "errors": ["ConfigError", "DataError", "DeviceError", "EngineError", "FasttrainError", "RunError"],

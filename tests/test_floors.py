@@ -100,4 +100,4 @@ def test_the_house_of_a_step_stays_small() -> None:
 def test_what_importing_the_loop_imports() -> None:
     command = "import sys, fasttrain.loop\nprint(sum(name.startswith('fasttrain') for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert int(done.stdout) <= 42
+    assert int(done.stdout) <= 43

@@ -6,8 +6,9 @@ state in which the loader leaves them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -29,10 +30,19 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from fasttrain.data.columns import Column, DenseColumn
 from fasttrain.data.resident import ResidentBatches, ResidentEpoch, Span
 from fasttrain.device import Choice, free_bytes
 
-__all__ = ["IndexBatches", "LoaderBatches", "Sources", "is_read_ahead", "resident_loader"]
+__all__ = [
+    "IndexBatches",
+    "LoaderEpoch",
+    "Replayable",
+    "ReplayedBatches",
+    "Sources",
+    "is_plain_batching",
+    "resident_loader",
+]
 
 Batch = Any
 
@@ -59,10 +69,8 @@ class IndexBatches(Iterator[Any]):
         sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         has_workers = loader.num_workers > 0
         self._indices = iter(sampler)
-        if is_first_pass or not (has_workers and loader.persistent_workers):
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-            if has_workers:
-                self._indices = iter(sampler)  # so does the loader: a sampler may draw when it is asked for an iterator
+        if _draw_seed(loader, is_first_pass=is_first_pass) and has_workers:
+            self._indices = iter(sampler)  # so does the loader: a sampler may draw when it is asked for an iterator
         self._ahead: list[Any] = []
         self._is_ahead = has_workers
         for _ in range((loader.prefetch_factor or 0) * loader.num_workers):
@@ -88,6 +96,14 @@ class IndexBatches(Iterator[Any]):
             self._ahead.append(found)
 
 
+def _draw_seed(loader: DataLoader[Any], *, is_first_pass: bool) -> bool:
+    """Draws the seed for workers as the loader does at the start of a pass; whether it does."""
+    is_due = is_first_pass or not (loader.num_workers and loader.persistent_workers)
+    if is_due:
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+    return is_due
+
+
 def is_read_ahead(loader: DataLoader[Any]) -> bool:
     """Whether reading all indices of a pass at its first batch draws the same numbers, as seen by everybody else.
 
@@ -103,6 +119,11 @@ def is_read_ahead(loader: DataLoader[Any]) -> bool:
     is_one_permutation = not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
     # torch draws another permutation after the last index, which a generator that others use would show.
     return is_one_permutation and sampler.generator is not torch.default_generator
+
+
+def is_plain_batching(loader: DataLoader[Any]) -> bool:
+    """Whether torch's own `BatchSampler` makes the batches, of any sampler."""
+    return loader.batch_sampler is not None and _inner_sampler(loader.batch_sampler) is not None
 
 
 def _inner_sampler(batch_sampler: Any) -> Any:
@@ -176,6 +197,10 @@ class Sources:
         """Resident batches that are the same ones, else the iterable itself."""
         if isinstance(batches, Iterator):
             return batches  # a pass that has begun
+        if isinstance(batches, Replayable):
+            found = batches.resident(self._device)
+            self.choice = batches.choice
+            return batches if isinstance(found, str) else found
         if isinstance(batches, ResidentBatches):
             self.choice = Choice("resident", "the batches are resident data")
         elif not isinstance(batches, DataLoader):
@@ -281,33 +306,30 @@ def _why_not_gathered(tensor: Tensor) -> str:
     return ""
 
 
-class LoaderBatches(ResidentBatches):
-    """The batches of a recognised loader as resident batches (see `resident_loader`).
+class ReplayedBatches(ResidentBatches, ABC):
+    """Resident batches in the order of a loader, which are the loader's.
 
-    The user may change the tensors, replace them, or change the indices of a `Subset`: a batch is made of the rows as
-    they are when the loader would read them. Changes through a numpy array that shares a tensor's memory are seen on
-    the CPU.
+    Args:
+        loader: with torch's own `BatchSampler`.
+        columns: what batches are gathered from.
+        rebuild: makes a batch of what is gathered from each column.
+        device: where the batches are.
+
+    Attributes:
+        loader: see above.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], columns: _Columns, tensors: Sequence[Tensor], device: torch.device
+        self,
+        loader: DataLoader[Any],
+        columns: Sequence[Tensor | Column],
+        rebuild: Callable[[Sequence[Any]], Batch],
+        device: torch.device,
     ) -> None:
-        batch_sampler = cast("BatchSampler", loader.batch_sampler)
-        super().__init__(
-            tensors,
-            columns.rebuild,
-            batch_size=batch_sampler.batch_size,
-            device=device,
-            shuffle=True,  # rows are copied: a batch is the caller's
-            seed=0,
-            drop_last=False,
-        )
+        # Shuffled, so that rows are copied: a batch is the caller's.
+        size = cast("BatchSampler", loader.batch_sampler).batch_size
+        super().__init__(columns, rebuild, batch_size=size, device=device, shuffle=True, seed=0, drop_last=False)
         self.loader = loader
-        self._known = columns
-        self._tensors = list(tensors)
-        self._versions = [each._version for each in tensors]  # pyright: ignore[reportPrivateUsage]
-        if any(not each.untyped_storage().resizable() for each in tensors):  # such as a numpy array's memory
-            self.block_rows = self.batch_size  # which can change without a new version
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -320,14 +342,58 @@ class LoaderBatches(ResidentBatches):
 
     def __iter__(self) -> LoaderEpoch:
         """One pass of the loader."""
-        return LoaderEpoch(self, self.loader)
+        return LoaderEpoch(self)
 
+    @abstractmethod
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
         """The rows for indices of the dataset, [n], int64."""
+
+    @abstractmethod
+    def is_current(self) -> bool:
+        """Whether a pass over these batches may begin now."""
+
+    @abstractmethod
+    def refresh(self) -> bool:
+        """Takes up changes of the rows in the middle of a pass; whether what was gathered before is out of date."""
+
+
+class Replayable(ABC):
+    """A loader that a training loop may read as resident data."""
+
+    @property
+    @abstractmethod
+    def choice(self) -> Choice:
+        """Where its batches come from now, and why."""
+
+    @abstractmethod
+    def resident(self, device: torch.device) -> ReplayedBatches | str:
+        """Batches of the pass that begins now, or why there are none that are resident."""
+
+
+class LoaderBatches(ReplayedBatches):
+    """The batches of a recognised loader as resident batches (see `resident_loader`).
+
+    The user may change the tensors, replace them, or change the indices of a `Subset`: a batch is made of the rows as
+    they are when the loader would read them. Changes through a numpy array that shares a tensor's memory are seen on
+    the CPU.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], columns: _Columns, tensors: Sequence[Tensor], device: torch.device
+    ) -> None:
+        super().__init__(loader, tensors, columns.rebuild, device)
+        self._known = columns
+        self._tensors = list(tensors)
+        self._versions = [each._version for each in tensors]  # pyright: ignore[reportPrivateUsage]
+        if any(not each.untyped_storage().resizable() for each in tensors):  # such as a numpy array's memory
+            self.block_rows = self.batch_size  # which can change without a new version
+
+    def rows_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `ReplayedBatches.rows_of`."""
         return self._known.rows(indices)
 
     def is_current(self) -> bool:
-        """Whether the dataset still has the tensors that these batches are gathered from."""
+        """See `ReplayedBatches.is_current`: whether the dataset still has the tensors that batches are gathered from."""
         found = self._known.read()
         return (
             isinstance(found, list)
@@ -337,14 +403,14 @@ class LoaderBatches(ResidentBatches):
         )
 
     def refresh(self) -> bool:
-        """Copies tensors that have changed to the device; whether what was gathered before is out of date."""
+        """See `ReplayedBatches.refresh`: copies tensors that have changed to the device."""
         versions = [each._version for each in self._tensors]  # pyright: ignore[reportPrivateUsage]
         if versions == self._versions:
             return False
         for place, (old, new) in enumerate(zip(self._versions, versions, strict=True)):
-            column = self._columns[place]
-            if old != new and isinstance(column, Tensor) and column.device != self._tensors[place].device:
-                column.copy_(self._tensors[place], non_blocking=True)
+            column = self.columns[place]
+            if old != new and isinstance(column, DenseColumn) and column.rows.device != self._tensors[place].device:
+                column.rows.copy_(self._tensors[place], non_blocking=True)
         self._versions = versions
         return True
 
@@ -354,15 +420,19 @@ class LoaderEpoch(ResidentEpoch):
 
     Args:
         source: whose rows.
-        loader: which draws the order.
+        is_first_pass: see `IndexBatches`.
     """
 
-    def __init__(self, source: LoaderBatches, loader: DataLoader[Any]) -> None:
+    def __init__(self, source: ReplayedBatches, *, is_first_pass: bool = True) -> None:
         super().__init__(source, np.empty(0, dtype=np.int64))
-        self._loader_source = source
-        self._indices = IndexBatches(loader)
-        self._is_read_ahead = is_read_ahead(loader)
-        self._batch_sampler = cast("BatchSampler", loader.batch_sampler)
+        self._replayed = source
+        self._is_read_ahead = is_read_ahead(source.loader)
+        self._indices: Iterator[Any] = iter(())
+        if self._is_read_ahead:
+            _draw_seed(source.loader, is_first_pass=is_first_pass)
+        else:
+            self._indices = IndexBatches(source.loader, is_first_pass=is_first_pass)
+        self._batch_sampler = cast("BatchSampler", source.loader.batch_sampler)
         self._order_of_pass: _Order | None = None
         self._is_finished = False
 
@@ -378,7 +448,7 @@ class LoaderEpoch(ResidentEpoch):
 
     def _read(self) -> None:
         """Where no row is left to be given out, reads the rows of the pass, or of its next batch."""
-        if self._loader_source.refresh():
+        if self._replayed.refresh():
             self._block = []
         if self._is_finished or self._next * self._source.batch_size < len(self._host_order):
             return
@@ -397,7 +467,7 @@ class LoaderEpoch(ResidentEpoch):
             self._is_finished = True
 
     def _begin(self, indices: np.ndarray) -> None:
-        self._set_order(self._loader_source.rows_of(indices))
+        self._set_order(self._replayed.rows_of(indices))
 
 
 class _Order:

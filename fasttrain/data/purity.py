@@ -1,0 +1,569 @@
+"""Whether the rows of a dataset depend on their index alone, so that a recorded row may stand for one that is read.
+
+Three checks work together: what rows can read in Python (the dataset's attributes, its code and the globals and closures
+of that code) is compared before and after rows are read, and at every pass; the states of the global random generators
+are compared around every read; and a forked child reads rows a second time, where a clock, a counter or a generator of
+the row's own shows itself without changing anything in this process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import inspect
+import os
+import pickle
+import random
+import select
+import signal
+import sys
+import sysconfig
+import time
+import types
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from operator import is_
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+__all__ = ["Facts", "GlobalGenerators", "read_again", "same_rows", "shares_memory", "where"]
+
+MOST_FACTS = 3_000
+"""Objects that are looked at. Those that are met first, nearest to the dataset, are the ones that count."""
+
+MOST_ELEMENTS = 50_000
+"""Elements of a container that are compared one by one; of a longer one, as many at equal distances."""
+
+MOST_BYTES = 4 << 20
+"""Bytes of arrays that are compared whole; of what is beyond, SAMPLED_BYTES of each at equal distances."""
+
+SAMPLED_BYTES = 1 << 14
+
+CHILD_S = 60.0
+"""How long a child may take to read rows again."""
+
+_IMMUTABLE = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size, range)
+
+_LIBRARIES = tuple(
+    os.path.join(path, "")
+    for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+)
+
+
+class GlobalGenerators:
+    """The states of the generators that everybody draws from: torch's, numpy's and Python's."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._numpy = np.random.get_state(legacy=False)
+        self._python = random.getstate()
+
+    def moved(self) -> str | None:
+        """Which of them has been drawn from since; None where none has."""
+        if not torch.equal(self._torch, torch.get_rng_state()):
+            return "torch's default generator"
+        found = cast("dict[str, Any]", np.random.get_state(legacy=False))
+        known = cast("dict[str, Any]", self._numpy)
+        if found["state"]["pos"] != known["state"]["pos"] or not np.array_equal(
+            found["state"]["key"], known["state"]["key"]
+        ):
+            return "numpy's global generator"
+        return None if random.getstate() == self._python else "Python's random"
+
+
+def where(dataset: Any) -> str:
+    """The class of a dataset, and where the code that reads its rows stands."""
+    from torch.utils.data import Subset
+
+    while type(dataset) is Subset:
+        dataset = cast("Subset[Any]", dataset).dataset
+    kind = type(dataset)
+    for name in ("__getitems__", "__getitem__"):
+        function = inspect.unwrap(getattr(kind, name, None) or (lambda: None))
+        code = getattr(function, "__code__", None)
+        if code is not None and not _is_library_file(code.co_filename):
+            return f"{kind.__name__}.{name} ({code.co_filename}:{code.co_firstlineno})"
+    return kind.__name__
+
+
+def _is_library_file(name: str) -> bool:
+    return name.startswith(_LIBRARIES) or name.startswith("<frozen")
+
+
+# What rows can read in Python.
+
+
+@dataclass(frozen=True, eq=False)
+class _Fact:
+    """One thing that was found, and what says whether it is still so."""
+
+    name: str
+    is_same: Callable[[], bool]
+    is_state: bool  # a number, a text or a generator: what rows change of it, they depend on
+
+
+class Facts:
+    """What the rows of a dataset can read in Python, as it is now.
+
+    Args:
+        root: the dataset, with what else makes rows.
+        ignored: names of facts that are left out.
+
+    Attributes:
+        is_partial: whether there is more than was looked at.
+    """
+
+    def __init__(self, *root: Any, ignored: frozenset[str] = frozenset()) -> None:
+        self._ignored = ignored
+        self._facts: list[_Fact] = []
+        self._seen: dict[int, Any] = {}
+        self._bytes = 0
+        self._queue: deque[tuple[Any, str]] = deque()
+        self.is_partial = False
+        for value in root:
+            self._queue.append((value, type(value).__name__))
+        while self._queue:
+            if len(self._seen) >= MOST_FACTS:
+                self.is_partial = True
+                break
+            value, name = self._queue.popleft()
+            if id(value) not in self._seen and not isinstance(value, _IMMUTABLE):
+                self._seen[id(value)] = value  # kept, so that no other object gets its number
+                self._look_at(value, name)
+        self._queue.clear()
+
+    def changed(self) -> list[_Fact]:
+        """The facts that do not hold any more."""
+        return [fact for fact in self._facts if not fact.is_same()]
+
+    def difference(self) -> str | None:
+        """The first name that differs; None where nothing does."""
+        return next((fact.name for fact in self._facts if not fact.is_same()), None)
+
+    def _add(self, name: str, is_same: Callable[[], bool], *, is_state: bool = False) -> None:
+        if name not in self._ignored:
+            self._facts.append(_Fact(name, is_same, is_state))
+
+    def _look_at(self, value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            self._tensor(value, name)
+        elif isinstance(value, np.ndarray):
+            self._array(value, name)
+        elif isinstance(value, torch.Generator):
+            state = value.get_state()
+            self._add(name, lambda: torch.equal(value.get_state(), state), is_state=True)
+        elif isinstance(value, np.random.Generator | np.random.RandomState):
+            bits: Any = value.bit_generator if isinstance(value, np.random.Generator) else value
+            self._add(name, _same_result(lambda: pickle.dumps(_state_of(bits))), is_state=True)
+        elif isinstance(value, random.Random) and type(value) is not random.SystemRandom:
+            self._add(name, _same_result(value.getstate), is_state=True)
+        elif isinstance(value, pd.DataFrame | pd.Series | pd.Index):
+            self._frame(value, name)
+        elif isinstance(value, type):
+            self._class(value, name)
+        elif isinstance(value, types.FunctionType):
+            self._function(value, name)
+        elif isinstance(value, types.MethodType):
+            self._queue.extend([(value.__func__, value.__func__.__qualname__), (value.__self__, name)])
+        elif isinstance(value, functools.partial):
+            held = cast("functools.partial[Any]", value)
+            self._queue.extend([(held.func, f"{name}.func"), (held.args, name), (held.keywords, name)])
+        elif isinstance(value, types.ModuleType):
+            pass  # what functions read of it is looked at with them
+        else:
+            self._object(value, name)
+
+    def _object(self, value: Any, name: str) -> None:
+        if isinstance(value, Mapping):
+            self._mapping(cast("Mapping[Any, Any]", value), name)
+        elif isinstance(value, list | tuple | deque | set | frozenset):
+            self._elements(cast("Sequence[Any]", value), name)
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict):
+            self._attributes(cast("dict[str, Any]", own), name)
+        kind: Any = type(value)
+        for each in kind.__mro__:
+            slots = vars(each).get("__slots__", ())
+            for slot in (slots,) if isinstance(slots, str) else tuple(slots):
+                if slot not in ("__dict__", "__weakref__"):
+                    self._read(f"{name}.{slot}", functools.partial(getattr, value, slot, None))
+        if not _is_library_class(kind):
+            self._queue.append((kind, kind.__qualname__))
+
+    def _read(self, name: str, get: Callable[[], Any]) -> None:
+        """One value under a name."""
+        value = get()
+        is_plain = isinstance(value, _IMMUTABLE)
+
+        def is_same() -> bool:
+            found = get()
+            return found is value or (is_plain and type(found) is type(value) and _equal(found, value))
+
+        self._add(name, is_same, is_state=is_plain and value is not None)
+        self._queue.append((value, name))
+
+    def _attributes(self, table: dict[str, Any], name: str) -> None:
+        keys = frozenset(table)
+        self._add(f"{name}'s attributes", lambda: table.keys() == keys)
+        for key in list(table):
+            self._read(f"{name}.{key}", functools.partial(table.get, key))
+
+    def _mapping(self, table: Mapping[Any, Any], name: str) -> None:
+        known = dict(table)
+        if len(known) <= MOST_ELEMENTS:
+            values = list(known.values())
+            self._add(
+                name,
+                lambda: (
+                    len(table) == len(values)
+                    and all(map(is_, table, known))
+                    and (all(map(is_, table.values(), values)) or _all_equal(table.values(), values))
+                ),
+            )
+        else:
+            self._add(name, lambda: len(table) == len(known))
+        for key, value in list(known.items())[:MOST_FACTS]:
+            self._queue.append((value, f"{name}[{key!r}]"))
+
+    def _elements(self, values: Sequence[Any], name: str) -> None:
+        def sample() -> list[Any]:
+            found = list(values)
+            return found if len(found) <= MOST_ELEMENTS else found[:: len(found) // MOST_ELEMENTS]
+
+        known, length = sample(), len(values)
+
+        def is_same() -> bool:
+            if len(values) != length:
+                return False
+            found = sample()
+            return all(map(is_, found, known)) or _all_equal(found, known)
+
+        if not isinstance(values, tuple | frozenset):
+            self._add(name, is_same)
+        for number, value in enumerate(known[:MOST_FACTS]):
+            if not isinstance(value, _IMMUTABLE):
+                self._queue.append((value, f"{name}[{number}]"))
+
+    def _tensor(self, value: Tensor, name: str) -> None:
+        def stamp() -> object:
+            return value._version, value.shape, value.dtype, value.device  # pyright: ignore[reportPrivateUsage]
+
+        self._add(name, _same_result(stamp))
+        if value.layout is torch.strided and value.device.type == "cpu" and not value.untyped_storage().resizable():
+            with suppress(TypeError, RuntimeError):  # a numpy array's memory, written without a new version
+                self._array(value.detach().resolve_conj().resolve_neg().numpy(), name)
+
+    def _array(self, value: np.ndarray, name: str) -> None:
+        if value.dtype == object:
+            self._elements(cast("Any", value.reshape(-1)), name)
+            return
+        is_whole = self._bytes + value.nbytes <= MOST_BYTES
+        self._bytes += value.nbytes if is_whole else SAMPLED_BYTES
+
+        def content() -> object:
+            flat = value.reshape(-1) if value.flags.c_contiguous else value
+            if not is_whole:
+                flat = flat[:: max(1, flat.nbytes // SAMPLED_BYTES)]
+            return value.shape, value.dtype, flat.tobytes()
+
+        self._add(name, _same_result(content))
+
+    def _frame(self, value: Any, name: str) -> None:
+        axes = [value] if isinstance(value, pd.Index) else [*value.axes]
+        if not isinstance(value, pd.Index):
+            self._add(name, lambda: all(map(is_, value.axes, axes)) or all(map(pd.Index.equals, value.axes, axes)))
+        columns = [value.iloc[:, at] for at in range(value.shape[1])] if value.ndim == 2 else [value]
+        for column in columns[:64]:
+            size = len(column)
+            step = max(1, size * len(columns) // 1_024)
+
+            def sample(step: int = step, column: Any = column) -> object:
+                return [*column[::step]]
+
+            known = sample()
+            self._add(name, lambda sample=sample, known=known: _all_equal(cast("Any", sample()), cast("Any", known)))
+        if value.ndim == 2:  # a column is a copy where pandas copies on write
+            step = max(1, len(value) * value.shape[1] // 1_024)
+
+            def cells() -> list[Any]:
+                return [value.iat[row, row % value.shape[1]] for row in range(0, len(value), step)][:1_024]
+
+            known_cells, shape = cells(), value.shape
+            self._add(name, lambda: value.shape == shape and _all_equal(cells(), known_cells))
+
+    def _class(self, kind: type, name: str) -> None:
+        for each in kind.__mro__:
+            if _is_library_class(each):
+                continue
+            table = {key: value for key, value in vars(each).items() if key not in ("__dict__", "__weakref__")}
+            self._add(
+                f"{each.__qualname__}'s attributes",
+                lambda each=each, keys=frozenset(vars(each)): vars(each).keys() == keys,
+            )
+            for key, value in table.items():
+                self._read(f"{each.__qualname__}.{key}", lambda each=each, key=key: vars(each).get(key))
+                for inner in ("fget", "__func__", "func", "__wrapped__"):
+                    found = getattr(value, inner, None)
+                    if isinstance(found, types.FunctionType):
+                        self._queue.append((found, found.__qualname__))
+        del name
+
+    def _function(self, function: types.FunctionType, name: str) -> None:
+        if _is_library_file(function.__code__.co_filename):
+            return
+        for attribute in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._read(f"{name}'s {attribute}", functools.partial(getattr, function, attribute))
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self._read(f"{name}'s {variable}", functools.partial(_cell, cell))
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is not None:
+            self._queue.append((wrapped, name))
+        names = set(_names_in(function.__code__))
+        table = function.__globals__
+        for each in sorted(names & table.keys()):
+            value = table[each]
+            self._read(f"the global {each}", functools.partial(table.get, each))
+            if isinstance(value, types.ModuleType) and not _is_library_file(
+                getattr(value, "__file__", None) or "<frozen"
+            ):
+                for inner in sorted(names & vars(value).keys()):
+                    self._read(f"{each}.{inner}", functools.partial(vars(value).get, inner))
+        if "environ" in names or "getenv" in names:
+            self._read("os.environ", lambda: str(sorted(os.environ.items())))
+
+
+def _state_of(bits: Any) -> object:
+    return bits.state if hasattr(bits, "state") else bits.get_state(legacy=False)
+
+
+def _same_result(get: Callable[[], Any]) -> Callable[[], bool]:
+    known = get()
+    return lambda: get() == known
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing in it yet
+        return None
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            yield from _names_in(value)
+
+
+def _is_library_class(kind: type) -> bool:
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__ == "__main__":
+        return False
+    file = getattr(module, "__file__", None)
+    return kind.__module__ == "builtins" or file is None or _is_library_file(file) or file.startswith(_OWN)
+
+
+_OWN = os.path.dirname(os.path.dirname(__file__))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one == other:
+        return repr(one) == repr(other) if isinstance(one, float | complex | np.generic) else True  # 0.0 and -0.0
+    return one != one and other != other  # NaN
+
+
+def _all_equal(found: Any, known: Any) -> bool:
+    """Whether what is not the same object is an equal value that cannot change."""
+    return all(
+        one is other or (type(one) is type(other) and isinstance(one, _IMMUTABLE) and _equal(one, other))
+        for one, other in zip(found, known, strict=False)
+    )
+
+
+# Rows that are read twice.
+
+
+def same_rows(one: Any, other: Any) -> bool:
+    """Whether two rows or batches are the same bit for bit: containers, types, dtypes, shapes, strides, values."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return _same_tensors(one, other)
+    if isinstance(one, np.ndarray):
+        array = cast("np.ndarray", one)
+        is_alike = array.dtype == other.dtype and array.shape == other.shape and array.strides == other.strides
+        if not is_alike or array.dtype != object:
+            return is_alike and array.tobytes() == other.tobytes()
+        return same_rows(array.tolist(), other.tolist())
+    if isinstance(one, Mapping):
+        mapping = cast("Mapping[Any, Any]", one)
+        return list(mapping) == list(other) and all(same_rows(mapping[key], other[key]) for key in mapping)
+    if isinstance(one, list | tuple):
+        items = cast("Sequence[Any]", one)
+        return len(items) == len(other) and all(map(same_rows, items, other))
+    if isinstance(one, float | complex | np.generic):
+        return pickle.dumps(one) == pickle.dumps(other)
+    if isinstance(one, _IMMUTABLE):
+        return bool(one == other)
+    try:
+        return one is other or pickle.dumps(one) == pickle.dumps(other)
+    except Exception:  # an object that cannot be compared so
+        return vars(one) == vars(other) if hasattr(one, "__dict__") else bool(one == other)
+
+
+def _same_tensors(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape, one.device, one.layout, one.requires_grad) != (
+        other.dtype,
+        other.shape,
+        other.device,
+        other.layout,
+        other.requires_grad,
+    ):
+        return False
+    if one.layout is not torch.strided or one.is_quantized:
+        return bool(torch.equal(one.to_dense(), other.to_dense()))
+    if one.stride() != other.stride():
+        return False
+    bits = [each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other)] if one.numel() else []
+    return not bits or torch.equal(bits[0], bits[1])
+
+
+def read_again(read: Callable[[Any], Any], indices: Sequence[Any], rows: Sequence[Any]) -> tuple[str | None, bool]:
+    """Reads rows a second and a third time in a forked child, last first, and says what differs or why it would.
+
+    Args:
+        read: gives the row of an index.
+        indices: of the rows.
+        rows: as they were read the first time, those very objects.
+
+    Returns:
+        What differs, None where nothing does or no child can be forked; and whether rows are memory of the dataset's
+        own, which a change of a row changes.
+    """
+    if not hasattr(os, "fork") or not indices:
+        return None, False
+    receiving, sending = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child only reads rows
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(receiving)
+            found = _read_in_child(read, indices, rows)
+            os.write(sending, pickle.dumps(found))
+            code = 0
+        finally:
+            os._exit(code)  # nothing of the parent's (buffers, atexit) is run twice
+    os.close(sending)
+    return _answer(child, receiving)
+
+
+def _answer(child: int, receiving: int) -> tuple[str | None, bool]:
+    """What a child found; one that takes too long is killed and says nothing."""
+    written, end = b"", time.monotonic() + CHILD_S
+    try:
+        while True:
+            ready, _, _ = select.select([receiving], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                os.kill(child, signal.SIGKILL)
+                written = b""
+                break
+            part = os.read(receiving, 1 << 16)
+            if not part:
+                break
+            written += part
+    finally:
+        os.close(receiving)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+    return pickle.loads(written) if written else (None, False)  # by the child just forked
+
+
+def _read_in_child(read: Callable[[Any], Any], indices: Sequence[Any], rows: Sequence[Any]) -> tuple[str | None, bool]:
+    torch.set_num_threads(1)  # the threads of the parent are not there
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        seen: list[str] = []
+        is_shared = False
+        for each in range(2):
+            if each == 0:
+                sys.setprofile(functools.partial(_profile, seen))
+            try:
+                for index, row in zip(reversed(indices), reversed(rows), strict=True):
+                    try:
+                        found = read(index)
+                    except Exception:  # such as of a device that a forked process cannot use
+                        return None, is_shared
+                    if not same_rows(found, row):
+                        return f"row {index!r} is another one when it is read again", is_shared
+                    is_shared = is_shared or shares_memory(found, row)
+            finally:
+                sys.setprofile(None)
+            if seen:
+                return f"it calls {seen[0]}", is_shared
+    return None, is_shared
+
+
+def shares_memory(one: Any, other: Any) -> bool:
+    """Whether a change of one row, in place, changes the other."""
+    known = set(_memory_of(one))
+    return any(each in known for each in _memory_of(other))
+
+
+def _memory_of(row: Any) -> Iterator[object]:
+    """What stands for each piece of memory that can be changed in a row."""
+    if isinstance(row, Tensor):
+        if row.layout is torch.strided and row.numel():
+            yield row.untyped_storage().data_ptr()
+    elif isinstance(row, np.ndarray):
+        array = row
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        if array.size:
+            yield array.__array_interface__["data"][0]
+    elif isinstance(row, Mapping):
+        yield "object", id(row)
+        for value in cast("Mapping[Any, Any]", row).values():
+            yield from _memory_of(value)
+    elif isinstance(row, list | tuple):
+        if isinstance(row, list):
+            yield "object", id(cast("Any", row))
+        for value in cast("Sequence[Any]", row):
+            yield from _memory_of(value)
+    elif not isinstance(row, _IMMUTABLE):
+        yield "object", id(row)
+
+
+def _profile(seen: list[str], frame: types.FrameType, event: str, argument: Any) -> None:
+    """Notes calls whose result is another one each time."""
+    if event == "call" and frame.f_code is random.Random.seed.__code__ and frame.f_locals.get("a") is None:
+        if type(frame.f_locals.get("self")) is not random.SystemRandom:
+            seen.append("random.Random() without a seed")
+    elif event == "c_call" and not seen:
+        module, name = getattr(argument, "__module__", None), getattr(argument, "__name__", "")
+        owner = getattr(argument, "__self__", None)
+        file = frame.f_code.co_filename
+        if (module, name) in _CHANGING and f"{os.sep}logging{os.sep}" not in file:
+            seen.append(f"{'os' if module in ('posix', 'nt') else module}.{name}")
+        elif isinstance(owner, type) and issubclass(owner, datetime.date) and name in ("now", "utcnow", "today"):
+            seen.append(f"{owner.__name__}.{name}")
+        elif isinstance(owner, torch.Generator) and name == "seed":
+            seen.append("torch.Generator.seed")
+
+
+_CHANGING = {
+    ("posix", "urandom"),
+    ("nt", "urandom"),
+    ("time", "time"),
+    ("time", "time_ns"),
+    ("time", "localtime"),
+    ("time", "gmtime"),
+}

@@ -1,0 +1,689 @@
+"""`record`: a user's own loader whose rows are read once, and replayed from then on in the loader's own batches."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler, default_collate
+
+from fasttrain.data.loader import IndexBatches, LoaderEpoch, Replayable, ReplayedBatches, is_plain_batching
+from fasttrain.data.purity import Facts, GlobalGenerators, read_again, same_rows, shares_memory, where
+from fasttrain.data.rows import RowStore
+from fasttrain.device import Choice, free_bytes
+from fasttrain.errors import ConfigError, DataError
+
+__all__ = ["RecordedLoader", "record"]
+
+Batch = Any
+Row = Any
+
+MEMORY_SHARE = 0.25
+"""The share of the free memory that recorded rows may take, unless `memory_bytes` says otherwise."""
+
+MOST_STATES = 4
+"""States of a dataset whose rows are kept: such as a dataset that is switched from split to split."""
+
+CHECKED_ROWS = 256
+CHECKED_SHARE = 0.1
+"""So many rows, and then so much of the time that reading takes, are read again in a child while they are recorded."""
+
+AUDITED_SHARE = 0.01
+"""The share of a replayed pass's time in which rows are read again."""
+
+WATCHED_SHARE = 0.05
+WATCH_S = 0.02
+"""While rows are recorded, the dataset is compared with what it was around each read, in at most WATCHED_SHARE of the
+time; in a pass of several steps a call, every WATCH_S."""
+
+MOST_FILES = 1_000
+"""Files, of those that rows were read from, whose size and time are compared at the beginning of a pass."""
+
+
+def record(
+    loader: DataLoader[Any], *, then: Callable[[Row], Row] | None = None, memory_bytes: int | None = None
+) -> RecordedLoader:
+    """Returns the loader's batches, whose rows are read from the dataset once and replayed from then on.
+
+    Every pass gives the batches that the loader would give, bit for bit: the loader's own sampler, batch sampler and
+    generator run live, and so does a `collate_fn` of the user's own. Only rows are replayed, and only where they
+    depend on their index alone. `FastLoop` trains on recorded rows as on resident data: several steps a call, without
+    Python between them.
+
+    Args:
+        loader: over a map-style dataset, with any sampler, `collate_fn` and number of workers.
+        then: called with each row of each batch, a copy, before rows are collated: the place of random augmentation
+            after what is slow to read. It draws what it would draw at the end of the dataset's `__getitem__`.
+        memory_bytes: the most that recorded rows may take; rows beyond are read live. None: a quarter of the memory
+            that is free.
+
+    Returns:
+        An iterable with the loader's length and attributes; see `RecordedLoader.choice` for what it does.
+
+    Raises:
+        ConfigError: it is no `DataLoader`, or its dataset is an `IterableDataset`.
+    """
+    given: Any = loader
+    if isinstance(given, RecordedLoader):
+        raise ConfigError("this loader is recorded already: give record the DataLoader itself")
+    if not isinstance(given, DataLoader):
+        raise ConfigError(f"record takes a torch.utils.data.DataLoader; this is a {type(given).__name__}")
+    dataset: Any = cast("Any", loader.dataset)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise ConfigError(
+            f"{type(dataset).__name__} is an IterableDataset: its rows have no index by which they could be replayed; "
+            "give the loader as it is"
+        )
+    if then is not None and not callable(then):
+        raise ConfigError(f"then must be a function of a row; it is a {type(then).__name__}")
+    if memory_bytes is None:
+        memory_bytes = int(MEMORY_SHARE * (free_bytes(torch.device("cpu")) or (4 << 30)))
+    return RecordedLoader(loader, then, memory_bytes)
+
+
+class RecordedLoader(Replayable):
+    """The batches of a loader, from recorded rows; made by `record`. Attributes that it lacks are the loader's.
+
+    Rows are recorded while the first pass reads them. A row that draws from a random generator, reads a clock, counts
+    its reads or differs when it is read again ends the pass with a `DataError`. Where the dataset has changed between
+    two passes (an attribute, its code, a global that its code reads, a file), rows are recorded anew.
+
+    Attributes:
+        loader: see above.
+    """
+
+    def __init__(self, loader: DataLoader[Any], then: Callable[[Row], Row] | None, memory_bytes: int) -> None:
+        self.loader = loader
+        self._then = then
+        self._memory_bytes = memory_bytes
+        self._recordings: list[_Recording] = []
+        self._passes = 0
+        self._choice = Choice("streamed", "rows are recorded while they are read")
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the loader."""
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    @property
+    def choice(self) -> Choice:
+        """Where the batches of the last pass came from ("streamed", "recorded" or "resident"), and why."""
+        return self._choice
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass of the loader.
+
+        Raises:
+            DataError: rows do not depend on their index alone, or one differs from what was recorded.
+        """
+        return self._pass(self._begin())
+
+    def resident(self, device: torch.device) -> ReplayedBatches | str:
+        """See `Replayable.resident`: what remains unread of a dataset whose rows are recorded is read now."""
+        why_not = self._why_not_resident()
+        if not why_not:
+            recording = self._begin()
+            why_not = recording.complete() or recording.why_not_collated
+            if not why_not:
+                found = recording.resident(device)
+                if not isinstance(found, str):
+                    self._choice = Choice("resident", f"{recording.store.count:,} recorded rows, on {device}")
+                    return found
+                why_not = found
+        self._choice = Choice(self._choice.value, why_not)
+        return why_not
+
+    def _why_not_resident(self) -> str:
+        if self._then is not None:
+            return "`then` is called with each row"
+        if self.loader.collate_fn is not default_collate:
+            return "the loader has a collate_fn of its own, which is called with recorded rows"
+        if not is_plain_batching(self.loader):
+            return "the loader has a batch_sampler that is not torch's own, or makes no batches"
+        if self.loader.pin_memory:
+            return "the loader pins memory"
+        return "" if self._recordings else "rows are recorded while they are read"
+
+    def _begin(self) -> _Recording:
+        """The recording of the dataset as it is now, for a pass that begins."""
+        for recording in self._recordings:
+            if recording.difference() is None:
+                self._recordings.remove(recording)
+                self._recordings.append(recording)  # the last used comes last
+                recording.audit()
+                return recording
+        others = self._recordings[-(MOST_STATES - 1) :]
+        limit = self._memory_bytes - sum(each.store.nbytes for each in others)
+        while others and limit < self._memory_bytes // 2:
+            limit += others.pop(0).store.nbytes
+        reason = "rows are recorded while they are read"
+        if self._recordings:
+            reason = f"rows are recorded anew: {self._recordings[-1].difference()} has changed"
+        found = _Recording(self, limit)
+        self._recordings = [*others, found]
+        self._choice = Choice("streamed", reason)
+        return found
+
+    def _pass(self, recording: _Recording) -> Iterator[Batch]:
+        is_first, self._passes = self._passes == 0, self._passes + 1
+        if self.loader.num_workers and is_first:
+            yield from recording.read_by_workers()
+            return
+        begin, live = time.perf_counter(), recording.num_read
+        for keys in IndexBatches(self.loader, is_first_pass=is_first):
+            if recording.has_moved():
+                recording = self._begin()
+            yield recording.batch(keys)
+        if recording.num_read == live:
+            recording.pass_s = time.perf_counter() - begin
+            self._choice = Choice("recorded", f"{recording.store.count:,} rows are replayed")
+
+
+class _Recording:
+    """The rows of a dataset in one state.
+
+    Args:
+        owner: whose rows.
+        limit: bytes that they may take.
+
+    Attributes:
+        store: the rows.
+        num_read: how many were read from the dataset.
+        pass_s: seconds that the last replayed pass took.
+        why_not_collated: why batches are not made of columns; empty where they are.
+    """
+
+    def __init__(self, owner: RecordedLoader, limit: int) -> None:
+        self._owner = owner
+        self._loader = owner.loader
+        self._dataset: Any = owner.loader.dataset
+        self._limit = limit
+        self.store = RowStore(_length(self._dataset))
+        self.num_read = 0
+        self.pass_s = 0.0
+        self._is_own_collate = self._loader.collate_fn is not default_collate or owner._then is not None
+        self.why_not_collated = "" if self._loader.batch_sampler is not None and not self._is_own_collate else "own"
+        self._num_compared = self._next_compared = 0
+        self._read_s = self._checked_s = self._watched_s = 0.0
+        self._num_checked = 0
+        self._is_shared = False
+        self._ignored: frozenset[str] = frozenset()
+        self._files: dict[str, object] = {}
+        self._facts = self._new_facts()
+        self._attributes = self._shallow()
+        self._random = random.Random(7)  # of its own: which rows are read again
+        self._resident: dict[torch.device, _RecordedBatches] = {}
+
+    # Is the dataset still the one that was recorded?
+
+    def _new_facts(self) -> Facts:
+        return Facts(self._dataset, ignored=self._ignored)
+
+    def difference(self) -> str | None:
+        """What has changed since the rows were recorded."""
+        if _length(self._dataset) != self.store.num_rows:
+            return "the length of the dataset"
+        found = self._facts.difference()
+        if found is not None:
+            return found
+        names = list(self._files)
+        if len(names) > MOST_FILES:
+            names = self._random.sample(names, MOST_FILES)
+        return next((name for name in names if _stamp(name) != self._files[name]), None)
+
+    def has_moved(self) -> bool:
+        """Whether attributes of the dataset have been replaced in the middle of a pass."""
+        return self._shallow() != self._attributes and self.difference() is not None
+
+    def _shallow(self) -> list[int]:
+        return [*map(id, vars(self._dataset).values())] if hasattr(self._dataset, "__dict__") else []
+
+    def audit(self) -> None:
+        """Reads some rows again.
+
+        Raises:
+            DataError: one differs.
+        """
+        if self.store.form is None or not self.num_read:
+            return
+        row_s = self._read_s / self.num_read
+        count = max(1, int(AUDITED_SHARE * self.pass_s / max(row_s, 1e-9)))
+        there = np.flatnonzero(self.store._there)
+        for number in self._random.sample(range(len(there)), min(count, len(there), 64)):
+            index = int(there[number])
+            [kept] = self.store.rows([index])
+            if not same_rows(kept, self._row(index)):
+                raise DataError(
+                    f"row {index} of {where(self._dataset)} differs from the row that was recorded: what it is read "
+                    "from has changed, or it does not depend on its index alone; make a new record(loader) where "
+                    "the data changed, or give the loader itself"
+                )
+
+    # Batches.
+
+    def batch(self, keys: Any) -> Batch:
+        """The batch of what the loader's sampler gave."""
+        if self._loader.batch_sampler is None:
+            return self._collated(self._rows([keys])[0])
+        keys = list(keys)
+        is_recorded = self.store.has_all(keys)
+        if is_recorded and keys and not self.why_not_collated and self._num_compared >= 4:
+            return self.store.batch(keys)
+        batch = self._collated(self._rows(keys))
+        if is_recorded or self.store.has_all(keys):
+            self._compare(keys, batch)
+        return batch
+
+    def _rows(self, keys: Sequence[Any]) -> list[Row]:
+        missing = [key for key in keys if not self.store.has(key)]
+        if missing:
+            read = dict(zip([(type(key), key) for key in missing], self.read(missing), strict=True))
+            kept = [key for key in keys if (type(key), key) not in read]
+            replayed = dict(zip([(type(key), key) for key in kept], self.store.rows(kept), strict=True))
+            if len(missing) == len(keys) and len(read) == len(keys):
+                rows = list(read.values())
+            else:
+                rows = [read[type(key), key] if (type(key), key) in read else replayed[type(key), key] for key in keys]
+        else:
+            rows = self.store.rows(keys)
+        then = self._owner._then
+        if then is not None:
+            rows = [then(row) for row in (rows if not missing else [copy.deepcopy(row) for row in rows])]
+        return rows
+
+    def _collated(self, rows: Any) -> Batch:
+        """What the loader's `collate_fn` makes of rows."""
+        batch = self._loader.collate_fn(rows)
+        if self._is_shared and shares_memory(rows, batch):
+            raise DataError(
+                f"{where(self._dataset)} gives rows that are memory of the dataset's own, and the loader hands them "
+                "out: a change of a batch would change the dataset, which recorded rows cannot follow; copy them in "
+                "__getitem__ or collate_fn, or give the loader itself"
+            )
+        return batch
+
+    def _compare(self, keys: list[Any], batch: Batch) -> None:
+        """Compares a batch that is made of columns with what `collate_fn` makes, now and then."""
+        if self.why_not_collated or self._num_compared >= 4 or not keys:
+            return
+        if not self.store.is_collated() or not same_rows(self.store.batch(keys), batch):
+            self.why_not_collated = "the rows are not such that torch's collate_fn makes batches of columns of them"
+            return
+        self._num_compared += 1
+
+    # Reading.
+
+    def _row(self, key: Any) -> Row:
+        """One row as the loader reads it."""
+        return self._items([key])[0]
+
+    def _items(self, keys: Sequence[Any]) -> Sequence[Row]:
+        many = getattr(self._dataset, "__getitems__", None) if self._loader.batch_sampler is not None else None
+        return many(list(keys)) if many else [self._dataset[key] for key in keys]
+
+    def read(self, keys: Sequence[Any]) -> Sequence[Row]:
+        """Reads rows from the dataset, checks that they depend on their index alone, and keeps them.
+
+        Raises:
+            DataError: they do not.
+        """
+        is_watched = self._watched_s <= WATCHED_SHARE * self._read_s or self.num_read < CHECKED_ROWS
+        if is_watched and self._watch() is not None:
+            self._begin_again()
+        begin = time.perf_counter()
+        rows = self._read_watching_generators(keys)
+        self._read_s += time.perf_counter() - begin
+        self.num_read += len(keys)
+        self._check_state(is_certain=is_watched)
+        self._read_again(keys, rows)
+        self._keep(keys, rows)
+        return rows
+
+    def _begin_again(self) -> None:
+        """Forgets the rows that were recorded before the dataset was changed."""
+        self.store = RowStore(_length(self._dataset))
+        self._facts, self._attributes = self._new_facts(), self._shallow()
+        self._resident, self._files = {}, {}
+
+    def _keep(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
+        if self.store.nbytes < self._limit:
+            self.store.put(keys, rows)
+
+    def _read_watching_generators(self, keys: Sequence[Any]) -> Sequence[Row]:
+        generators = GlobalGenerators()
+        with _Files(self._files):
+            rows = self._items(keys)
+        drawn = generators.moved()
+        if drawn is not None:
+            raise self._refused(f"draws from {drawn}")
+        return rows
+
+    def _watch(self) -> str | None:
+        begin = time.perf_counter()
+        found = self._facts.difference()
+        self._watched_s += time.perf_counter() - begin
+        return found
+
+    def _check_state(self, *, is_certain: bool) -> None:
+        """Looks what reading has changed.
+
+        Args:
+            is_certain: whether the state was the recorded one just before.
+        """
+        if not is_certain and not self._watched_s <= WATCHED_SHARE * self._read_s:
+            return
+        begin = time.perf_counter()
+        changed = self._facts.changed()
+        self._watched_s += time.perf_counter() - begin
+        if not changed:
+            return
+        if not is_certain:
+            self._begin_again()
+            return
+        states = [each.name for each in changed if each.is_state]
+        if states:
+            raise self._refused(f"changes {states[0]} when a row is read")
+        # Such as a cache that grows or a file that is opened: the rows' own.
+        self._ignored |= {each.name for each in changed}
+        self._facts, self._attributes = self._new_facts(), self._shallow()
+
+    def _read_again(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
+        if self._num_checked >= CHECKED_ROWS and self._checked_s > CHECKED_SHARE * self._read_s:
+            return
+        begin = time.perf_counter()
+        why, is_shared = read_again(self._row, keys, rows)
+        self._checked_s += time.perf_counter() - begin
+        self._num_checked += len(keys)
+        self._is_shared = self._is_shared or is_shared
+        if why is not None:
+            raise self._refused(why)
+
+    def _refused(self, why: str) -> DataError:
+        return DataError(
+            f"{where(self._dataset)}: {why}, so that recorded rows would not be the loader's; make what is random or "
+            "changes a function of its own, record(loader, then=function), or give the loader itself"
+        )
+
+    def read_by_workers(self) -> Iterator[Batch]:
+        """The first pass of a loader with workers, which read the rows; they are recorded as they come."""
+        loader = copy.copy(self._loader)
+        order: list[Any] = []
+        is_batched = loader.batch_sampler is not None
+        logged = _Logged(loader.batch_sampler if is_batched else loader.sampler, order)
+        vars(loader)["batch_sampler" if is_batched else "sampler"] = logged
+        vars(loader)["dataset"] = _Reader(self._dataset)
+        vars(loader)["collate_fn"] = _Packed(loader.collate_fn, is_batched=is_batched)
+        for packed, batch in loader:
+            keys = order.pop(0)
+            drawn, rows = pickle.loads(packed)  # by the loader's worker
+            if drawn is not None:
+                raise self._refused(f"draws from {drawn}")
+            keys = list(keys) if is_batched else [keys]
+            self.num_read += len(keys)
+            self._read_s += 1e-4 * len(keys)
+            self._read_again(keys, rows)
+            self._keep(keys, rows)
+            if self.store.has_all(keys) and is_batched:
+                self._compare(keys, batch)
+            yield batch
+
+    # Resident rows.
+
+    def complete(self) -> str:
+        """Reads the rows that a sampler can ask for and that are not recorded; says why that cannot be."""
+        store = self.store
+        if store.form is None or store.has_others:
+            return "the rows are not all of one form, or have keys that are no numbers"
+        if store.nbytes >= self._limit:
+            return f"the rows take more memory than {self._limit >> 20} MB; those beyond are read live"
+        numbers = self._universe()
+        missing = store.missing(numbers)
+        try:
+            for begin in range(0, len(missing), 128):
+                self.read(missing[begin : begin + 128].tolist())
+        except DataError:
+            raise
+        except Exception as error:  # of a row that the loader may never ask for
+            return f"not every row can be read: {type(error).__name__}: {error}"
+        return "" if self.store is store and not store.has_others else "the rows are not all of one form"
+
+    def _universe(self) -> np.ndarray:
+        """The row numbers that the loader's sampler can give."""
+        sampler: Any = cast("Any", self._loader.batch_sampler).sampler
+        if type(sampler) is SubsetRandomSampler:
+            return np.unique(np.asarray([int(each) for each in sampler.indices], dtype=np.int64))
+        if type(sampler) is WeightedRandomSampler:
+            return np.flatnonzero(np.asarray(sampler.weights))
+        return np.arange(self.store.num_rows)
+
+    def resident(self, device: torch.device) -> _RecordedBatches | str:
+        """The recorded rows as resident batches on a device."""
+        numbers = self._universe()
+        found = self._resident.get(device)
+        if found is not None and len(found.numbers) == len(numbers) and found.is_current():
+            return found
+        if self._num_compared < 4 and not self._compare_some(numbers):
+            return self.why_not_collated
+        if not any(self.store.tensor_leaves):
+            return "there is no tensor in a batch"
+        found = self._resident[device] = _RecordedBatches(self._owner, self, numbers, device)
+        return found
+
+    def _compare_some(self, numbers: np.ndarray) -> bool:
+        while self._num_compared < 4 and not self.why_not_collated:
+            keys = numbers[: 1 + self._num_compared].tolist()
+            self._compare(keys, self._loader.collate_fn(self.store.rows(keys)))
+        return not self.why_not_collated
+
+
+class _RecordedBatches(ReplayedBatches):
+    """Recorded rows as resident batches.
+
+    Attributes:
+        numbers: of the rows, [n], int64.
+    """
+
+    def __init__(self, owner: RecordedLoader, recording: _Recording, numbers: np.ndarray, device: torch.device) -> None:
+        store = recording.store
+        super().__init__(owner.loader, store.columns(numbers, device), store.rebuild, device)
+        self.numbers = numbers
+        self._owner, self._recording, self._store = owner, recording, store
+        self._place_of = np.full(store.num_rows, -1, dtype=np.int64)
+        self._place_of[numbers] = np.arange(len(numbers))
+        self._are_tensors = store.tensor_leaves
+        self._watched_at = 0.0
+
+    def __iter__(self) -> LoaderEpoch:
+        """One pass of the loader."""
+        is_first, self._owner._passes = self._owner._passes == 0, self._owner._passes + 1
+        self._watched_at = time.perf_counter()
+        return LoaderEpoch(self, is_first_pass=is_first)
+
+    def rows_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `ReplayedBatches.rows_of`."""
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self._place_of):
+            raise DataError("the sampler gives an index that is negative or out of range: use the loader itself")
+        places = self._place_of[indices]
+        if len(places) and places.min() < 0:
+            raise DataError("the sampler gives an index of a row that it could not give before: record the loader anew")
+        return places
+
+    def is_current(self) -> bool:
+        """See `ReplayedBatches.is_current`."""
+        return self._recording.store is self._store
+
+    def refresh(self) -> bool:
+        """See `ReplayedBatches.refresh`.
+
+        Raises:
+            DataError: the dataset was changed in the middle of the pass.
+        """
+        now = time.perf_counter()
+        if now - self._watched_at > WATCH_S or self._recording.has_moved():
+            self._watched_at = now
+            changed = self._recording.difference()
+            if changed is not None:
+                raise DataError(
+                    f"{changed} has changed in the middle of a pass over recorded rows: change the dataset between "
+                    "two passes, or give the loader itself"
+                )
+        return False
+
+    def gather(self, rows: torch.Tensor, host_rows: np.ndarray) -> list[Batch]:
+        """See `ResidentBatches.gather`."""
+        if all(self._are_tensors):
+            return super().gather(rows, host_rows)
+        size = self.batch_size
+        gathered = iter([column.gather(rows, host_rows, size) for column in self.columns])
+        objects = iter(self._store.objects(self.numbers[host_rows]))
+        parts = [next(gathered) if is_tensor else _split(next(objects), size) for is_tensor in self._are_tensors]
+        return [self._store.rebuild(batch) for batch in zip(*parts, strict=True)]
+
+
+def _split(values: list[Any], size: int) -> list[list[Any]]:
+    return [values[begin : begin + size] for begin in range(0, len(values), size)]
+
+
+def _length(dataset: Any) -> int:
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        return 0
+
+
+def _stamp(name: str) -> object:
+    try:
+        found = os.stat(name)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+# What rows are read from.
+
+
+class _Files:
+    """Notes the files that are opened for reading in a `with` block, by this thread or another."""
+
+    def __init__(self, files: dict[str, object]) -> None:
+        self._files = files
+
+    def __enter__(self) -> None:
+        _install_hook()
+        _WATCHERS.append(self)
+
+    def __exit__(self, *error: object) -> None:
+        _WATCHERS.remove(self)
+
+    def note(self, name: Any) -> None:
+        """Notes a file."""
+        if isinstance(name, str | bytes | os.PathLike) and len(self._files) < 1_000_000:
+            path = os.path.abspath(os.fsdecode(cast("Any", name)))
+            if path not in self._files and not path.startswith(("/proc/", "/dev/", "/sys/")):
+                self._files[path] = _stamp(path)
+
+
+_WATCHERS: list[_Files] = []
+_INSTALLED: list[bool] = []
+
+
+def _install_hook() -> None:
+    if not _INSTALLED:
+        _INSTALLED.append(True)
+        sys.addaudithook(_on_event)  # it stays for good, and does nothing while nobody watches
+
+
+def _on_event(event: str, arguments: Any) -> None:
+    if event == "open" and _WATCHERS:
+        for watcher in _WATCHERS:
+            watcher.note(arguments[0])
+
+
+# The first pass of a loader with workers.
+
+
+class _Logged:
+    """A sampler whose batches are noted as they are drawn."""
+
+    def __init__(self, sampler: Any, order: list[Any]) -> None:
+        self._sampler, self._order = sampler, order
+
+    def __iter__(self) -> Iterator[Any]:
+        return _LoggedIterator(iter(self._sampler), self._order)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+class _LoggedIterator(Iterator[Any]):
+    def __init__(self, found: Iterator[Any], order: list[Any]) -> None:
+        self._found, self._order = found, order
+
+    def __next__(self) -> Any:
+        keys = next(self._found)
+        self._order.append(keys)
+        return keys
+
+
+class _Reader:
+    """A dataset in a worker, whose rows come with the generator that they drew from. All else is the dataset's."""
+
+    def __init__(self, dataset: Any) -> None:
+        object.__setattr__(self, "_dataset", dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_dataset", "__setstate__", "__getstate__"):
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._dataset, name, value)
+
+    def __reduce__(self) -> Any:
+        return _Reader, (self._dataset,)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, key: Any) -> Any:
+        generators = GlobalGenerators()
+        row = self._dataset[key]
+        return _Rows(generators.moved(), [row])
+
+    def __getitems__(self, keys: list[Any]) -> Any:
+        generators = GlobalGenerators()
+        many = getattr(self._dataset, "__getitems__", None)
+        rows = many(keys) if many else [self._dataset[key] for key in keys]
+        return _Rows(generators.moved(), rows)
+
+
+class _Rows:
+    def __init__(self, drawn: str | None, rows: Sequence[Row]) -> None:
+        self.drawn, self.rows = drawn, rows
+
+
+class _Packed:
+    """A `collate_fn` in a worker, whose batches come with the rows that they are made of.
+
+    Rows travel as bytes: a tensor by itself would take an open file.
+    """
+
+    def __init__(self, collate: Callable[[Any], Batch], *, is_batched: bool) -> None:
+        self._collate, self._is_batched = collate, is_batched
+
+    def __call__(self, read: _Rows) -> tuple[bytes, Batch]:
+        packed = pickle.dumps((read.drawn, list(read.rows)))
+        return packed, self._collate(read.rows if self._is_batched else read.rows[0])

@@ -1,0 +1,328 @@
+"""Rows of a user's dataset, kept as columns and given back bit for bit, as rows or as collated batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.data.columns import Column, ColumnBuilder
+from fasttrain.errors import DataError
+
+__all__ = ["RowStore"]
+
+Row = Any
+
+_WIDE = range(-(1 << 63), 1 << 63)
+
+_ARRAYS = frozenset(
+    map(np.dtype, ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"))
+) | frozenset(map(np.dtype, ("float16", "float32", "float64", "complex64", "complex128")))
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A kind of value in a row: what makes it from an element of its column."""
+
+    form: str  # tensor, array, scalar (numpy's), int, float, bool, object
+    dtype: Any = None
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """A container in a row: a dict, list, tuple or namedtuple of others."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    parts: tuple[_Tree | _Leaf, ...]
+
+
+Form = _Tree | _Leaf
+
+
+class RowStore:
+    """Rows by their number, of which most have one form; the others, and rows under other keys, are kept as objects.
+
+    Args:
+        num_rows: of the dataset: numbers are below it.
+
+    Attributes:
+        form: of the rows in columns; None before there is a row.
+        has_others: whether there are rows of another form, or under keys that are no numbers.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.form: Form | None = None
+        self._leaves: list[_Leaf] = []
+        self._columns: list[ColumnBuilder | list[Any]] = []
+        self._there = np.zeros(num_rows, dtype=bool)
+        self._others: dict[tuple[type, Any], Row] = {}
+        self._object_bytes = 0
+
+    @property
+    def has_others(self) -> bool:
+        """See the class."""
+        return bool(self._others)
+
+    @property
+    def count(self) -> int:
+        """How many rows are kept."""
+        return int(self._there.sum()) + len(self._others)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the rows take; of objects, about."""
+        return self._object_bytes + sum(each.nbytes for each in self._columns if isinstance(each, ColumnBuilder))
+
+    def has(self, key: Any) -> bool:
+        """Whether the row of a key is kept."""
+        if self._is_number(key) and self._there[key]:
+            return True
+        return (type(key), key) in self._others
+
+    def has_all(self, keys: Sequence[Any]) -> bool:
+        """Whether the rows of all keys are in columns."""
+        return all(map(self._is_number, keys)) and bool(self._there[keys].all()) if len(keys) else True
+
+    def missing(self, numbers: np.ndarray) -> np.ndarray:
+        """Those of the row numbers whose rows are not in columns."""
+        return numbers[~self._there[numbers]]
+
+    def put(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
+        """Keeps rows; what is kept is no memory of the rows'.
+
+        Raises:
+            DataError: an object in a row cannot be copied.
+        """
+        fitting: list[int] = []
+        flat: list[list[Any]] = []
+        for key, row in zip(keys, rows, strict=True):
+            if self.has(key):
+                continue
+            leaves: list[Any] = []
+            form = _form_of(row, leaves)
+            if self.form is None and self._is_number(key):
+                self._begin(form)
+            if form == self.form and self._is_number(key):
+                fitting.append(key)
+                flat.append(leaves)
+                self._there[key] = True
+            else:
+                self._others[type(key), key] = _copied(row)
+                self._object_bytes += 256 + sum(getattr(each, "nbytes", 64) for each in leaves)
+        if fitting:
+            for column, leaf, values in zip(self._columns, self._leaves, zip(*flat, strict=True), strict=True):
+                self._put_column(column, leaf, fitting, values)
+
+    def rows(self, keys: Sequence[Any]) -> list[Row]:
+        """Rows of keys that are kept, each as it was read, in memory of its own."""
+        numbers = [key for key in keys if self._is_number(key) and self._there[key]]
+        made = iter(self._rows_of(numbers)) if numbers else iter(())
+        return [
+            next(made) if self._is_number(key) and self._there[key] else _copied(self._others[type(key), key])
+            for key in keys
+        ]
+
+    def batch(self, numbers: Sequence[int]) -> Any:
+        """A batch as the default `collate_fn` makes it of these rows, all of them in columns."""
+        assert self.form is not None
+        leaves = [
+            self._collated(column, leaf, numbers) for column, leaf in zip(self._columns, self._leaves, strict=True)
+        ]
+        return _collate(self.form, iter(leaves))
+
+    @property
+    def tensor_leaves(self) -> list[bool]:
+        """For each value of a row, whether the default `collate_fn` makes a tensor of it."""
+        return [leaf.form != "object" for leaf in self._leaves]
+
+    def is_collated(self) -> bool:
+        """Whether the default `collate_fn` can make batches of such rows."""
+        return self.form is not None and not any(
+            (
+                leaf.form == "object"
+                and not all(isinstance(each, str | bytes) for each in cast("Any", column) if each is not _NONE)
+            )
+            for leaf, column in zip(self._leaves, self._columns, strict=True)
+        )
+
+    def columns(self, numbers: np.ndarray, device: torch.device) -> list[Column]:
+        """The columns of the values that become tensors, with the rows of these numbers in that order, on a device."""
+        found: list[Column] = []
+        for column, leaf in zip(self._columns, self._leaves, strict=True):
+            if not isinstance(column, ColumnBuilder):
+                continue
+            dtype = _scalar_dtype(leaf) if leaf.form == "scalar" else None
+            if len(numbers) != self.num_rows or dtype is not None:
+                column = _rebuilt(column, numbers, dtype)
+            found.append(column.column(device))
+        return found
+
+    def rebuild(self, leaves: Sequence[Any]) -> Any:
+        """A batch of what is gathered from each column, and lists of what becomes no tensor."""
+        assert self.form is not None
+        return _collate(self.form, iter(leaves))
+
+    def objects(self, numbers: np.ndarray) -> list[list[Any]]:
+        """For each value that becomes no tensor, those of these rows."""
+        return [
+            [column[number] for number in numbers] for column in self._columns if not isinstance(column, ColumnBuilder)
+        ]
+
+    def _is_number(self, key: Any) -> bool:
+        return type(key) is int and 0 <= key < self.num_rows
+
+    def _begin(self, form: Form) -> None:
+        self.form = form
+        self._leaves = list(_leaves_of(form))
+        self._columns = [
+            [_NONE] * self.num_rows if leaf.form == "object" else ColumnBuilder(self.num_rows) for leaf in self._leaves
+        ]
+
+    def _put_column(self, column: Any, leaf: _Leaf, numbers: list[int], values: Sequence[Any]) -> None:
+        if leaf.form == "object":
+            for number, value in zip(numbers, values, strict=True):
+                column[number] = _copied(value)
+                self._object_bytes += 64 + (len(value) if isinstance(value, str | bytes) else 256)
+            return
+        if leaf.form == "tensor":
+            block = torch.stack(list(values))
+        elif leaf.form == "int":
+            block = torch.tensor(values, dtype=torch.int64)
+        elif leaf.form == "bool":
+            block = torch.tensor(values, dtype=torch.bool)
+        elif leaf.form == "float":
+            block = torch.from_numpy(np.array(values, dtype=np.float64))
+        else:
+            block = torch.from_numpy(np.stack(values) if leaf.form == "array" else np.array(values, dtype=leaf.dtype))
+        column.put(numbers, block)
+
+    def _rows_of(self, numbers: list[int]) -> list[Row]:
+        assert self.form is not None
+        values = [_elements(column, leaf, numbers) for column, leaf in zip(self._columns, self._leaves, strict=True)]
+        if not values:
+            return [_built(self.form, iter(())) for _ in numbers]
+        return [_built(self.form, iter(leaves)) for leaves in zip(*values, strict=True)]
+
+    def _collated(self, column: Any, leaf: _Leaf, numbers: Sequence[int]) -> Any:
+        if leaf.form == "object":
+            return [column[number] for number in numbers]
+        block = column.get(numbers)
+        return block.to(_scalar_dtype(leaf)) if leaf.form == "scalar" else block
+
+
+_NONE = object()
+"""Stands for an object that is not there yet."""
+
+
+def _rebuilt(column: ColumnBuilder, numbers: np.ndarray, dtype: torch.dtype | None) -> ColumnBuilder:
+    """The rows of these numbers alone, in that order."""
+    found = ColumnBuilder(len(numbers))
+    for begin in range(0, len(numbers), 256):
+        block = column.get(numbers[begin : begin + 256])
+        found.put(range(begin, begin + len(block)), block if dtype is None else block.to(dtype))
+    return found
+
+
+def _scalar_dtype(leaf: _Leaf) -> torch.dtype:
+    """What the default `collate_fn` makes of numpy's scalars of a dtype."""
+    return torch.as_tensor([leaf.dtype.type(0)]).dtype
+
+
+def _form_of(value: Any, leaves: list[Any]) -> Form:
+    """The form of a row; its values are put into `leaves`."""
+    kind: Any = type(value)
+    if kind is dict:
+        return _Tree(dict, tuple(value), tuple(_form_of(each, leaves) for each in value.values()))
+    if kind in (list, tuple) or (
+        issubclass(kind, tuple) and hasattr(kind, "_fields") and len(kind._fields) == len(value)
+    ):
+        return _Tree(kind, (), tuple(_form_of(each, leaves) for each in value))
+    leaves.append(value)
+    return _leaf_of(value, kind)
+
+
+def _leaf_of(value: Any, kind: type) -> _Leaf:
+    if kind is Tensor:
+        is_plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if is_plain and not value.requires_grad and not value.is_conj() and not value.is_neg() and not value.is_nested:
+            if value.stride() == torch.empty(value.shape, device="meta").stride() and not hasattr(
+                value, "__dict_own__"
+            ):
+                return _Leaf("tensor", value.dtype, tuple(value.shape))
+    elif kind is np.ndarray:
+        if value.dtype in _ARRAYS and value.dtype.isnative and value.flags.c_contiguous:
+            return _Leaf("array", value.dtype, value.shape)
+    elif issubclass(kind, np.generic):
+        if value.dtype in _ARRAYS:
+            return _Leaf("scalar", value.dtype)
+    elif kind is bool:
+        return _Leaf("bool")
+    elif kind is int and value in _WIDE:
+        return _Leaf("int")
+    elif kind is float:
+        return _Leaf("float")
+    return _Leaf("object", kind)
+
+
+def _leaves_of(form: Form) -> Iterator[_Leaf]:
+    if isinstance(form, _Leaf):
+        yield form
+    else:
+        for part in form.parts:
+            yield from _leaves_of(part)
+
+
+def _built(form: Form, leaves: Iterator[Any]) -> Any:
+    """A row of its values."""
+    if isinstance(form, _Leaf):
+        return next(leaves)
+    parts = [_built(part, leaves) for part in form.parts]
+    if form.kind is dict:
+        return dict(zip(form.keys, parts, strict=True))
+    return form.kind(parts) if form.kind in (list, tuple) else form.kind(*parts)
+
+
+def _collate(form: Form, leaves: Iterator[Any], *, in_sequence: bool = False) -> Any:
+    """A batch of what its leaves are collated to, as the default `collate_fn` nests them."""
+    if isinstance(form, _Leaf):
+        leaf = next(leaves)
+        return tuple(cast("Any", leaf)) if in_sequence and isinstance(leaf, list) else leaf
+    parts = [_collate(part, leaves, in_sequence=form.kind is not dict) for part in form.parts]
+    if form.kind is dict:
+        return dict(zip(form.keys, parts, strict=True))
+    return parts if form.kind in (list, tuple) else form.kind(*parts)
+
+
+def _elements(column: Any, leaf: _Leaf, numbers: list[int]) -> list[Any]:
+    """The values of rows, one by one, each in memory of its own."""
+    if leaf.form == "object":
+        return [_copied(column[number]) for number in numbers]
+    block: Tensor = column.get(numbers)
+    if leaf.form == "tensor":
+        return [each.clone() for each in block.unbind()]
+    if leaf.form in ("int", "bool", "float"):
+        return block.tolist() if leaf.form != "float" else [float(each) for each in block.numpy()]
+    if leaf.form == "scalar":
+        return list(block.numpy())
+    return [np.array(each) for each in block.numpy()]
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an object of a row, in memory of its own."""
+    if isinstance(value, Tensor):
+        found = value.detach().clone(memory_format=torch.preserve_format)
+        return found.requires_grad_(value.requires_grad)
+    if type(value) in (str, bytes, int, float, bool, complex, type(None)):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        raise DataError(f"a row holds a {type(value).__name__}, which cannot be copied: {error}") from error
