@@ -14,6 +14,9 @@ import collections
 import contextvars
 import ctypes
 import datetime
+import decimal
+import enum
+import fractions
 import functools
 import io
 import itertools
@@ -24,6 +27,7 @@ import os
 import random
 import secrets
 import sqlite3
+import struct
 import sys
 import threading
 import time
@@ -1345,8 +1349,9 @@ SINCE: dict[str, Callable[[], float]] = {
 """Clocks: a value from before the epoch has been replayed."""
 
 
-def rarely(rows: Noisy, i: int) -> bool:
-    return secrets.randbelow(4) == 0
+def sometimes(rows: Noisy, i: int) -> bool:
+    """So often that two reads of all rows differ with a chance of 1 - 4**-12, and a replay gives some value twice."""
+    return secrets.randbelow(2) == 0
 
 
 def by_entropy() -> Iterator[Adversary]:
@@ -1359,7 +1364,7 @@ def by_entropy() -> Iterator[Adversary]:
     for name in ("os.urandom", "default_rng", "torch.Generator"):
         some = world(FRESH[name], for_some)
         yield Adversary(f"fresh {name} for some", some, "fresh", lambda epoch, row: row == SOME)
-        yield Adversary(f"fresh {name} rarely", world(FRESH[name], rarely), "fresh")
+        yield Adversary(f"fresh {name} sometimes", world(FRESH[name], sometimes), "fresh")
         second = world(FRESH[name], second_read)
         yield Adversary(f"fresh {name} from the second read", second, "fresh", lambda epoch, row: epoch > 0)
     yield Adversary("fresh uuid4, workers", world(FRESH["uuid4"], always, num_workers=2), "fresh", every)
@@ -1713,6 +1718,161 @@ def by_reader() -> Iterator[Adversary]:
     yield Adversary("array by slices", _written(lambda: Base().a, batch_size=None, sampler=slices))
 
 
+# Rows that hold other things than tensors, arrays, numbers and strings
+
+
+class Tagged(torch.Tensor):
+    """A subclass of Tensor, as torchvision's are."""
+
+
+class Kind(enum.IntEnum):
+    A = 0
+    B = 1
+
+
+class Word(str):
+    """A str with more than its text."""
+
+
+class Pair(tuple[Any, ...]):
+    """A tuple of another type."""
+
+
+class Sized(list[Any]):
+    pass
+
+
+def _tagged(i: int) -> Any:
+    return torch.full((2,), float(i)).as_subclass(Tagged)
+
+
+def _with_attribute(i: int) -> Any:
+    value = torch.full((2,), float(i))
+    value.name_of_row = f"row {i}"  # pyright: ignore[reportAttributeAccessIssue]
+    return value
+
+
+def _cycle(i: int) -> Any:
+    inside: list[Any] = [i]
+    return types.SimpleNamespace(inside=inside, back=[inside, inside])
+
+
+def _word(i: int) -> Any:
+    word = Word(f"w{i}")
+    word.language = "fr" if i % 2 else "en"  # pyright: ignore[reportAttributeAccessIssue]
+    return word
+
+
+def _sized(i: int) -> Any:
+    rows = Sized([i, float(i)])
+    rows.size = i  # pyright: ignore[reportAttributeAccessIssue]
+    return rows
+
+
+def _sparse(i: int) -> Any:
+    return torch.sparse_coo_tensor(torch.tensor([[i % 3, 2]]), torch.tensor([1.0, i]), (4,), check_invariants=True)
+
+
+def _deep(i: int) -> Any:
+    value: Any = i
+    for _ in range(60):
+        value = [value]
+    return value
+
+
+ODD: dict[str, Callable[[int], Any]] = {
+    "tensor subclass": _tagged,
+    "tensor with an attribute": _with_attribute,
+    "tensor that requires grad": lambda i: torch.full((2,), float(i), requires_grad=True),
+    "parameter": lambda i: nn.Parameter(torch.full((2,), float(i))),
+    "result of a function": lambda i: torch.full((2,), float(i), requires_grad=True) * 2,
+    "meta tensor": lambda i: torch.empty(2 + i % 2, device="meta"),
+    "sparse tensor": _sparse,
+    "float8": lambda i: torch.full((2,), float(i)).to(torch.float8_e4m3fn),
+    "module": lambda i: nn.Identity(),
+    "masked array": lambda i: np.ma.masked_array([1.0, i], [i % 2 == 0, False]),
+    "structured array": lambda i: np.array([(i, 0.5)], [("a", "i4"), ("b", "f8")]),
+    "structured scalar": lambda i: np.array([(i, 0.5)], [("a", "i4"), ("b", "f8")])[0],
+    "record array": lambda i: np.rec.array([(i, 0.5)], [("a", "i4"), ("b", "f8")]),
+    "big-endian array": lambda i: np.full(2, i, ">i4"),
+    "read-only array": lambda i: np.frombuffer(bytes([i, 1]), np.uint8),
+    "array of objects": lambda i: np.array([i, f"row {i}", None], object),
+    "array of strings": lambda i: np.array([f"row {i}", "b" * (i + 1)]),
+    "array of bytes": lambda i: np.array([b"ab" * i, b"c\0"]),
+    "array of dates": lambda i: np.array(["2020-01-01"], "M8[D]") + i,
+    "date scalar": lambda i: np.datetime64("NaT") if i % 2 else np.timedelta64(i, "s"),
+    "long double": lambda i: np.longdouble(1) / (i + 3),
+    "memory map": lambda i: np.full(2, i).view(np.memmap),
+    "numpy str": lambda i: np.str_(f"row {i}"),
+    "numpy bytes": lambda i: np.bytes_(b"ab\0"),
+    "datetime": lambda i: datetime.datetime(2020, 1, 1 + i),
+    "timestamp": lambda i: pd.Timestamp(2020, 1, 1 + i),
+    "series": lambda i: pd.Series([i, 2.5]),
+    "path": lambda i: Path(f"row/{i}"),
+    "decimal": lambda i: decimal.Decimal(i) / 3,
+    "fraction": lambda i: fractions.Fraction(i, 7),
+    "enum": lambda i: Kind(i % 2),
+    "str with more": _word,
+    "list with more": _sized,
+    "tuple of another type": lambda i: Pair((i, f"row {i}")),
+    "range": lambda i: range(i, 2 * i, 3),
+    "slice": lambda i: slice(i, None),
+    "ellipsis": lambda i: ...,
+    "set": lambda i: {i % 2},
+    "frozenset": lambda i: frozenset([i]),
+    "deque": lambda i: collections.deque([i, 1], maxlen=2 + i),
+    "counter": lambda i: collections.Counter({"a": i}),
+    "proxy": lambda i: types.MappingProxyType({"a": i}),
+    "default dict": lambda i: collections.defaultdict(lambda: i, a=i),
+    "bytearray": lambda i: bytearray([i]),
+    "memoryview": lambda i: memoryview(bytes([i])),
+    "keys of any kind": lambda i: {i: 1, (i, 2): 2, None: 3, 1.5: 4, b"x": 5},
+    "keys that are equal": lambda i: {True: i} if i % 2 else {1: i},
+    "empty": lambda i: [(), [], {}, set(), "", b""][i % 6],
+    "surrogates": lambda i: "\ud800" + "\0" * i,
+    "long str": lambda i: "x" * (1 << (i % 4 * 4)),
+    "large int": lambda i: (-1) ** i << (62 + i % 4),
+    "complex with -0.0": lambda i: complex(-0.0, i),
+    "nan with a sign": lambda i: struct.unpack("d", struct.pack("Q", (0xFFF8 << 48) + i))[0],
+    "int or bool": lambda i: [True, 1, np.True_, np.int64(1), 1.0, np.float64(1)][i % 6],
+    "shape by row": lambda i: np.zeros((i % 3, 2, i % 2)),
+    "dims by row": lambda i: torch.zeros((1,) * (i % 4)),
+    "dtype by row": lambda i: torch.ones(2, dtype=[torch.float32, torch.int8, torch.bool][i % 3]),
+    "layout by row": lambda i: torch.arange(4.0).reshape(2, 2).t() if i % 2 else torch.arange(4.0).reshape(2, 2),
+    "part missing": lambda i: [i, i + 1, i + 2][: i % 4],
+    "function": lambda i: len if i % 2 else max,
+    "lambda": lambda i: lambda: i,
+    "class": lambda i: int if i % 2 else float,
+    "lock": lambda i: threading.Lock(),
+    "cycle": _cycle,
+    "deep": _deep,
+    "exception": lambda i: ValueError(i),
+    "generator of torch": lambda i: torch.Generator().manual_seed(i),
+    "dtype": lambda i: torch.float64 if i % 2 else torch.float32,
+}
+
+
+class Holding(Base):
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __getitem__(self, i: int) -> Any:
+        return {"x": self.x[i] + 1, "odd": self.make(i)}
+
+
+COLLATED = ["tensor subclass", "tensor with an attribute", "tensor that requires grad", "parameter", "enum", "float8"]
+COLLATED += ["result of a function", "meta tensor", "big-endian array", "masked array", "str with more", "counter"]
+COLLATED += ["list with more", "range", "keys of any kind", "dtype by row", "large int", "complex with -0.0"]
+
+
+def by_leaf() -> Iterator[Adversary]:
+    for name, make in ODD.items():
+        yield Adversary(f"holds {name}", _of(lambda make=make: Holding(make), collate_fn=as_list))
+    for name in COLLATED:  # where default_collate raises, the error is to be the same
+        yield Adversary(f"holds {name}, collated", _of(lambda name=name: Holding(ODD[name])))
+
+
 # What the user changes between epochs
 
 
@@ -1810,7 +1970,7 @@ class Lazyless(Base):
         return self.x[i]
 
 
-ADVERSARIES = [*by_homes(), *by_generators(), *by_entropy(), *by_reader(), *by_change()]
+ADVERSARIES = [*by_homes(), *by_generators(), *by_entropy(), *by_reader(), *by_leaf(), *by_change()]
 
 
 # `then`: what is to run live on recorded rows -------------------------------------------------------------------------

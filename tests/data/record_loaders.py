@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import enum
 import itertools
 import random
 import struct
@@ -53,12 +54,15 @@ Record = Callable[..., Any]
 def leaves(value: Any, path: str = "") -> Iterator[Event]:
     """All that a batch is, by path: containers with their types and keys, leaves with their types and bits."""
     kind = type(value)
-    if isinstance(value, Tensor):
-        bits = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, Tensor) and value.layout is not torch.strided:
+        whole = value.detach().coalesce()
+        yield path, (kind, value.layout, tuple(value.shape), value.is_coalesced(), value.requires_grad)
+        yield from leaves([whole.indices(), whole.values()], path)
+    elif isinstance(value, Tensor):
         shown = (value.dtype, tuple(value.shape), value.stride(), value.requires_grad, value.is_inference())
-        yield path, (kind, shown, bits)
+        yield path, (kind, value.device.type, shown, b"" if value.is_meta else _bits(value))
     elif isinstance(value, np.ndarray):
-        yield path, (kind, value.dtype.str, value.shape, value.strides)
+        yield path, (kind, repr(value.dtype), value.shape, value.strides)
         yield path, value.tolist() if value.dtype.hasobject else value.tobytes()
     elif isinstance(value, np.generic):
         yield path, (kind, value.dtype.str, value.tobytes())
@@ -77,10 +81,15 @@ def leaves(value: Any, path: str = "") -> Iterator[Event]:
         for number, item in enumerate(value):
             yield from leaves(item, f"{path}[{number}]")
     else:
-        yield path, kind
-    if vars(value) if hasattr(value, "__dict__") and not isinstance(value, Tensor) else False:
-        for name, item in vars(value).items():
-            yield from leaves(item, f"{path}.{name}")
+        text = repr(value)
+        yield path, (kind, None if " at 0x" in text else text)
+    for name, item in getattr(value, "__dict__", {}).items() if not isinstance(value, enum.Enum) else ():
+        yield from leaves(item, f"{path}.{name}")
+
+
+def _bits(value: Tensor) -> bytes:
+    whole = value.detach().as_subclass(Tensor).resolve_conj().resolve_neg().contiguous()
+    return whole.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def states(generator: torch.Generator | None = None) -> tuple[Any, ...]:

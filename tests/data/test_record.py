@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -229,6 +230,34 @@ def test_batches_made_without_gradients(guard: Callable[[], Any], record: Record
         return trace
 
     assert guarded(record).difference(guarded(identity)) is None
+
+
+@pytest.mark.parametrize("memory", [1, 500, 4_000])
+def test_a_bound_on_memory_changes_no_batch(memory: int, record: Record) -> None:
+    for case in (
+        Case("one-hot"),
+        Case("nested"),
+        Case("dict of numpy", "replacement"),
+        Case("unequal", "shuffle", "padded"),
+    ):
+        check(replace(case, recorded={"memory": memory}), record)
+
+
+def test_a_program_finds_the_loaders_attributes(record: Record) -> None:
+    """`len(loader.dataset)` and `loader.sampler.set_epoch(epoch)` stand in many a loop around the line that changes."""
+    loader = DataLoader(DictOfNumpy(), 4, shuffle=True, drop_last=True, generator=torch.Generator())
+    recorded = record(loader)
+    for name in (
+        "dataset",
+        "sampler",
+        "batch_sampler",
+        "batch_size",
+        "drop_last",
+        "generator",
+        "num_workers",
+        "collate_fn",
+    ):
+        assert getattr(recorded, name) is getattr(loader, name)
 
 
 # Refused at once ------------------------------------------------------------------------------------------------------

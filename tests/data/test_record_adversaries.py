@@ -59,6 +59,8 @@ def test_there_are_200_and_each_has_its_own_name() -> None:
 
 ONE_PROCESS = [adversary for adversary in ADVERSARIES if "workers" not in adversary.name]
 RAISING = {"RaisesAlways", "changed error by epoch"}
+UNCOLLATED = {"meta tensor", "big-endian array", "range", "keys of any kind", "large int", "complex with -0.0"}
+RAISING |= {f"holds {name}, collated" for name in UNCOLLATED}
 FROZEN_RIGHT = {
     *(
         f"{rows}{ahead}"
@@ -81,7 +83,8 @@ def test_harness_the_plain_loader_is_never_wrong_and_comes_to_its_end(tmp_path: 
 
 @pytest.mark.parametrize(("broken", "right"), [(freezes_rows, FROZEN_RIGHT), (ReplaysFirstEpoch, {"RaisesAlways"})])
 def test_harness_catches_a_recorder_that_never_looks_again(broken: Record, right: set[str], tmp_path: Path) -> None:
-    missed = [each.name for n, each in enumerate(ONE_PROCESS) if judge(each, broken, tmp_path / str(n)).wrong is None]
+    moving = [each for each in ONE_PROCESS if not each.name.startswith("holds ")]
+    missed = [each.name for n, each in enumerate(moving) if judge(each, broken, tmp_path / str(n)).wrong is None]
     assert set(missed) <= right
 
 
