@@ -37,7 +37,7 @@ def targets() -> Tensor:
 
 
 def images() -> Tensor:
-    """[rows, channels, height, width] in the memory format channels_last; default_collate makes contiguous batches of it."""
+    """[rows, channels, height, width] in the memory format channels_last; default_collate gives contiguous batches."""
     pixels = torch.sin(torch.arange(NUM_ROWS * 12.0, dtype=torch.float64)).reshape(NUM_ROWS, 3, 2, 2)
     return pixels.contiguous(memory_format=torch.channels_last)
 
