@@ -453,7 +453,7 @@ class Images(Table):
 
 
 class ChannelsLast(Images):
-    """[channels, height, width] over memory that is [height, width, channels]; default_collate keeps those strides."""
+    """[channels, height, width] over memory that is [height, width, channels]; default_collate makes it contiguous."""
 
     def __getitem__(self, i: int) -> Any:
         return torch.from_numpy(super().__getitem__(i)[0]).permute(2, 0, 1)

@@ -37,7 +37,7 @@ def targets() -> Tensor:
 
 
 def images() -> Tensor:
-    """[rows, channels, height, width] in the memory format channels_last, which default_collate keeps."""
+    """[rows, channels, height, width] in the memory format channels_last; default_collate gives contiguous batches."""
     pixels = torch.sin(torch.arange(NUM_ROWS * 12.0, dtype=torch.float64)).reshape(NUM_ROWS, 3, 2, 2)
     return pixels.contiguous(memory_format=torch.channels_last)
 
@@ -164,6 +164,8 @@ def jobs() -> Iterator[Job]:
     yield job("one batch, larger than the data", batch_size=100)
     yield job("one row a batch", batch_size=1, dataset="subset")
     yield job("no batches", batch_size=None)
+    yield job("no batches, channels last", "channels last", batch_size=None)
+    yield job("no batches, every second", "every second", batch_size=None)
     yield job("own collate", collate_fn=halved)
     yield job("workers", num_workers=2)
     yield made("own dataset", lambda: DataLoader(Doubling(features(), targets()), 4, shuffle=True))
