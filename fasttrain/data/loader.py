@@ -393,7 +393,7 @@ class LoaderBatches(ReplayedBatches):
         return self._known.rows(indices)
 
     def is_current(self) -> bool:
-        """See `ReplayedBatches.is_current`: whether the dataset still has the tensors that batches are gathered from."""
+        """See `ReplayedBatches.is_current`: whether the dataset still has the tensors that are gathered from."""
         found = self._known.read()
         return (
             isinstance(found, list)

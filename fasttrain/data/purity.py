@@ -1,9 +1,12 @@
 """Whether the rows of a dataset depend on their index alone, so that a recorded row may stand for one that is read.
 
-Three checks work together: what rows can read in Python (the dataset's attributes, its code and the globals and closures
-of that code) is compared before and after rows are read, and at every pass; the states of the global random generators
-are compared around every read; and a forked child reads rows a second time, where a clock, a counter or a generator of
-the row's own shows itself without changing anything in this process.
+Three checks work together:
+
+- What rows can read in Python (the dataset's attributes, its code, and the globals and closures of that code) is
+  compared before and after rows are read, and at every pass.
+- The states of the global random generators are compared around every read.
+- A forked child reads rows again, where a clock, a counter or a generator of the row's own shows itself without a
+  change to anything in this process.
 """
 
 from __future__ import annotations
@@ -303,10 +306,7 @@ class Facts:
             if _is_library_class(each):
                 continue
             table = {key: value for key, value in vars(each).items() if key not in ("__dict__", "__weakref__")}
-            self._add(
-                f"{each.__qualname__}'s attributes",
-                lambda each=each, keys=frozenset(vars(each)): vars(each).keys() == keys,
-            )
+            self._add(f"{each.__qualname__}'s attributes", _same_result(functools.partial(_keys_of, each)))
             for key, value in table.items():
                 self._read(f"{each.__qualname__}.{key}", lambda each=each, key=key: vars(each).get(key))
                 for inner in ("fget", "__func__", "func", "__wrapped__"):
@@ -346,6 +346,10 @@ def _state_of(bits: Any) -> object:
 def _same_result(get: Callable[[], Any]) -> Callable[[], bool]:
     known = get()
     return lambda: get() == known
+
+
+def _keys_of(kind: type) -> frozenset[str]:
+    return frozenset(vars(kind))
 
 
 def _cell(cell: Any) -> Any:
@@ -429,9 +433,10 @@ def _same_tensors(one: Tensor, other: Tensor) -> bool:
         return False
     if one.layout is not torch.strided or one.is_quantized:
         return bool(torch.equal(one.to_dense(), other.to_dense()))
-    if one.stride() != other.stride():
+    if (one.stride(), one.is_conj(), one.is_neg()) != (other.stride(), other.is_conj(), other.is_neg()):
         return False
-    bits = [each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other)] if one.numel() else []
+    plain = [each.detach().resolve_conj().resolve_neg().contiguous().reshape(-1) for each in (one, other)]
+    bits = [each.view(torch.uint8) for each in plain] if one.numel() else []
     return not bits or torch.equal(bits[0], bits[1])
 
 

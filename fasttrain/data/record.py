@@ -8,7 +8,10 @@ import pickle
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -97,15 +100,17 @@ class RecordedLoader(Replayable):
     two passes (an attribute, its code, a global that its code reads, a file), rows are recorded anew.
 
     Attributes:
-        loader: see above.
+        loader, then: see `record`.
     """
 
     def __init__(self, loader: DataLoader[Any], then: Callable[[Row], Row] | None, memory_bytes: int) -> None:
         self.loader = loader
-        self._then = then
+        self.then = then
         self._memory_bytes = memory_bytes
         self._recordings: list[_Recording] = []
         self._passes = 0
+        self._why_live = ""
+        self._by_workers: Iterable[tuple[bytes, Batch]] | None = None
         self._choice = Choice("streamed", "rows are recorded while they are read")
 
     def __len__(self) -> int:
@@ -129,7 +134,16 @@ class RecordedLoader(Replayable):
         Raises:
             DataError: rows do not depend on their index alone, or one differs from what was recorded.
         """
-        return self._pass(self._begin())
+        is_first, self._passes = self._passes == 0, self._passes + 1
+        if self._why_live:
+            self._choice = Choice("streamed", self._why_live)
+            return iter(self.loader) if self._by_workers is None else map(itemgetter(1), self._by_workers)
+        recording = self._begin()
+        if self.loader.num_workers and is_first:
+            order: list[Any] = []
+            self._by_workers = _logging_loader(self.loader, order)
+            return recording.read_by_workers(iter(self._by_workers), order)
+        return self._pass(recording, IndexBatches(self.loader, is_first_pass=is_first))
 
     def resident(self, device: torch.device) -> ReplayedBatches | str:
         """See `Replayable.resident`: what remains unread of a dataset whose rows are recorded is read now."""
@@ -147,7 +161,7 @@ class RecordedLoader(Replayable):
         return why_not
 
     def _why_not_resident(self) -> str:
-        if self._then is not None:
+        if self.then is not None:
             return "`then` is called with each row"
         if self.loader.collate_fn is not default_collate:
             return "the loader has a collate_fn of its own, which is called with recorded rows"
@@ -155,7 +169,7 @@ class RecordedLoader(Replayable):
             return "the loader has a batch_sampler that is not torch's own, or makes no batches"
         if self.loader.pin_memory:
             return "the loader pins memory"
-        return "" if self._recordings else "rows are recorded while they are read"
+        return self._why_live or ("" if self._recordings else "rows are recorded while they are read")
 
     def _begin(self) -> _Recording:
         """The recording of the dataset as it is now, for a pass that begins."""
@@ -177,19 +191,25 @@ class RecordedLoader(Replayable):
         self._choice = Choice("streamed", reason)
         return found
 
-    def _pass(self, recording: _Recording) -> Iterator[Batch]:
-        is_first, self._passes = self._passes == 0, self._passes + 1
-        if self.loader.num_workers and is_first:
-            yield from recording.read_by_workers()
-            return
+    def _pass(self, recording: _Recording, indices: Iterator[Any]) -> Iterator[Batch]:
         begin, live = time.perf_counter(), recording.num_read
-        for keys in IndexBatches(self.loader, is_first_pass=is_first):
+        for keys in indices:
             if recording.has_moved():
                 recording = self._begin()
             yield recording.batch(keys)
         if recording.num_read == live:
             recording.pass_s = time.perf_counter() - begin
             self._choice = Choice("recorded", f"{recording.store.count:,} rows are replayed")
+
+    @property
+    def is_live(self) -> bool:
+        """Whether rows are read live for good."""
+        return bool(self._why_live)
+
+    def stop_recording(self, why: str) -> None:
+        """Has rows read live from now on."""
+        self._why_live, self._recordings = why, []
+        self._choice = Choice("streamed", why)
 
 
 class _Recording:
@@ -214,12 +234,12 @@ class _Recording:
         self.store = RowStore(_length(self._dataset))
         self.num_read = 0
         self.pass_s = 0.0
-        self._is_own_collate = self._loader.collate_fn is not default_collate or owner._then is not None
+        self._is_own_collate = self._loader.collate_fn is not default_collate or owner.then is not None
         self.why_not_collated = "" if self._loader.batch_sampler is not None and not self._is_own_collate else "own"
         self._num_compared = self._next_compared = 0
         self._read_s = self._checked_s = self._watched_s = 0.0
         self._num_checked = 0
-        self._is_shared = False
+        self._is_shared = self._is_live = False
         self._ignored: frozenset[str] = frozenset()
         self._files: dict[str, object] = {}
         self._facts = self._new_facts()
@@ -276,44 +296,45 @@ class _Recording:
 
     def batch(self, keys: Any) -> Batch:
         """The batch of what the loader's sampler gave."""
-        if self._loader.batch_sampler is None:
-            return self._collated(self._rows([keys])[0])
-        keys = list(keys)
-        is_recorded = self.store.has_all(keys)
-        if is_recorded and keys and not self.why_not_collated and self._num_compared >= 4:
-            return self.store.batch(keys)
-        batch = self._collated(self._rows(keys))
-        if is_recorded or self.store.has_all(keys):
-            self._compare(keys, batch)
+        if self._is_live:
+            return self._read_live(keys)
+        is_batched = self._loader.batch_sampler is not None
+        wanted: list[Any] = list(keys) if is_batched else [keys]
+        is_recorded = self.store.has_all(wanted)
+        if is_batched and is_recorded and wanted and not self.why_not_collated and self._num_compared >= 4:
+            return self.store.batch(wanted)
+        rows = self._rows(wanted)
+        batch = self._loader.collate_fn(rows if is_batched else rows[0])
+        if self._is_shared and shares_memory(rows, batch):
+            self._is_live = True
+            self._owner.stop_recording(
+                "rows are memory of the dataset's own, and the loader hands them out: a change of a batch changes the "
+                "dataset"
+            )
+        elif self.store.has_all(wanted):
+            self._compare(wanted, batch)
         return batch
 
-    def _rows(self, keys: Sequence[Any]) -> list[Row]:
-        missing = [key for key in keys if not self.store.has(key)]
+    def _read_live(self, keys: Any) -> Batch:
+        items = self._items(list(keys)) if self._loader.batch_sampler is not None else self._dataset[keys]
+        return self._loader.collate_fn(items)
+
+    def _rows(self, keys: list[Any]) -> Sequence[Row]:
+        are_kept = [*map(self.store.has, keys)]
+        missing = [key for key, is_kept in zip(keys, are_kept, strict=True) if not is_kept]
+        then = self._owner.then
+        if len(missing) == len(keys):
+            rows = self.read(keys)
+            return rows if then is None else [then(copy.deepcopy(row)) for row in rows]
         if missing:
-            read = dict(zip([(type(key), key) for key in missing], self.read(missing), strict=True))
-            kept = [key for key in keys if (type(key), key) not in read]
-            replayed = dict(zip([(type(key), key) for key in kept], self.store.rows(kept), strict=True))
-            if len(missing) == len(keys) and len(read) == len(keys):
-                rows = list(read.values())
-            else:
-                rows = [read[type(key), key] if (type(key), key) in read else replayed[type(key), key] for key in keys]
+            store, read = self.store, iter(self.read(missing))
+            if self.store is not store:
+                return self._rows(keys)  # the dataset was changed: what was kept is kept no more
+            kept = iter(store.rows([key for key, is_kept in zip(keys, are_kept, strict=True) if is_kept]))
+            rows = [next(kept) if is_kept else next(read) for is_kept in are_kept]
         else:
             rows = self.store.rows(keys)
-        then = self._owner._then
-        if then is not None:
-            rows = [then(row) for row in (rows if not missing else [copy.deepcopy(row) for row in rows])]
-        return rows
-
-    def _collated(self, rows: Any) -> Batch:
-        """What the loader's `collate_fn` makes of rows."""
-        batch = self._loader.collate_fn(rows)
-        if self._is_shared and shares_memory(rows, batch):
-            raise DataError(
-                f"{where(self._dataset)} gives rows that are memory of the dataset's own, and the loader hands them "
-                "out: a change of a batch would change the dataset, which recorded rows cannot follow; copy them in "
-                "__getitem__ or collate_fn, or give the loader itself"
-            )
-        return batch
+        return rows if then is None else [then(row) for row in rows]
 
     def _compare(self, keys: list[Any], batch: Batch) -> None:
         """Compares a batch that is made of columns with what `collate_fn` makes, now and then."""
@@ -329,6 +350,10 @@ class _Recording:
     def _row(self, key: Any) -> Row:
         """One row as the loader reads it."""
         return self._items([key])[0]
+
+    def _row_of_worker(self, key: Any) -> Row:
+        """One row as it comes from a worker."""
+        return pickle.loads(pickle.dumps(self._row(key)))
 
     def _items(self, keys: Sequence[Any]) -> Sequence[Row]:
         many = getattr(self._dataset, "__getitems__", None) if self._loader.batch_sampler is not None else None
@@ -400,11 +425,11 @@ class _Recording:
         self._ignored |= {each.name for each in changed}
         self._facts, self._attributes = self._new_facts(), self._shallow()
 
-    def _read_again(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
+    def _read_again(self, keys: Sequence[Any], rows: Sequence[Row], *, is_pickled: bool = False) -> None:
         if self._num_checked >= CHECKED_ROWS and self._checked_s > CHECKED_SHARE * self._read_s:
             return
         begin = time.perf_counter()
-        why, is_shared = read_again(self._row, keys, rows)
+        why, is_shared = read_again(self._row_of_worker if is_pickled else self._row, keys, rows)
         self._checked_s += time.perf_counter() - begin
         self._num_checked += len(keys)
         self._is_shared = self._is_shared or is_shared
@@ -417,27 +442,29 @@ class _Recording:
             "changes a function of its own, record(loader, then=function), or give the loader itself"
         )
 
-    def read_by_workers(self) -> Iterator[Batch]:
-        """The first pass of a loader with workers, which read the rows; they are recorded as they come."""
-        loader = copy.copy(self._loader)
-        order: list[Any] = []
-        is_batched = loader.batch_sampler is not None
-        logged = _Logged(loader.batch_sampler if is_batched else loader.sampler, order)
-        vars(loader)["batch_sampler" if is_batched else "sampler"] = logged
-        vars(loader)["dataset"] = _Reader(self._dataset)
-        vars(loader)["collate_fn"] = _Packed(loader.collate_fn, is_batched=is_batched)
-        for packed, batch in loader:
+    def read_by_workers(self, passing: Iterator[tuple[bytes, Batch]], order: list[Any]) -> Iterator[Batch]:
+        """The first pass of a loader with workers, which read the rows; they are recorded as they come.
+
+        Args:
+            passing: the pass, of `_logging_loader`.
+            order: where it notes the indices of each batch.
+        """
+        is_batched = self._loader.batch_sampler is not None
+        for packed, batch in passing:
             keys = order.pop(0)
-            drawn, rows = pickle.loads(packed)  # by the loader's worker
-            if drawn is not None:
-                raise self._refused(f"draws from {drawn}")
-            keys = list(keys) if is_batched else [keys]
-            self.num_read += len(keys)
-            self._read_s += 1e-4 * len(keys)
-            self._read_again(keys, rows)
-            self._keep(keys, rows)
-            if self.store.has_all(keys) and is_batched:
-                self._compare(keys, batch)
+            found: _Rows = pickle.loads(packed)  # by the loader's worker
+            if found.drawn is not None:
+                raise self._refused(f"draws from {found.drawn}")
+            if found.why_collated_there is not None:
+                self._owner.stop_recording(f"collate_fn, in the loader's workers, {found.why_collated_there}")
+            if not self._owner.is_live:
+                keys = list(keys) if is_batched else [keys]
+                self.num_read += len(keys)
+                self._read_s += found.seconds
+                self._read_again(keys, found.rows, is_pickled=True)
+                self._keep(keys, found.rows)
+                if self.store.has_all(keys) and is_batched:
+                    self._compare(keys, batch)
             yield batch
 
     # Resident rows.
@@ -615,6 +642,26 @@ def _on_event(event: str, arguments: Any) -> None:
 # The first pass of a loader with workers.
 
 
+def _logging_loader(loader: DataLoader[Any], order: list[Any]) -> DataLoader[Any]:
+    """A loader of the same batches, each with the rows that it is made of, pickled.
+
+    Args:
+        loader: with workers.
+        order: takes up the indices of each batch when they are drawn.
+    """
+    found = copy.copy(loader)
+    is_batched = loader.batch_sampler is not None
+    sampler = _Logged(loader.batch_sampler if is_batched else loader.sampler, order)
+    vars(found).update(
+        {
+            "batch_sampler" if is_batched else "sampler": sampler,
+            "dataset": _Reader(loader.dataset),
+            "collate_fn": _Packed(loader.collate_fn, is_batched=is_batched),
+        }
+    )
+    return found
+
+
 class _Logged:
     """A sampler whose batches are noted as they are drawn."""
 
@@ -638,8 +685,25 @@ class _LoggedIterator(Iterator[Any]):
         return keys
 
 
+@dataclass
+class _Rows:
+    """Rows as a worker has read them.
+
+    Attributes:
+        rows: see above.
+        seconds: that it took.
+        drawn: the generator that they were drawn from.
+        why_collated_there: why `collate_fn` gives other batches elsewhere.
+    """
+
+    rows: Sequence[Row]
+    seconds: float
+    drawn: str | None
+    why_collated_there: str | None = None
+
+
 class _Reader:
-    """A dataset in a worker, whose rows come with the generator that they drew from. All else is the dataset's."""
+    """A dataset in a worker, whose rows come as `_Rows`. All else is the dataset's."""
 
     def __init__(self, dataset: Any) -> None:
         object.__setattr__(self, "_dataset", dataset)
@@ -658,21 +722,17 @@ class _Reader:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, key: Any) -> Any:
-        generators = GlobalGenerators()
-        row = self._dataset[key]
-        return _Rows(generators.moved(), [row])
+    def __getitem__(self, key: Any) -> _Rows:
+        return self._read(lambda: [self._dataset[key]])
 
-    def __getitems__(self, keys: list[Any]) -> Any:
-        generators = GlobalGenerators()
+    def __getitems__(self, keys: list[Any]) -> _Rows:
         many = getattr(self._dataset, "__getitems__", None)
-        rows = many(keys) if many else [self._dataset[key] for key in keys]
-        return _Rows(generators.moved(), rows)
+        return self._read(lambda: many(keys) if many else [self._dataset[key] for key in keys])
 
-
-class _Rows:
-    def __init__(self, drawn: str | None, rows: Sequence[Row]) -> None:
-        self.drawn, self.rows = drawn, rows
+    def _read(self, read: Callable[[], Sequence[Row]]) -> _Rows:
+        generators, begin = GlobalGenerators(), time.perf_counter()
+        rows = read()
+        return _Rows(rows, time.perf_counter() - begin, generators.moved())
 
 
 class _Packed:
@@ -683,7 +743,19 @@ class _Packed:
 
     def __init__(self, collate: Callable[[Any], Batch], *, is_batched: bool) -> None:
         self._collate, self._is_batched = collate, is_batched
+        self._facts: Facts | None = None
 
     def __call__(self, read: _Rows) -> tuple[bytes, Batch]:
-        packed = pickle.dumps((read.drawn, list(read.rows)))
-        return packed, self._collate(read.rows if self._is_batched else read.rows[0])
+        self._facts = self._facts or Facts(self._collate)
+        packed, generators = pickle.dumps(list(read.rows)), GlobalGenerators()
+        batch = self._collate(read.rows if self._is_batched else read.rows[0])
+        drawn, changed = generators.moved(), self._facts.difference()
+        if drawn is not None:
+            read.why_collated_there = f"draws from {drawn}"
+        elif changed is not None:
+            read.why_collated_there = f"changes {changed}"
+        read.rows = pickle.loads(packed)  # as they were before collate_fn had them
+        return pickle.dumps(read), batch
+
+    def __reduce__(self) -> Any:
+        return partial(_Packed, is_batched=self._is_batched), (self._collate,)

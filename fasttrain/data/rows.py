@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import Tensor
 from fasttrain.data.columns import Column, ColumnBuilder
 from fasttrain.errors import DataError
 
-__all__ = ["RowStore"]
+__all__ = ["RowStore", "name_of"]
 
 Row = Any
 
@@ -63,7 +64,7 @@ class RowStore:
         self._leaves: list[_Leaf] = []
         self._columns: list[ColumnBuilder | list[Any]] = []
         self._there = np.zeros(num_rows, dtype=bool)
-        self._others: dict[tuple[type, Any], Row] = {}
+        self._others: dict[object, Row] = {}
         self._object_bytes = 0
 
     @property
@@ -85,7 +86,8 @@ class RowStore:
         """Whether the row of a key is kept."""
         if self._is_number(key) and self._there[key]:
             return True
-        return (type(key), key) in self._others
+        name = name_of(key)
+        return name is not None and name in self._others
 
     def has_all(self, keys: Sequence[Any]) -> bool:
         """Whether the rows of all keys are in columns."""
@@ -104,7 +106,8 @@ class RowStore:
         fitting: list[int] = []
         flat: list[list[Any]] = []
         for key, row in zip(keys, rows, strict=True):
-            if self.has(key):
+            name = name_of(key)
+            if name is None or self.has(key):
                 continue
             leaves: list[Any] = []
             form = _form_of(row, leaves)
@@ -115,7 +118,7 @@ class RowStore:
                 flat.append(leaves)
                 self._there[key] = True
             else:
-                self._others[type(key), key] = _copied(row)
+                self._others[name] = _copied(row)
                 self._object_bytes += 256 + sum(getattr(each, "nbytes", 64) for each in leaves)
         if fitting:
             for column, leaf, values in zip(self._columns, self._leaves, zip(*flat, strict=True), strict=True):
@@ -126,7 +129,7 @@ class RowStore:
         numbers = [key for key in keys if self._is_number(key) and self._there[key]]
         made = iter(self._rows_of(numbers)) if numbers else iter(())
         return [
-            next(made) if self._is_number(key) and self._there[key] else _copied(self._others[type(key), key])
+            next(made) if self._is_number(key) and self._there[key] else _copied(self._others[name_of(key)])
             for key in keys
         ]
 
@@ -220,6 +223,21 @@ class RowStore:
 
 _NONE = object()
 """Stands for an object that is not there yet."""
+
+
+def name_of(key: Any) -> object | None:
+    """What a key of a dataset is known by: equal for keys of one type and value; None where the key has no value."""
+    kind: Any = type(key)
+    if kind in (int, bool, str, bytes, type(None)):
+        return kind, key
+    if kind is float:
+        return kind, key.hex()
+    if issubclass(kind, np.generic):
+        return kind, key.dtype, key.tobytes()
+    if kind is tuple:
+        names = [name_of(each) for each in key]
+        return None if None in names else (kind, tuple(names))
+    return None
 
 
 def _rebuilt(column: ColumnBuilder, numbers: np.ndarray, dtype: torch.dtype | None) -> ColumnBuilder:
@@ -317,12 +335,38 @@ def _elements(column: Any, leaf: _Leaf, numbers: list[int]) -> list[Any]:
 
 def _copied(value: Any) -> Any:
     """A copy of an object of a row, in memory of its own."""
-    if isinstance(value, Tensor):
-        found = value.detach().clone(memory_format=torch.preserve_format)
-        return found.requires_grad_(value.requires_grad)
-    if type(value) in (str, bytes, int, float, bool, complex, type(None)):
+    kind: Any = type(value)
+    if kind in (str, bytes, int, float, bool, complex, type(None)):
         return value
+    if kind is Tensor and value.layout is torch.strided and not value.is_quantized:
+        return _copied_tensor(value)
+    if kind is np.ndarray and value.dtype != object and value.size:
+        low, high = np.lib.array_utils.byte_bounds(value)
+        memory = np.frombuffer((ctypes.c_char * (high - low)).from_address(low), dtype=np.uint8).copy()
+        begin = value.__array_interface__["data"][0] - low
+        return np.ndarray(value.shape, value.dtype, memory, begin, value.strides)
+    if kind in (list, tuple):
+        return kind(map(_copied, value))
+    if kind is dict:
+        return {key: _copied(each) for key, each in value.items()}
     try:
         return copy.deepcopy(value)
     except Exception as error:
-        raise DataError(f"a row holds a {type(value).__name__}, which cannot be copied: {error}") from error
+        raise DataError(f"a row holds a {kind.__name__}, which cannot be copied: {error}") from error
+
+
+def _copied_tensor(value: Tensor) -> Tensor:
+    """A copy that has the strides of the tensor, also where it skips memory or reads it more than once."""
+    is_conj, is_neg = value.is_conj(), value.is_neg()
+    plain = value.detach()
+    plain = plain.conj() if is_conj else plain
+    plain = torch._neg_view(plain) if is_neg else plain  # pyright: ignore[reportPrivateUsage]
+    size = 1 + sum((length - 1) * stride for length, stride in zip(plain.shape, plain.stride(), strict=True))
+    if not plain.numel():
+        found = torch.empty_strided(plain.shape, plain.stride(), dtype=plain.dtype, device=plain.device)
+    else:
+        memory = plain.as_strided((size,), (1,)).clone()
+        found = memory.as_strided(plain.shape, plain.stride())
+    found = torch._neg_view(found) if is_neg else found  # pyright: ignore[reportPrivateUsage]
+    found = found.conj() if is_conj else found
+    return found.requires_grad_(value.requires_grad)

@@ -240,7 +240,7 @@ def test_a_bound_on_memory_changes_no_batch(memory: int, record: Record) -> None
         Case("dict of numpy", "replacement"),
         Case("unequal", "shuffle", "padded"),
     ):
-        check(replace(case, recorded={"memory": memory}), record)
+        check(replace(case, recorded={"memory_bytes": memory}), record)
 
 
 def test_a_program_finds_the_loaders_attributes(record: Record) -> None:
