@@ -89,8 +89,8 @@ def where(dataset: Any) -> str:
         dataset = cast("Subset[Any]", dataset).dataset
     kind = type(dataset)
     for name in ("__getitems__", "__getitem__"):
-        function = inspect.unwrap(getattr(kind, name, None) or (lambda: None))
-        code = getattr(function, "__code__", None)
+        function = getattr(kind, name, None)
+        code = None if function is None else getattr(inspect.unwrap(function), "__code__", None)
         if code is not None and not _is_library_file(code.co_filename):
             return f"{kind.__name__}.{name} ({code.co_filename}:{code.co_firstlineno})"
     return kind.__name__
@@ -126,7 +126,13 @@ class Facts:
     def __init__(self, *root: Any, ignored: frozenset[str] = frozenset()) -> None:
         self._ignored = ignored
         self._facts: list[_Fact] = []
-        self._seen: dict[int, Any] = {}
+        # Others draw from the global generators, too (see `GlobalGenerators`).
+        shared = (
+            torch.default_generator,
+            getattr(random.random, "__self__", None),
+            getattr(np.random.seed, "__self__", None),
+        )
+        self._seen: dict[int, Any] = {id(each): each for each in shared}
         self._bytes = 0
         self._queue: deque[tuple[Any, str]] = deque()
         self.is_partial = False
@@ -265,7 +271,10 @@ class Facts:
 
     def _array(self, value: np.ndarray, name: str) -> None:
         if value.dtype == object:
-            self._elements(cast("Any", value.reshape(-1)), name)
+            kept = value.copy()  # so that no other object gets the address of one of these
+            self._add(name, lambda: value.shape == kept.shape and value.tobytes() == kept.tobytes())
+            for number, each in enumerate(kept.reshape(-1)[:MOST_FACTS]):
+                self._queue.append((each, f"{name}[{number}]"))
             return
         is_whole = self._bytes + value.nbytes <= MOST_BYTES
         self._bytes += value.nbytes if is_whole else SAMPLED_BYTES
@@ -279,27 +288,22 @@ class Facts:
         self._add(name, _same_result(content))
 
     def _frame(self, value: Any, name: str) -> None:
-        axes = [value] if isinstance(value, pd.Index) else [*value.axes]
+        """A table of pandas, by the arrays that hold its cells."""
+
+        def arrays() -> list[Any]:
+            manager = getattr(value, "_mgr", None)
+            return [value.array] if manager is None else [each.values for each in manager.blocks]
+
+        known, axes = arrays(), [value] if isinstance(value, pd.Index) else [*value.axes]
+        self._add(name, lambda: len(arrays()) == len(known) and all(map(is_, arrays(), known)))
         if not isinstance(value, pd.Index):
-            self._add(name, lambda: all(map(is_, value.axes, axes)) or all(map(pd.Index.equals, value.axes, axes)))
-        columns = [value.iloc[:, at] for at in range(value.shape[1])] if value.ndim == 2 else [value]
-        for column in columns[:64]:
-            size = len(column)
-            step = max(1, size * len(columns) // 1_024)
-
-            def sample(step: int = step, column: Any = column) -> object:
-                return [*column[::step]]
-
-            known = sample()
-            self._add(name, lambda sample=sample, known=known: _all_equal(cast("Any", sample()), cast("Any", known)))
-        if value.ndim == 2:  # a column is a copy where pandas copies on write
-            step = max(1, len(value) * value.shape[1] // 1_024)
-
-            def cells() -> list[Any]:
-                return [value.iat[row, row % value.shape[1]] for row in range(0, len(value), step)][:1_024]
-
-            known_cells, shape = cells(), value.shape
-            self._add(name, lambda: value.shape == shape and _all_equal(cells(), known_cells))
+            self._add(name, lambda: all(map(is_, value.axes, axes)))
+        for number, each in enumerate(known):
+            held = getattr(each, "_ndarray", each)  # of those that keep their cells in one
+            if isinstance(held, np.ndarray):
+                self._queue.append((held, f"{name}'s block {number}"))
+            elif hasattr(held, "_pa_array"):  # pyarrow's arrays do not change; a new one takes their place
+                self._add(name, _is_still(functools.partial(getattr, held, "_pa_array")))
 
     def _class(self, kind: type, name: str) -> None:
         for each in kind.__mro__:
@@ -350,6 +354,11 @@ def _same_result(get: Callable[[], Any]) -> Callable[[], bool]:
 
 def _keys_of(kind: type) -> frozenset[str]:
     return frozenset(vars(kind))
+
+
+def _is_still(get: Callable[[], Any]) -> Callable[[], bool]:
+    known = get()
+    return lambda: get() is known
 
 
 def _cell(cell: Any) -> Any:
@@ -431,6 +440,8 @@ def _same_tensors(one: Tensor, other: Tensor) -> bool:
         other.requires_grad,
     ):
         return False
+    if one.device.type == "meta":
+        return one.stride() == other.stride()
     if one.layout is not torch.strided or one.is_quantized:
         return bool(torch.equal(one.to_dense(), other.to_dense()))
     if (one.stride(), one.is_conj(), one.is_neg()) != (other.stride(), other.is_conj(), other.is_neg()):

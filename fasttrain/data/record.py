@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, W
 
 from fasttrain.data.loader import IndexBatches, LoaderEpoch, Replayable, ReplayedBatches, is_plain_batching
 from fasttrain.data.purity import Facts, GlobalGenerators, read_again, same_rows, shares_memory, where
-from fasttrain.data.rows import RowStore
+from fasttrain.data.rows import NotKeptError, RowStore
 from fasttrain.device import Choice, free_bytes
 from fasttrain.errors import ConfigError, DataError
 
@@ -239,7 +239,7 @@ class _Recording:
         self._num_compared = self._next_compared = 0
         self._read_s = self._checked_s = self._watched_s = 0.0
         self._num_checked = 0
-        self._is_shared = self._is_live = False
+        self._is_shared = self._is_live = self._is_pickled = False
         self._ignored: frozenset[str] = frozenset()
         self._files: dict[str, object] = {}
         self._facts = self._new_facts()
@@ -285,7 +285,7 @@ class _Recording:
         for number in self._random.sample(range(len(there)), min(count, len(there), 64)):
             index = int(there[number])
             [kept] = self.store.rows([index])
-            if not same_rows(kept, self._row(index)):
+            if not same_rows(kept, self._row_of_worker(index) if self._is_pickled else self._row(index)):
                 raise DataError(
                     f"row {index} of {where(self._dataset)} differs from the row that was recorded: what it is read "
                     "from has changed, or it does not depend on its index alone; make a new record(loader) where "
@@ -306,8 +306,7 @@ class _Recording:
         rows = self._rows(wanted)
         batch = self._loader.collate_fn(rows if is_batched else rows[0])
         if self._is_shared and shares_memory(rows, batch):
-            self._is_live = True
-            self._owner.stop_recording(
+            self._stop_recording(
                 "rows are memory of the dataset's own, and the loader hands them out: a change of a batch changes the "
                 "dataset"
             )
@@ -384,8 +383,16 @@ class _Recording:
         self._resident, self._files = {}, {}
 
     def _keep(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
-        if self.store.nbytes < self._limit:
+        if self.store.nbytes >= self._limit:
+            return
+        try:
             self.store.put(keys, rows)
+        except NotKeptError as error:
+            self._stop_recording(f"a row holds a {error}, which cannot be copied")
+
+    def _stop_recording(self, why: str) -> None:
+        self._is_live = True
+        self._owner.stop_recording(why)
 
     def _read_watching_generators(self, keys: Sequence[Any]) -> Sequence[Row]:
         generators = GlobalGenerators()
@@ -429,6 +436,7 @@ class _Recording:
         if self._num_checked >= CHECKED_ROWS and self._checked_s > CHECKED_SHARE * self._read_s:
             return
         begin = time.perf_counter()
+        self._is_pickled = self._is_pickled or is_pickled
         why, is_shared = read_again(self._row_of_worker if is_pickled else self._row, keys, rows)
         self._checked_s += time.perf_counter() - begin
         self._num_checked += len(keys)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from fasttrain.data.columns import Column, ColumnBuilder
-from fasttrain.errors import DataError
+from fasttrain.data.purity import same_rows
 
-__all__ = ["RowStore", "name_of"]
+__all__ = ["NotKeptError", "RowStore"]
 
 Row = Any
 
@@ -36,15 +38,32 @@ class _Leaf:
 
 
 @dataclass(frozen=True)
+class _Key:
+    """A key of a dict: `1` and `True` are two."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and type(self.value) is type(other.value) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+
+@dataclass(frozen=True)
 class _Tree:
     """A container in a row: a dict, list, tuple or namedtuple of others."""
 
     kind: type
-    keys: tuple[Any, ...]
+    keys: tuple[_Key, ...]
     parts: tuple[_Tree | _Leaf, ...]
 
 
 Form = _Tree | _Leaf
+
+
+class NotKeptError(Exception):
+    """A row holds an object that cannot be copied; the message is its type."""
 
 
 class RowStore:
@@ -86,7 +105,7 @@ class RowStore:
         """Whether the row of a key is kept."""
         if self._is_number(key) and self._there[key]:
             return True
-        name = name_of(key)
+        name = _name_of(key)
         return name is not None and name in self._others
 
     def has_all(self, keys: Sequence[Any]) -> bool:
@@ -101,12 +120,12 @@ class RowStore:
         """Keeps rows; what is kept is no memory of the rows'.
 
         Raises:
-            DataError: an object in a row cannot be copied.
+            NotKeptError: an object in a row cannot be copied.
         """
         fitting: list[int] = []
         flat: list[list[Any]] = []
         for key, row in zip(keys, rows, strict=True):
-            name = name_of(key)
+            name = _name_of(key)
             if name is None or self.has(key):
                 continue
             leaves: list[Any] = []
@@ -129,7 +148,7 @@ class RowStore:
         numbers = [key for key in keys if self._is_number(key) and self._there[key]]
         made = iter(self._rows_of(numbers)) if numbers else iter(())
         return [
-            next(made) if self._is_number(key) and self._there[key] else _copied(self._others[name_of(key)])
+            next(made) if self._is_number(key) and self._there[key] else _copied(self._others[_name_of(key)])
             for key in keys
         ]
 
@@ -225,7 +244,7 @@ _NONE = object()
 """Stands for an object that is not there yet."""
 
 
-def name_of(key: Any) -> object | None:
+def _name_of(key: Any) -> object | None:
     """What a key of a dataset is known by: equal for keys of one type and value; None where the key has no value."""
     kind: Any = type(key)
     if kind in (int, bool, str, bytes, type(None)):
@@ -235,7 +254,7 @@ def name_of(key: Any) -> object | None:
     if issubclass(kind, np.generic):
         return kind, key.dtype, key.tobytes()
     if kind is tuple:
-        names = [name_of(each) for each in key]
+        names = [_name_of(each) for each in key]
         return None if None in names else (kind, tuple(names))
     return None
 
@@ -258,7 +277,7 @@ def _form_of(value: Any, leaves: list[Any]) -> Form:
     """The form of a row; its values are put into `leaves`."""
     kind: Any = type(value)
     if kind is dict:
-        return _Tree(dict, tuple(value), tuple(_form_of(each, leaves) for each in value.values()))
+        return _Tree(dict, tuple(map(_Key, value)), tuple(_form_of(each, leaves) for each in value.values()))
     if kind in (list, tuple) or (
         issubclass(kind, tuple) and hasattr(kind, "_fields") and len(kind._fields) == len(value)
     ):
@@ -270,6 +289,7 @@ def _form_of(value: Any, leaves: list[Any]) -> Form:
 def _leaf_of(value: Any, kind: type) -> _Leaf:
     if kind is Tensor:
         is_plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        is_plain = is_plain and not value.__dict__
         if is_plain and not value.requires_grad and not value.is_conj() and not value.is_neg() and not value.is_nested:
             if value.stride() == torch.empty(value.shape, device="meta").stride() and not hasattr(
                 value, "__dict_own__"
@@ -304,7 +324,7 @@ def _built(form: Form, leaves: Iterator[Any]) -> Any:
         return next(leaves)
     parts = [_built(part, leaves) for part in form.parts]
     if form.kind is dict:
-        return dict(zip(form.keys, parts, strict=True))
+        return dict(zip((each.value for each in form.keys), parts, strict=True))
     return form.kind(parts) if form.kind in (list, tuple) else form.kind(*parts)
 
 
@@ -315,7 +335,7 @@ def _collate(form: Form, leaves: Iterator[Any], *, in_sequence: bool = False) ->
         return tuple(cast("Any", leaf)) if in_sequence and isinstance(leaf, list) else leaf
     parts = [_collate(part, leaves, in_sequence=form.kind is not dict) for part in form.parts]
     if form.kind is dict:
-        return dict(zip(form.keys, parts, strict=True))
+        return dict(zip((each.value for each in form.keys), parts, strict=True))
     return parts if form.kind in (list, tuple) else form.kind(*parts)
 
 
@@ -338,7 +358,7 @@ def _copied(value: Any) -> Any:
     kind: Any = type(value)
     if kind in (str, bytes, int, float, bool, complex, type(None)):
         return value
-    if kind is Tensor and value.layout is torch.strided and not value.is_quantized:
+    if kind is Tensor and value.layout is torch.strided and not value.is_quantized and not value.__dict__:
         return _copied_tensor(value)
     if kind is np.ndarray and value.dtype != object and value.size:
         low, high = np.lib.array_utils.byte_bounds(value)
@@ -349,10 +369,16 @@ def _copied(value: Any) -> Any:
         return kind(map(_copied, value))
     if kind is dict:
         return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, pd.DataFrame | pd.Series | pd.Index):
+        raise NotKeptError(kind.__name__)  # a look at one changes its caches
     try:
-        return copy.deepcopy(value)
+        found = copy.deepcopy(value)
+        is_same = same_rows(found, value) and pickle.dumps(found) == pickle.dumps(value)
     except Exception as error:
-        raise DataError(f"a row holds a {kind.__name__}, which cannot be copied: {error}") from error
+        raise NotKeptError(kind.__name__) from error
+    if not is_same:
+        raise NotKeptError(kind.__name__)
+    return found
 
 
 def _copied_tensor(value: Tensor) -> Tensor:
