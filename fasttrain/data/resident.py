@@ -49,7 +49,7 @@ def resident(
     Args:
         *tensors: tensors or numpy arrays with one row a sample, [num_rows, ...], or `Ragged`s: batches are tuples in
             this order. Or one mapping of names to such columns: batches are dicts. Or one DataFrame of numbers:
-            batches are dicts of its columns. Dtypes stay as they are (but see `data_tensor` and `RaggedTable`).
+            batches are dicts of its columns. Dtypes stay as they are (but see `data_tensor` and `RaggedColumn`).
         batch_size: rows in a batch.
         device: where the data lives and the batches are made.
         shuffle: a new order each epoch (see `epoch_order`), else the rows' own.

@@ -1,9 +1,10 @@
-"""Kernels of our own for what the compiler has no good code for: sums of gathered values by rows, and their gradients.
+"""Kernels of our own for what the compiler has no good code for: rows of unequal length, and rows of mostly zeros.
 
 `torch.segment_reduce(values.index_select(0, ids), "sum", offsets=offsets)` is a gather into memory and an operator of
-ATen; its gradient is another one and a scatter. In a compiled step on the CPU each direction is one loop instead; on
-other devices `spelled_out` says the same in operators of torch: rows are padded to the longest, so that every size is
-known, as a CUDA graph needs it.
+ATen; its gradient is another one and a scatter. In a compiled step on the CPU each direction is one loop instead, and
+so is a product of a matrix with the rows of a sparse column, which needs their entries alone. `dense_rows` makes these
+rows in full, for whatever else is done with them. On other devices `spelled_out` says the same in operators of torch:
+rows are padded to the longest, so that every size is known, as a CUDA graph needs it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ _aten = torch.ops.aten
 def define_operators() -> Any:
     """Makes the operators known to torch, once in a process; the library that it returns keeps them there."""
     library = torch.library.Library("fasttrain", "DEF")
-    library.define("sum_rows(Tensor values, Tensor ids, Tensor offsets, Tensor? chosen=None) -> Tensor")
     library.define(
-        "spread_rows(Tensor gradient, Tensor ids, Tensor offsets, SymInt num_values, Tensor? chosen=None) -> Tensor"
+        "sum_rows(Tensor values, Tensor ids, Tensor offsets, Tensor? chosen=None, Tensor? scales=None, "
+        "bool is_product=False) -> Tensor"
+    )
+    library.define(
+        "spread_rows(Tensor gradient, Tensor ids, Tensor offsets, SymInt num_values, Tensor? chosen=None, "
+        "Tensor? scales=None, bool is_product=False) -> Tensor"
     )
     library.define(
         "dense_rows(Tensor? values, Tensor ids, Tensor offsets, SymInt num_values, ScalarType dtype, Tensor chosen)"
@@ -63,16 +68,45 @@ def use_kernels(graph: torch.fx.GraphModule) -> None:
     graph.recompile()
 
 
-def sum_rows(values: Tensor, ids: Tensor, offsets: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """For each row, or each chosen one, the sum of `values.view(-1)[ids[offsets[row] : offsets[row + 1]]]`, [rows]."""
+def sum_rows(
+    values: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    chosen: Tensor | None = None,
+    scales: Tensor | None = None,
+    is_product: bool = False,
+) -> Tensor:
+    """For each row, or each chosen one, the sum of `values.view(-1)[ids[offsets[row] : offsets[row + 1]]]`, [rows].
+
+    As a product it is `dense_rows(scales, ids, offsets, ..., chosen) @ values.T`, [rows, outputs], for values of
+    [outputs, num_values]. A value that is infinite or NaN makes all sums with its output NaN, also those whose rows
+    have no zero where the value is: there the product would be infinite.
+    """
+    if is_product:
+        assert chosen is not None
+        return dense_rows(scales, ids, offsets, values.shape[1], values.dtype, chosen) @ values.t()
     ids, offsets = _rows(ids, offsets, chosen)
     return torch.segment_reduce(values.reshape(-1).index_select(0, ids), "sum", offsets=offsets, unsafe=True)
 
 
 def spread_rows(
-    gradient: Tensor, ids: Tensor, offsets: Tensor, num_values: int, chosen: Tensor | None = None
+    gradient: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    num_values: int,
+    chosen: Tensor | None = None,
+    scales: Tensor | None = None,
+    is_product: bool = False,
 ) -> Tensor:
-    """The gradient of the values, [num_values], from that of the sums, [rows]."""
+    """The gradient of the values, [num_values], from that of the sums, [rows].
+
+    Of a product, whose gradient is [rows, outputs], it is [outputs, num_values]: `gradient.T @ dense_rows(...)`. An
+    infinity or a NaN in an output's gradient makes NaN of all its values' gradients, also of those of values that are
+    not zero in any row that it is of: there the product would be infinite.
+    """
+    if is_product:
+        assert chosen is not None
+        return gradient.t() @ dense_rows(scales, ids, offsets, num_values, gradient.dtype, chosen)
     ids, offsets = _rows(ids, offsets, chosen)
     gathered = gradient.new_empty(ids.shape)  # of what was summed, torch looks at the shape alone
     by_entry = _aten._segment_reduce_backward(gradient, gradient, gathered, "sum", offsets=offsets)
@@ -103,12 +137,20 @@ def dense_rows(
     return made.view(len(chosen), num_values)
 
 
-def _shape_of_sums(values: Tensor, _ids: Tensor, offsets: Tensor, chosen: Tensor | None = None) -> Tensor:
-    return values.new_empty(offsets.shape[0] - 1 if chosen is None else chosen.shape[0])
+def _shape_of_sums(
+    values: Tensor,
+    _ids: Tensor,
+    offsets: Tensor,
+    chosen: Tensor | None = None,
+    _scales: Tensor | None = None,
+    is_product: bool = False,
+) -> Tensor:
+    rows = offsets.shape[0] - 1 if chosen is None else chosen.shape[0]
+    return values.new_empty((rows, values.shape[0]) if is_product else rows)
 
 
-def _shape_of_values(gradient: Tensor, _ids: Tensor, _offsets: Tensor, num_values: int, *_chosen: Tensor) -> Tensor:
-    return gradient.new_empty(num_values)
+def _shape_of_values(gradient: Tensor, _ids: Tensor, _offsets: Tensor, num_values: int, *_others: Any) -> Tensor:
+    return gradient.new_empty((*gradient.shape[1:], num_values))
 
 
 def _shape_of_dense(

@@ -8,12 +8,13 @@ number of the next batch (the cursor), and a column for the losses.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from fasttrain.step.eager import raise_index_error
 from fasttrain.step.function import TracedGraph
 from fasttrain.step.kernels import define_operators
 from fasttrain.step.program import Runner, load_runner
-from fasttrain.step.torch_private import native_loop
+from fasttrain.step.torch_private import is_changed, native_loop
 from fasttrain.step.trace import Mismatch, TracedStep
 
 __all__ = [
@@ -49,6 +50,9 @@ the least that was measured, a call then takes 26 ms."""
 LEAST_STEPS, MOST_ENTRIES = 64, 1 << 20
 """Where batches are so large that the order of `MOST_STEPS` of them would have more entries than this, the order holds
 fewer batches, but never fewer than 64: a CUDA graph of 16 steps is run three times before it is captured."""
+
+VALUES_AN_ENTRY = 8
+"""Values of a sparse column's rows for each that is not zero, from which on products are made of the entries alone."""
 
 MOST_PADDED = 1 << 22
 """Entries of a batch whose rows are padded to the longest of all."""
@@ -87,12 +91,14 @@ class Walk:
         rows: in a batch.
         longest: entries of the longest row that has entries of its own number, where the graph is to hold for no longer
             ones; None: for any.
+        multiplies: for each column, whether products of matrices with its rows are made from their entries alone.
     """
 
     first_leaf: int
     kinds: tuple[ColumnKind, ...]
     rows: int
     longest: int | None = None
+    multiplies: tuple[bool, ...] = ()
 
     def leaves(self, graph: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
         """The inputs of a step's graph: those before a batch's tensors, these, and those after."""
@@ -140,7 +146,12 @@ class Walk:
         advanced = made.call_function(_aten.add.Tensor, (cursor, 1))
         made.call_function(_aten.copy_.default, (cursor, advanced))
         made.output(())
-        return GraphModule(graph, made)
+        walking = GraphModule(graph, made)
+        for table, is_multiplied in zip(tables, self.multiplies, strict=False):
+            if is_multiplied:
+                _multiply_entries(walking, table[0], self.rows)
+        walking.recompile()
+        return walking
 
     def _append(self, made: Graph, graph: GraphModule, place: dict[Node, Node], chosen: Node) -> Any:
         """Copies the step; returns its loss."""
@@ -184,6 +195,109 @@ def _viewed(made: Graph, found: Node, dtype: torch.dtype) -> Node:
 
 _TAKEN = {"dense": _take_dense, "sparse": _take_sparse, "ragged": _take_ragged}
 """By the form of a column: a batch's tensors of it, made from its tables."""
+
+
+def _multiply_entries(graph: GraphModule, ids: Node, rows: int) -> None:
+    """Makes products of matrices with a sparse column's rows from their entries, in place.
+
+    The rows are made in full for what else is done with them, and not at all where there is nothing else. See
+    `kernels.sum_rows` and `kernels.spread_rows` for weights and gradients that are infinite or NaN.
+
+    Args:
+        graph: of a walk.
+        ids: of the column.
+        rows: in a batch.
+    """
+    [dense] = ids.users
+    matrices, nodes = _matrices_of(graph, dense, rows)
+    for product in list(graph.graph.nodes):
+        if product.target not in (_aten.mm.default, _aten.addmm.default) or {*product.kwargs.values()} - {1}:
+            continue
+        *bias, first, second = product.args
+        if (first in matrices) == (second in matrices):
+            continue
+        with graph.graph.inserting_before(product):
+            made = _product_of_entries(dense, matrices, first, second)
+            if bias:
+                made.append(graph.graph.call_function(_aten.add.Tensor, (made[-1], bias[0])))
+        for each in made:
+            each.meta = dict(product.meta)
+        product.replace_all_uses_with(made[-1])
+        graph.graph.erase_node(product)
+    for node in reversed(nodes):
+        if not node.users:
+            graph.graph.erase_node(node)
+
+
+def _matrices_of(graph: GraphModule, dense: Node, rows: int) -> tuple[dict[Node, bool], list[Node]]:
+    """The nodes that are a sparse column's rows as one matrix, and whether transposed; and all that these come from."""
+    matrices: dict[Node, bool] = {}
+    nodes: list[Node] = []
+    num_values, own = cast("Any", dense.args[3:5])
+    matrix = [rows, num_values]
+    ahead: list[tuple[Node, list[int], Any, bool]] = [(dense, matrix, own, False)]
+    while ahead:
+        node, shape, dtype, is_transposed = ahead.pop(0)
+        nodes.append(node)
+        is_new = node.target in (torch.ops.fasttrain.dense_rows.default, _aten._to_copy.default)
+        if is_new and is_changed(graph, node):
+            continue
+        if shape == matrix and dtype in (torch.float32, torch.float64):
+            matrices[node] = is_transposed
+        for user in node.users:
+            if user.target in _SAME:
+                ahead.append((user, shape, dtype, is_transposed))
+            elif user.target in _VIEWS and not is_transposed:
+                ahead.append((user, _resolved(user.args[1], rows * num_values), dtype, False))
+            elif _is_transpose(user) and shape == matrix:
+                ahead.append((user, shape, dtype, not is_transposed))
+            elif user.target is _aten._to_copy.default and [*user.kwargs] == ["dtype"] and dtype == own:
+                ahead.append((user, shape, user.kwargs["dtype"], is_transposed))
+    return matrices, nodes
+
+
+_SAME = (_aten.detach.default, _aten.alias.default)
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+
+
+def _resolved(sizes: Any, num_values: int) -> list[int]:
+    """The sizes of a view, of which one may be -1."""
+    known = math.prod(size for size in sizes if size != -1)
+    return [num_values // known if size == -1 else size for size in sizes]
+
+
+def _is_transpose(node: Node) -> bool:
+    dims: Any = node.args[1:]
+    if node.target is _aten.permute.default:
+        return list(dims[0]) == [1, 0]
+    is_swap = node.target is _aten.transpose.int and {dim % 2 for dim in dims} == {0, 1}
+    return is_swap or node.target is _aten.t.default
+
+
+def _product_of_entries(dense: Node, matrices: dict[Node, bool], first: Node, second: Node) -> list[Node]:
+    """The nodes that compute a product, one of whose factors is a matrix of rows; the last of them is the product."""
+    values, ids, offsets, num_values, _, chosen = dense.args
+    graph, made = dense.graph, list[Node]()
+    is_first = first in matrices
+    other, is_transposed = (second, matrices[first]) if is_first else (first, matrices[second])
+
+    def transposed(node: Node) -> Node:
+        if _is_transpose(node):
+            return cast("Node", node.args[0])
+        made.append(graph.call_function(_aten.t.default, (node,)))
+        return made[-1]
+
+    # rows @ w.T and w @ rows.T are sums of weights for each row; rows.T @ g and g.T @ rows are gradients of weights.
+    given = other if is_transposed else transposed(other)
+    if is_first != is_transposed:
+        operator, arguments = torch.ops.fasttrain.sum_rows.default, (given, ids, offsets)
+    else:
+        operator, arguments = torch.ops.fasttrain.spread_rows.default, (given, ids, offsets, num_values)
+    options = {"chosen": chosen, "scales": values, "is_product": True}
+    made.append(graph.call_function(operator, arguments, options))
+    if is_transposed:
+        transposed(made[-1])
+    return made
 
 
 def takes_rows(graph: GraphModule, walk: Walk) -> bool:
@@ -235,7 +349,13 @@ class TracedWalk:
         _refuse_other_leaves(leaves, columns, source.batch_size)
         graph = step.parts[0].graph
         self._kinds = tuple(column.kind for column in columns)
-        walk = Walk(first_leaf=len(standing), kinds=self._kinds, rows=source.batch_size, longest=_padded_to(source))
+        walk = Walk(
+            first_leaf=len(standing),
+            kinds=self._kinds,
+            rows=source.batch_size,
+            longest=_padded_to(source),
+            multiplies=tuple(map(_has_few_entries, columns)),
+        )
         if not takes_rows(graph, walk):
             raise EngineError("rows of unequal length are used otherwise than by sums")
         self._standing = standing
@@ -427,6 +547,20 @@ def raise_failed(traced: TracedWalk, state: WalkState, span: Span, error: Runtim
 def kind_of(source: ResidentBatches) -> object:
     """What decides whether a step can walk over resident data: the kinds of their rows, not how many there are."""
     return source.batch_size, tuple(column.kind for column in source.columns)
+
+
+def _has_few_entries(column: Column) -> bool:
+    """Whether products with a column's rows are made from their entries: on the CPU, where that takes less time.
+
+    The tables that a walk takes are of one size, so that this holds for all data that it takes.
+    """
+    if column.kind.form != "sparse":
+        return False
+    ids, _, *values = column.tables
+    are_known = all(each.dtype in (torch.int32, torch.int64, torch.float32, torch.float64) for each in values)
+    return (
+        ids.device.type == "cpu" and are_known and len(ids) * VALUES_AN_ENTRY <= len(column) * column.kind.shape.numel()
+    )
 
 
 def _kind(table: Tensor) -> tuple[object, ...]:
