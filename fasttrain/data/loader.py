@@ -185,21 +185,24 @@ class Sources:
         device: where the steps run.
 
     Attributes:
-        choice: where the batches of the last pass came from ("resident" or "streamed"), and why.
+        choice: where the batches of the last pass came from ("resident", "recorded" or "streamed"), and why.
+        is_transitional: whether that pass was not resident and the next one over the same batches will be.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: list[LoaderBatches] = []
         self.choice = Choice("streamed", "there was no pass yet")
+        self.is_transitional = False
 
     def of(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Resident batches that are the same ones, else the iterable itself."""
         if isinstance(batches, Iterator):
             return batches  # a pass that has begun
+        self.is_transitional = False
         if isinstance(batches, Replayable):
             found = batches.resident(self._device)
-            self.choice = batches.choice
+            self.choice, self.is_transitional = batches.choice, batches.is_transitional
             return batches if isinstance(found, str) else found
         if isinstance(batches, ResidentBatches):
             self.choice = Choice("resident", "the batches are resident data")
@@ -364,6 +367,11 @@ class Replayable(ABC):
     @abstractmethod
     def choice(self) -> Choice:
         """Where its batches come from now, and why."""
+
+    @property
+    @abstractmethod
+    def is_transitional(self) -> bool:
+        """Whether the pass that begins now is not resident, and the next one will be."""
 
     @abstractmethod
     def resident(self, device: torch.device) -> ReplayedBatches | str:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler, default_collate
 
 from fasttrain.data.loader import IndexBatches, LoaderEpoch, Replayable, ReplayedBatches, is_plain_batching
-from fasttrain.data.purity import Facts, GlobalGenerators, read_again, same_rows, shares_memory, where
+from fasttrain.data.purity import Facts, GlobalGenerators, length_of, read_again, same_rows, shares_memory, where
 from fasttrain.data.rows import NotKeptError, RowStore
 from fasttrain.device import Choice, free_bytes
 from fasttrain.errors import ConfigError, DataError
@@ -43,9 +43,11 @@ AUDITED_SHARE = 0.01
 """The share of a replayed pass's time in which rows are read again."""
 
 WATCHED_SHARE = 0.05
+WATCHED_BETWEEN, CHEAP_S = 0.5, 0.001
 WATCH_S = 0.02
 """While rows are recorded, the dataset is compared with what it was around each read, in at most WATCHED_SHARE of the
-time; in a pass of several steps a call, every WATCH_S."""
+time. Between two replayed batches, at which the caller's code runs, in at most WATCHED_BETWEEN of the time where it takes more than CHEAP_S; in a pass
+of several steps a call, every WATCH_S."""
 
 MOST_FILES = 1_000
 """Files, of those that rows were read from, whose size and time are compared at the beginning of a pass."""
@@ -85,6 +87,11 @@ def record(
             f"{type(dataset).__name__} is an IterableDataset: its rows have no index by which they could be replayed; "
             "give the loader as it is"
         )
+    if then is not None and loader.num_workers:
+        raise ConfigError(
+            f"the loader has {loader.num_workers} workers, which draw random numbers of their own, and `then` runs in "
+            "this process: make the loader with num_workers=0"
+        )
     if then is not None and not callable(then):
         raise ConfigError(f"then must be a function of a row; it is a {type(then).__name__}")
     if memory_bytes is None:
@@ -110,6 +117,7 @@ class RecordedLoader(Replayable):
         self._recordings: list[_Recording] = []
         self._passes = 0
         self._why_live = ""
+        self._is_transitional = False
         self._by_workers: Iterable[tuple[bytes, Batch]] | None = None
         self._choice = Choice("streamed", "rows are recorded while they are read")
 
@@ -128,6 +136,11 @@ class RecordedLoader(Replayable):
         """Where the batches of the last pass came from ("streamed", "recorded" or "resident"), and why."""
         return self._choice
 
+    @property
+    def is_transitional(self) -> bool:
+        """See `Replayable.is_transitional`."""
+        return self._is_transitional
+
     def __iter__(self) -> Iterator[Batch]:
         """One pass of the loader.
 
@@ -138,7 +151,7 @@ class RecordedLoader(Replayable):
         if self._why_live:
             self._choice = Choice("streamed", self._why_live)
             return iter(self.loader) if self._by_workers is None else map(itemgetter(1), self._by_workers)
-        recording = self._begin()
+        recording = self.begin()
         if self.loader.num_workers and is_first:
             order: list[Any] = []
             self._by_workers = _logging_loader(self.loader, order)
@@ -147,9 +160,9 @@ class RecordedLoader(Replayable):
 
     def resident(self, device: torch.device) -> ReplayedBatches | str:
         """See `Replayable.resident`: what remains unread of a dataset whose rows are recorded is read now."""
-        why_not = self._why_not_resident()
+        why_not, self._is_transitional = self._why_not_resident(), False
         if not why_not:
-            recording = self._begin()
+            recording = self.begin()
             why_not = recording.complete() or recording.why_not_collated
             if not why_not:
                 found = recording.resident(device)
@@ -169,9 +182,12 @@ class RecordedLoader(Replayable):
             return "the loader has a batch_sampler that is not torch's own, or makes no batches"
         if self.loader.pin_memory:
             return "the loader pins memory"
-        return self._why_live or ("" if self._recordings else "rows are recorded while they are read")
+        if self._why_live or self._recordings:
+            return self._why_live
+        self._is_transitional = True
+        return "rows are recorded while they are read"
 
-    def _begin(self) -> _Recording:
+    def begin(self) -> _Recording:
         """The recording of the dataset as it is now, for a pass that begins."""
         for recording in self._recordings:
             if recording.difference() is None:
@@ -191,15 +207,12 @@ class RecordedLoader(Replayable):
         self._choice = Choice("streamed", reason)
         return found
 
-    def _pass(self, recording: _Recording, indices: Iterator[Any]) -> Iterator[Batch]:
-        begin, live = time.perf_counter(), recording.num_read
-        for keys in indices:
-            if recording.has_moved():
-                recording = self._begin()
-            yield recording.batch(keys)
-        if recording.num_read == live:
-            recording.pass_s = time.perf_counter() - begin
-            self._choice = Choice("recorded", f"{recording.store.count:,} rows are replayed")
+    def _pass(self, recording: _Recording, indices: Iterator[Any]) -> _Pass:
+        return _Pass(self, recording, indices)
+
+    def note(self, value: str, reason: str) -> None:
+        """Says where batches come from."""
+        self._choice = Choice(value, reason)
 
     @property
     def is_live(self) -> bool:
@@ -210,6 +223,43 @@ class RecordedLoader(Replayable):
         """Has rows read live from now on."""
         self._why_live, self._recordings = why, []
         self._choice = Choice("streamed", why)
+
+
+class _Pass(Iterator[Any]):
+    """One pass over a loader that has no workers, or none that are needed."""
+
+    def __init__(self, owner: RecordedLoader, recording: _Recording, indices: Iterator[Any]) -> None:
+        self._owner, self._recording, self._indices = owner, recording, indices
+        self._begin, self._num_read = time.perf_counter(), recording.num_read
+        self._watch_s = self._watched_s = 0.0
+
+    def __next__(self) -> Batch:
+        keys = next(self._indices, _END)
+        if keys is _END:
+            self._finish()
+            raise StopIteration
+        if not self._owner.is_live and self._has_changed():
+            self._recording = self._owner.begin()
+        return self._recording.batch(keys)
+
+    def _has_changed(self) -> bool:
+        """Whether the dataset was changed between two batches."""
+        begin = time.perf_counter()
+        if self._watch_s > CHEAP_S and self._watched_s > WATCHED_BETWEEN * (begin - self._begin):
+            return self._recording.has_moved()
+        found = self._recording.difference() is not None
+        self._watch_s = time.perf_counter() - begin
+        self._watched_s += self._watch_s
+        return found
+
+    def _finish(self) -> None:
+        recording = self._recording
+        if recording.num_read == self._num_read and not self._owner.is_live:
+            recording.pass_s = time.perf_counter() - self._begin
+            self._owner.note("recorded", f"{recording.store.count:,} rows are replayed")
+
+
+_END = object()
 
 
 class _Recording:
@@ -231,7 +281,8 @@ class _Recording:
         self._loader = owner.loader
         self._dataset: Any = owner.loader.dataset
         self._limit = limit
-        self.store = RowStore(_length(self._dataset))
+        self._length = length_of(self._dataset)
+        self.store = RowStore(self._length)
         self.num_read = 0
         self.pass_s = 0.0
         self._is_own_collate = self._loader.collate_fn is not default_collate or owner.then is not None
@@ -254,8 +305,6 @@ class _Recording:
 
     def difference(self) -> str | None:
         """What has changed since the rows were recorded."""
-        if _length(self._dataset) != self.store.num_rows:
-            return "the length of the dataset"
         found = self._facts.difference()
         if found is not None:
             return found
@@ -324,7 +373,7 @@ class _Recording:
         then = self._owner.then
         if len(missing) == len(keys):
             rows = self.read(keys)
-            return rows if then is None else [then(copy.deepcopy(row)) for row in rows]
+            return rows if then is None else [self._then_live(row) for row in rows]
         if missing:
             store, read = self.store, iter(self.read(missing))
             if self.store is not store:
@@ -343,6 +392,18 @@ class _Recording:
             self.why_not_collated = "the rows are not such that torch's collate_fn makes batches of columns of them"
             return
         self._num_compared += 1
+
+    def _then_live(self, row: Row) -> Row:
+        then = self._owner.then
+        assert then is not None
+        given = copy.deepcopy(row)
+        found = then(given)
+        if self._is_shared and not same_rows(given, row):
+            raise DataError(
+                f"{where(self._dataset)} gives rows that are memory of the dataset's own, and `then` changes them in "
+                "place, which would change the dataset: have one of them make a copy"
+            )
+        return found
 
     # Reading.
 
@@ -371,14 +432,18 @@ class _Recording:
         rows = self._read_watching_generators(keys)
         self._read_s += time.perf_counter() - begin
         self.num_read += len(keys)
+        if self._facts.unknown:
+            self._stop_recording(f"{self._facts.unknown}, whose state cannot be read")
         self._check_state(is_certain=is_watched)
-        self._read_again(keys, rows)
-        self._keep(keys, rows)
+        if not self._is_live:
+            self._read_again(keys, rows)
+            self._keep(keys, rows)
         return rows
 
     def _begin_again(self) -> None:
         """Forgets the rows that were recorded before the dataset was changed."""
-        self.store = RowStore(_length(self._dataset))
+        self._length = length_of(self._dataset)
+        self.store = RowStore(self._length)
         self._facts, self._attributes = self._new_facts(), self._shallow()
         self._resident, self._files = {}, {}
 
@@ -425,9 +490,10 @@ class _Recording:
         if not is_certain:
             self._begin_again()
             return
-        states = [each.name for each in changed if each.is_state]
-        if states:
-            raise self._refused(f"changes {states[0]} when a row is read")
+        counted = [each.name for each in changed if not each.is_harmless]
+        if counted:
+            self._stop_recording(f"{counted[0]} changes when a row is read, and rows may depend on it")
+            return
         # Such as a cache that grows or a file that is opened: the rows' own.
         self._ignored |= {each.name for each in changed}
         self._facts, self._attributes = self._new_facts(), self._shallow()
@@ -592,19 +658,12 @@ def _split(values: list[Any], size: int) -> list[list[Any]]:
     return [values[begin : begin + size] for begin in range(0, len(values), size)]
 
 
-def _length(dataset: Any) -> int:
-    try:
-        return len(dataset)
-    except (TypeError, NotImplementedError):
-        return 0
-
-
 def _stamp(name: str) -> object:
     try:
         found = os.stat(name)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 # What rows are read from.
@@ -642,7 +701,7 @@ def _install_hook() -> None:
 
 
 def _on_event(event: str, arguments: Any) -> None:
-    if event == "open" and _WATCHERS:
+    if _WATCHERS and event in ("open", "os.listdir", "os.scandir"):
         for watcher in _WATCHERS:
             watcher.note(arguments[0])
 
