@@ -78,8 +78,8 @@ class GlobalGenerators:
         """Which of them has been drawn from since; None where none has."""
         if not torch.equal(self._torch, torch.get_rng_state()):
             return "torch's default generator"
-        found = cast("dict[str, Any]", np.random.get_state(legacy=False))
-        known = cast("dict[str, Any]", self._numpy)
+        found = np.random.get_state(legacy=False)
+        known = self._numpy
         if found["state"]["pos"] != known["state"]["pos"] or not np.array_equal(
             found["state"]["key"], known["state"]["key"]
         ):
