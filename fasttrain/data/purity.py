@@ -368,22 +368,38 @@ class Facts:
                     self._read(f"{each}.{inner}", functools.partial(vars(value).get, inner))
         for each in sorted(names & (vars(builtins).keys() - table.keys())):
             self._read(f"the builtin {each}", functools.partial(vars(builtins).get, each))
+        for asked, setting, reader in _NAMED_SETTINGS:
+            if names & asked:
+                self._add(setting, _same_result(reader()))
         own = vars(function)
         if own:
             self._attributes(own, name)
 
 
 def _settings() -> object:
-    """What rows may ask of the process."""
-    loggers = [(name, each.level) for name, each in logging.root.manager.loggerDict.items() if hasattr(each, "level")]  # pyright: ignore
-    levels = (logging.root.level, logging.root.manager.disable, tuple(loggers))
-    torchs = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    numpys = tuple(np.geterr().items())
+    """Settings of the process that rows depend on without naming them."""
     try:
         folder = os.getcwd()
     except OSError:
         folder = None
-    return levels, torchs, numpys, folder, dict(os.environ)
+    return torch.get_default_dtype(), folder
+
+
+def _levels() -> Callable[[], object]:
+    """The levels of the loggers that there are now."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    known = [each for each in loggers if isinstance(each, logging.Logger)]
+    return lambda: (logging.root.manager.disable, [each.level for each in known])
+
+
+_NAMED_SETTINGS: list[tuple[frozenset[str], str, Callable[[], Callable[[], object]]]] = [
+    (frozenset({"environ", "environb", "getenv", "expandvars"}), "os.environ", lambda: lambda: dict(os.environ)),
+    (frozenset({"is_grad_enabled", "requires_grad"}), "the grad mode", lambda: torch.is_grad_enabled),
+    (frozenset({"is_inference_mode_enabled"}), "the inference mode", lambda: torch.is_inference_mode_enabled),
+    (frozenset({"isEnabledFor", "getEffectiveLevel", "getLogger", "level"}), "the level of a logger", _levels),
+    (frozenset({"geterr"}), "numpy's handling of errors", lambda: np.geterr),
+]
+"""Settings of the process by the names in code that ask for them."""
 
 
 def _content(value: Any) -> bytes | None:

@@ -185,7 +185,8 @@ class RecordedLoader(Replayable):
 
     def resident(self, device: torch.device) -> ReplayedBatches | str:
         """See `Replayable.resident`: what remains unread of a dataset whose rows are recorded is read now."""
-        why_not, self._is_transitional = self._why_not_resident(), False
+        self._is_transitional = False
+        why_not = self._why_not_resident()
         if not why_not:
             recording = self.begin()
             why_not = recording.complete() or recording.why_not_collated
@@ -699,23 +700,16 @@ class _RecordedBatches(ReplayedBatches):
 
     def is_current(self) -> bool:
         """See `ReplayedBatches.is_current`."""
-        return self._recording.store is self._store
-
-    def refresh(self) -> bool:
-        """See `ReplayedBatches.refresh`.
-
-        Raises:
-            DataError: the dataset was changed in the middle of the pass.
-        """
+        if self._recording.store is not self._store:
+            return False
         now = time.perf_counter()
         if now - self._watched_at > WATCH_S or self._recording.has_moved():
             self._watched_at = now
-            changed = self._recording.difference()
-            if changed is not None:
-                raise DataError(
-                    f"{changed} has changed in the middle of a pass over recorded rows: change the dataset between "
-                    "two passes, or give the loader itself"
-                )
+            return self._recording.difference() is None
+        return True
+
+    def refresh(self) -> bool:
+        """See `ReplayedBatches.refresh`."""
         return False
 
     def gather(self, rows: torch.Tensor, host_rows: np.ndarray) -> list[Batch]:
