@@ -42,9 +42,10 @@ MEMORY_SHARE = 0.25
 MOST_STATES = 4
 """States of a dataset whose rows are kept: such as a dataset that is switched from split to split."""
 
-CHECKED_ROWS = 256
+CHECKED_ROWS, CHECKED_TOGETHER = 256, 64
 CHECKED_SHARE = 0.1
-"""So many rows, and then so much of the time that reading takes, are read again in a child while they are recorded."""
+"""So many rows, and then so much of the time that reading takes, are read again in a child while they are recorded,
+after the first batch at least CHECKED_TOGETHER at once."""
 
 AUDITED_SHARE = 0.01
 """The share of a replayed pass's time in which rows are read again."""
@@ -280,6 +281,7 @@ class _Pass(Iterator[Any]):
 
     def _finish(self) -> None:
         recording = self._recording
+        recording.check()
         if recording.num_read == self._num_read and not self._owner.is_live:
             recording.pass_s = time.perf_counter() - self._begin
             self._owner.note("recorded", f"{recording.store.count:,} rows are replayed")
@@ -316,6 +318,7 @@ class _Recording:
         self._num_compared = self._next_compared = 0
         self._read_s = self._checked_s = self._watched_s = 0.0
         self._num_checked = 0
+        self._unchecked: list[Any] = []
         self._is_shared = self._is_live = self._is_pickled = False
         self._ignored: frozenset[str] = frozenset()
         self._files: dict[str, object] = {}
@@ -354,6 +357,7 @@ class _Recording:
         Raises:
             DataError: one differs.
         """
+        self.check()
         if self.store.form is None or not self.num_read:
             return
         row_s = self._read_s / self.num_read
@@ -520,7 +524,7 @@ class _Recording:
         self._length = length_of(self._dataset)
         self.store = RowStore(self._length)
         self._facts, self._attributes = self._new_facts(), self._shallow()
-        self._resident, self._files = {}, {}
+        self._resident, self._files, self._unchecked = {}, {}, []
 
     def _keep(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
         if self.store.nbytes >= self._limit:
@@ -577,9 +581,27 @@ class _Recording:
     def _read_again(self, keys: Sequence[Any], rows: Sequence[Row], *, is_pickled: bool = False) -> None:
         if self._num_checked >= CHECKED_ROWS and self._checked_s > CHECKED_SHARE * self._read_s:
             return
-        begin = time.perf_counter()
         self._is_pickled = self._is_pickled or is_pickled
-        why, is_shared = read_again(self._row_of_worker if is_pickled else self._row, keys, rows)
+        if self._num_checked and len(keys) < CHECKED_TOGETHER:
+            self._unchecked += keys
+            if len(self._unchecked) >= CHECKED_TOGETHER:
+                self.check()
+        else:
+            self._check(keys, rows)
+
+    def check(self) -> None:
+        """Reads rows again that were recorded, and have not been since.
+
+        Raises:
+            DataError: one differs.
+        """
+        keys, self._unchecked = [key for key in self._unchecked if self.store.has(key)], []
+        if keys:
+            self._check(keys, self.store.rows(keys))
+
+    def _check(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
+        begin = time.perf_counter()
+        why, is_shared = read_again(self._row_of_worker if self._is_pickled else self._row, keys, rows)
         self._checked_s += time.perf_counter() - begin
         self._num_checked += len(keys)
         self._is_shared = self._is_shared or is_shared
@@ -631,6 +653,7 @@ class _Recording:
         try:
             for begin in range(0, len(missing), 128):
                 self.read(missing[begin : begin + 128].tolist())
+            self.check()
         except DataError:
             raise
         except Exception as error:  # of a row that the loader may never ask for
