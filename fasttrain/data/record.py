@@ -60,6 +60,11 @@ it takes longer than CHEAP_S."""
 WATCH_S = 0.02
 """In a pass of several steps a call, it is compared every so many seconds."""
 
+RECORDING = "rows are recorded while they are read"
+
+LACKED_SHARE = 0.25
+"""The share of a sampler's rows, at most, that are read before a pass, so that it can be resident."""
+
 MOST_FILES = 1_000
 """Files, of those that rows were read from, whose size and time are compared at the beginning of a pass."""
 
@@ -142,7 +147,7 @@ class RecordedLoader(Replayable):
         self._why_live = ""
         self._is_transitional = False
         self._by_workers: Iterable[tuple[bytes, Batch]] | None = None
-        self._choice = Choice("streamed", "rows are recorded while they are read")
+        self._choice = Choice("streamed", RECORDING)
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -190,14 +195,16 @@ class RecordedLoader(Replayable):
         why_not = self._why_not_resident()
         if not why_not:
             recording = self.begin()
-            why_not = recording.complete() or recording.why_not_collated
+            self._is_transitional = recording.lacks_many()
+            why_not = RECORDING if self._is_transitional else recording.complete() or recording.why_not_collated
             if not why_not:
                 found = recording.resident(device)
                 if not isinstance(found, str):
                     self._choice = Choice("resident", f"{recording.store.count:,} recorded rows, on {device}")
                     return found
                 why_not = found
-        self._choice = Choice(self._choice.value, why_not)
+        if why_not != RECORDING:  # else the choice says why
+            self._choice = Choice(self._choice.value, why_not)
         return why_not
 
     def _why_not_resident(self) -> str:
@@ -212,7 +219,7 @@ class RecordedLoader(Replayable):
         if self._why_live or self._recordings:
             return self._why_live
         self._is_transitional = True
-        return "rows are recorded while they are read"
+        return RECORDING
 
     def begin(self) -> _Recording:
         """The recording of the dataset as it is now, for a pass that begins."""
@@ -226,7 +233,7 @@ class RecordedLoader(Replayable):
         limit = self._memory_bytes - sum(each.store.nbytes for each in others)
         while others and limit < self._memory_bytes // 2:
             limit += others.pop(0).store.nbytes
-        reason = "rows are recorded while they are read"
+        reason = RECORDING
         if self._recordings:
             reason = f"rows are recorded anew: {self._recordings[-1].difference()} has changed"
         found = _Recording(self, limit)
@@ -641,6 +648,14 @@ class _Recording:
 
     # Resident rows.
 
+    def lacks_many(self) -> bool:
+        """Whether so many rows are not recorded that the pass that begins had better record them."""
+        if self.store.form is None:
+            return not self.store.has_others
+        is_full = self.store.nbytes >= self._limit
+        numbers = self._universe()
+        return not is_full and len(self.store.missing(numbers)) > max(CHECKED_ROWS, LACKED_SHARE * len(numbers))
+
     def complete(self) -> str:
         """Reads the rows that a sampler can ask for and that are not recorded; says why that cannot be."""
         store = self.store
@@ -673,7 +688,7 @@ class _Recording:
         """The recorded rows as resident batches on a device."""
         numbers = self._universe()
         found = self._resident.get(device)
-        if found is not None and len(found.numbers) == len(numbers) and found.is_current():
+        if found is not None and np.array_equal(found.numbers, numbers) and found.is_current():
             return found
         if self._num_compared < 4 and not self._compare_some(numbers):
             return self.why_not_collated
