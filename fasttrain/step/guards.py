@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, get_default_dtype, is_grad_enabled, strided
 
 from fasttrain.step.capture import Capture
-from fasttrain.step.optimizer import GroupOptions
+from fasttrain.step.optimizer import GroupOptions, code_of
 from fasttrain.step.spec import StepSpec
 from fasttrain.step.torch_private import (
     NO_GRADIENT_HOOKS,
@@ -147,6 +147,11 @@ def _groups_facts(spec: StepSpec, facts: _Facts) -> None:
 def _optimizer_facts(spec: StepSpec, options: GroupOptions, facts: _Facts) -> None:
     optimizer = spec.optimizer
     facts.add_tables("a hook of the optimizer", optimizer_hooks(optimizer))
+    for owner, table, names in code_of(type(optimizer)):
+        if names:
+            values = [table[name] for name in names]
+            facts.values.append(values)
+            facts.add(f"the code of {owner}", "{}(map({}, map({}.get, {}), {}))", all, is_, table, names, values)
     own = vars(optimizer)
     facts.add("the optimizer's step was replaced", "{}.get('step') is {}", own, own.get("step"))
     facts.values.append(has_own_step(optimizer))  # a scheduler's wrapper may come and go

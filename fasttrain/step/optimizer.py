@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import unwrap
 from numbers import Real
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -17,7 +20,7 @@ from fasttrain.errors import EngineError, first_line
 from fasttrain.step.state import StepState
 from fasttrain.step.torch_private import has_own_step, optimizer_hooks, reported_as_compiling
 
-__all__ = ["MOVED", "Attributes", "GroupOptions", "OptimizerNotTracedError", "OptimizerStep"]
+__all__ = ["MOVED", "Attributes", "GroupOptions", "OptimizerNotTracedError", "OptimizerStep", "code_of"]
 
 _BRANCHES_ON_VALUES = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
 """Their default code branches on values of tensors; their `capturable` code computes the same without."""
@@ -31,6 +34,32 @@ _READS_A_VALUE = ("GuardOnDataDependentSymNode", "DataDependentOutputException")
 
 class OptimizerNotTracedError(EngineError):
     """The optimizer's step cannot be recorded; forward and backward still can."""
+
+
+def code_of(kind: type[torch.optim.Optimizer]) -> Iterator[tuple[str, Mapping[str, Any], list[str]]]:
+    """The methods of a class of optimizers and its bases, and the functions of its module that they call.
+
+    Yields:
+        What they belong to, the table that holds them, and their names.
+    """
+    for each in kind.__mro__[:-1]:
+        methods = {name: value for name, value in vars(each).items() if isinstance(value, FunctionType)}
+        yield each.__qualname__, vars(each), list(methods)
+        module = vars(sys.modules[each.__module__]) if each.__module__ in sys.modules else {}
+        called = {name for method in methods.values() for name in unwrap(method).__code__.co_names}
+        is_torchs = each.__module__.startswith("torch.optim.") and each is not torch.optim.Optimizer
+        names = [name for name, value in module.items() if isinstance(value, FunctionType)]
+        yield each.__module__, module, [name for name in names if is_torchs or name in called]
+
+
+def _replaced_code(kind: type[torch.optim.Optimizer]) -> Iterator[str]:
+    """What is not torch's own of the code of one of torch's optimizers."""
+    libraries = (sys.stdlib_module_names | {"torch", "typing_extensions"}) - {"__main__"}
+    for owner, table, names in code_of(kind):
+        for name in names:
+            is_method = f"{owner}.{name}" == table[name].__qualname__
+            if not is_method and str(table[name].__module__).partition(".")[0] not in libraries:
+                yield f"{owner}.{name}"
 
 
 class OptimizerStep:
@@ -60,6 +89,9 @@ class OptimizerStep:
     ) -> None:
         if not type(optimizer).__module__.startswith("torch."):
             raise OptimizerNotTracedError("it is not one of torch's own, and what its code reads is not known")
+        replaced = next(_replaced_code(type(optimizer)), None)
+        if replaced is not None:
+            raise OptimizerNotTracedError(f"{replaced} was replaced, and what its code reads is not known")
         if any(optimizer_hooks(optimizer)):
             raise OptimizerNotTracedError("it has hooks, which a compiled step would not call")
         if has_own_step(optimizer):

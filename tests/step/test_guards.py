@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -172,6 +173,36 @@ def test_a_change_is_noticed(change: Callable[[StepSpec], Any], reason: str) -> 
     mismatch = found.inputs(batch())
     assert isinstance(mismatch, Mismatch)
     assert reason in mismatch.reason
+
+
+class OwnSGD(torch.optim.SGD):
+    """A user's own optimizer."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "holder", "name"),
+    [
+        (torch.optim.SGD, torch.optim.SGD, "step"),
+        (torch.optim.SGD, sys.modules["torch.optim.sgd"], "sgd"),
+        (torch.optim.Adam, sys.modules["torch.optim.adam"], "_single_tensor_adam"),
+    ],
+)
+def test_another_code_of_the_optimizer_is_noticed(
+    optimizer: type[torch.optim.Optimizer], holder: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = step(optimizer)
+    EagerEngine(spec, ASKED).step(batch())
+    traced = trace_step(spec, batch())
+    assert not isinstance(traced.inputs(batch()), Mismatch)
+    monkeypatch.setattr(holder, name, lambda *_, **__: None)
+    found = traced.inputs(batch())
+    assert isinstance(found, Mismatch)
+    assert "the code of " in found.reason
+    assert not traced.rebind(batch())  # another step is computed
+    assert "was replaced, and what its code reads is not known" in str(trace_step(spec, batch()).why_eager)
 
 
 @pytest.mark.parametrize(
