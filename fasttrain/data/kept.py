@@ -716,8 +716,8 @@ class _Walk:
             self.put("strides", repr(value.stride()))
             flat = value.detach().cpu().as_subclass(Tensor).resolve_conj().resolve_neg().contiguous().view(-1)
             self.put("content", _view(flat.view(torch.uint8).numpy()))
-        if value.__dict__:
-            self._attributes(value.__dict__, name)
+        if cast("Any", value).__dict__:
+            self._attributes(dict(cast("Any", value).__dict__), name)
 
     def _array(self, value: np.ndarray, name: str) -> None:
         self.put("array", repr((value.dtype, value.shape, value.strides)))
@@ -791,9 +791,13 @@ class _Walk:
                         self._all((inner, vars(value)[inner]), f"{name}.{inner}")
             elif isinstance(vars(builtins).get(name), types.FunctionType):  # one that was replaced
                 self.add(vars(builtins)[name], f"the builtin {name}")
-        if attributes & {"environ", "getenv", "environb"} or names & {"environ", "getenv"}:
-            changing = ("_", "SHLVL", "OLDPWD", "PWD", "PYTEST_CURRENT_TEST")
-            self.put("environment", repr(sorted(each for each in os.environ.items() if each[0] not in changing)))
+        for asked, setting, reader in purity.NAMED_SETTINGS:
+            if asked & (attributes | names):
+                found: Any = reader()()
+                if isinstance(found, dict):
+                    changing = ("_", "SHLVL", "OLDPWD", "PWD", "PYTEST_CURRENT_TEST")
+                    found = sorted(each for each in cast("Any", found).items() if each[0] not in changing)
+                self.put(setting, repr(found))
         if "argv" in attributes | names:
             self.put("arguments", repr(sys.argv))
 

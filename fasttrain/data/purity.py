@@ -15,6 +15,7 @@ import array
 import builtins
 import ctypes
 import datetime
+import dis
 import functools
 import inspect
 import io
@@ -43,6 +44,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NAMED_SETTINGS",
     "Facts",
     "GlobalGenerators",
     "in_child",
@@ -161,6 +163,7 @@ class Facts:
             getattr(np.random.seed, "__self__", None),
         )
         self._seen: dict[int, Any] = {id(each): each for each in shared}
+        self._named: set[tuple[int, str]] = set()
         self._bytes = 0
         self._queue: deque[tuple[Any, str]] = deque()
         self.is_partial = False
@@ -189,6 +192,13 @@ class Facts:
     def _add(self, name: str, is_same: Callable[[], bool], has_grown: Callable[[], bool] | None = None) -> None:
         if name not in self._ignored:
             self._facts.append(_Fact(name, is_same, has_grown))
+
+    def _is_new(self, holder: Any, name: str) -> bool:
+        """Whether a name in a table is met for the first time."""
+        key = id(holder), name
+        is_new = key not in self._named
+        self._named.add(key)
+        return is_new
 
     def _look_at(self, value: Any, name: str) -> None:
         if isinstance(value, Tensor):
@@ -352,7 +362,7 @@ class Facts:
 
     def _class(self, kind: type, name: str) -> None:
         for each in kind.__mro__:
-            if is_library_class(each):
+            if is_library_class(each) or not self._is_new(each, ""):
                 continue
             table = {key: value for key, value in vars(each).items() if key not in ("__dict__", "__weakref__")}
             self._add(f"{each.__qualname__}'s attributes", _same_result(functools.partial(_keys_of, each)))
@@ -377,29 +387,50 @@ class Facts:
         names = set(_names_in(function.__code__))
         table = function.__globals__
         for each in sorted(names & table.keys()):
+            if not self._is_new(table, each):
+                continue
             value = table[each]
             self._read(f"the global {each}", functools.partial(table.get, each))
             if isinstance(value, types.ModuleType) and not is_library_module(value):
                 for inner in sorted(names & vars(value).keys()):
+                    if not self._is_new(value, inner):
+                        continue
                     self._read(f"{each}.{inner}", functools.partial(vars(value).get, inner))
-        for each in sorted(names & (vars(builtins).keys() - table.keys())):
-            self._read(f"the builtin {each}", functools.partial(vars(builtins).get, each))
+        for each in names & (vars(builtins).keys() - table.keys()):
+            if self._is_new(builtins, each):
+                self._read(f"the builtin {each}", functools.partial(vars(builtins).get, each))
+        for asked, setting, reader in NAMED_SETTINGS:
+            if names & asked and self._is_new(NAMED_SETTINGS, setting):
+                self._add(setting, _same_result(reader()))
         own = vars(function)
         if own:
             self._attributes(own, name)
 
 
 def _settings() -> object:
-    """What rows may ask of the process."""
-    loggers = [(name, each.level) for name, each in logging.root.manager.loggerDict.items() if hasattr(each, "level")]  # pyright: ignore
-    levels = (logging.root.level, logging.root.manager.disable, tuple(loggers))
-    torchs = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    numpys = tuple(np.geterr().items())
+    """Settings of the process that rows depend on without naming them."""
     try:
         folder = os.getcwd()
     except OSError:
         folder = None
-    return levels, torchs, numpys, folder, dict(os.environ)
+    return torch.get_default_dtype(), folder
+
+
+def _levels() -> Callable[[], object]:
+    """The levels of the loggers that there are now."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    known = [each for each in loggers if isinstance(each, logging.Logger)]
+    return lambda: (logging.root.manager.disable, [each.level for each in known])
+
+
+NAMED_SETTINGS: list[tuple[frozenset[str], str, Callable[[], Callable[[], object]]]] = [
+    (frozenset({"environ", "environb", "getenv", "expandvars"}), "os.environ", lambda: lambda: dict(os.environ)),
+    (frozenset({"is_grad_enabled", "requires_grad"}), "the grad mode", lambda: torch.is_grad_enabled),
+    (frozenset({"is_inference_mode_enabled"}), "the inference mode", lambda: torch.is_inference_mode_enabled),
+    (frozenset({"isEnabledFor", "getEffectiveLevel", "getLogger", "level"}), "the level of a logger", _levels),
+    (frozenset({"geterr"}), "numpy's handling of errors", lambda: np.geterr),
+]
+"""Settings of the process by the names in code that ask for them."""
 
 
 def _content(value: Any) -> bytes | None:
@@ -543,6 +574,17 @@ def read_again(read: Callable[[Any], Any], indices: Sequence[Any], rows: Sequenc
     return in_child(functools.partial(_read_in_child, read, indices, rows)) or (None, False)
 
 
+_STORES = {"STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "IMPORT_NAME"}
+
+
+def _plain_names(dataset: Any) -> set[str]:
+    """Names that a `__len__` may use without being asked for in a child: `len` and the dataset's own plain values."""
+    plain = (int, list, tuple, dict, str, np.ndarray, Tensor, pd.DataFrame, pd.Series)
+    own = getattr(dataset, "__dict__", {})
+    table = getattr(getattr(type(dataset), "__len__", None), "__globals__", {})
+    return {"len", "shape", "size", *(name for each in (own, table) for name in each if type(each[name]) in plain)}
+
+
 def length_of(dataset: Any) -> int:
     """`len(dataset)`, asked for in a child, where that changes nothing; 0 where there is none, or another each time."""
 
@@ -550,7 +592,10 @@ def length_of(dataset: Any) -> int:
         found = {len(dataset) for _ in range(3)}
         return found.pop() if len(found) == 1 else 0
 
-    if hasattr(os, "fork"):
+    function = getattr(type(dataset), "__len__", None)
+    code = getattr(function, "__code__", None)
+    is_plain = code is None or not _STORES.intersection(each.opname for each in dis.get_instructions(code))
+    if hasattr(os, "fork") and not (is_plain and {*getattr(code, "co_names", ())} <= _plain_names(dataset)):
         return in_child(ask) or 0
     try:
         return len(dataset)

@@ -43,9 +43,10 @@ MEMORY_SHARE = 0.25
 MOST_STATES = 4
 """States of a dataset whose rows are kept: such as a dataset that is switched from split to split."""
 
-CHECKED_ROWS = 256
+CHECKED_ROWS, CHECKED_TOGETHER = 256, 64
 CHECKED_SHARE = 0.1
-"""So many rows, and then so much of the time that reading takes, are read again in a child while they are recorded."""
+"""So many rows, and then so much of the time that reading takes, are read again in a child while they are recorded,
+after the first batch at least CHECKED_TOGETHER at once."""
 
 AUDITED_SHARE = 0.01
 """The share of a replayed pass's time in which rows are read again."""
@@ -59,6 +60,11 @@ it takes longer than CHEAP_S."""
 
 WATCH_S = 0.02
 """In a pass of several steps a call, it is compared every so many seconds."""
+
+RECORDING = "rows are recorded while they are read"
+
+LACKED_SHARE = 0.25
+"""The share of a sampler's rows, at most, that are read before a pass, so that it can be resident."""
 
 MOST_FILES = 1_000
 """Files, of those that rows were read from, whose size and time are compared at the beginning of a pass."""
@@ -175,7 +181,7 @@ class RecordedLoader(Replayable):
         self._why_live = ""
         self._is_transitional = False
         self._by_workers: Iterable[tuple[bytes, Batch]] | None = None
-        self._choice = Choice("streamed", "rows are recorded while they are read")
+        self._choice = Choice("streamed", RECORDING)
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -221,17 +227,20 @@ class RecordedLoader(Replayable):
 
     def resident(self, device: torch.device) -> ReplayedBatches | str:
         """See `Replayable.resident`: what remains unread of a dataset whose rows are recorded is read now."""
-        why_not, self._is_transitional = self._why_not_resident(), False
+        self._is_transitional = False
+        why_not = self._why_not_resident()
         if not why_not:
             recording = self.begin()
-            why_not = recording.complete() or recording.why_not_collated
+            self._is_transitional = recording.lacks_many()
+            why_not = RECORDING if self._is_transitional else recording.complete() or recording.why_not_collated
             if not why_not:
                 found = recording.resident(device)
                 if not isinstance(found, str):
                     self._choice = Choice("resident", f"{recording.store.count:,} recorded rows, on {device}")
                     return found
                 why_not = found
-        self._choice = Choice(self._choice.value, why_not)
+        if why_not != RECORDING:  # else the choice says why
+            self._choice = Choice(self._choice.value, why_not)
         return why_not
 
     def _why_not_resident(self) -> str:
@@ -245,10 +254,10 @@ class RecordedLoader(Replayable):
             return "the loader pins memory"
         if self.folder is not None and not self._why_live and not self._recordings:
             self.begin()
-        if self._why_live or any(each.store.form is not None for each in self._recordings):
+        if self._why_live or self._recordings:
             return self._why_live
         self._is_transitional = True
-        return "rows are recorded while they are read"
+        return RECORDING
 
     def begin(self) -> _Recording:
         """The recording of the dataset as it is now, for a pass that begins."""
@@ -262,7 +271,7 @@ class RecordedLoader(Replayable):
         limit = self._memory_bytes - sum(each.store.nbytes for each in others)
         while others and limit < self._memory_bytes // 2:
             limit += others.pop(0).store.nbytes
-        reason = "rows are recorded while they are read"
+        reason = RECORDING
         if self._recordings:
             reason = f"rows are recorded anew: {self._recordings[-1].difference()} has changed"
         found = _Recording(self, limit)
@@ -319,6 +328,7 @@ class _Pass(Iterator[Any]):
 
     def _finish(self) -> None:
         recording = self._recording
+        recording.check()
         is_replayed = recording.num_read == self._num_read
         recording.keep_on_disk()
         if is_replayed and not self._owner.is_live:
@@ -358,6 +368,7 @@ class _Recording:
         self._num_compared = self._next_compared = 0
         self._read_s = self._checked_s = self._watched_s = 0.0
         self._num_checked = 0
+        self._unchecked: list[Any] = []
         self._is_shared = self._is_live = self._is_pickled = False
         self._ignored: frozenset[str] = frozenset()
         self._files: dict[str, object] = {}
@@ -398,6 +409,7 @@ class _Recording:
         Raises:
             DataError: one differs.
         """
+        self.check()
         if self.store.form is None or not self.num_read:
             return
         row_s = self._read_s / self.num_read
@@ -469,6 +481,7 @@ class _Recording:
         missing = len(store.missing(numbers))
         if missing and (missing > (self._loader.batch_size or 1) or self._read_missing()):
             return
+        self.check()
         if self._owner.is_live or self.store is not store or self.difference() is not None:
             return
         kept = Kept(
@@ -643,7 +656,7 @@ class _Recording:
         self._length = length_of(self._dataset)
         self.store = RowStore(self._length)
         self._facts, self._attributes = self._new_facts(), self._shallow()
-        self._resident, self._files = {}, {}
+        self._resident, self._files, self._unchecked = {}, {}, []
         if self._key is not None:
             self._key, self._owner.about_disk = None, "not kept on disk: the dataset changed while it was recorded"
 
@@ -708,9 +721,27 @@ class _Recording:
     def _read_again(self, keys: Sequence[Any], rows: Sequence[Row], *, is_pickled: bool = False) -> None:
         if self._num_checked >= CHECKED_ROWS and self._checked_s > CHECKED_SHARE * self._read_s:
             return
-        begin = time.perf_counter()
         self._is_pickled = self._is_pickled or is_pickled
-        why, is_shared = read_again(self._row_of_worker if is_pickled else self._row, keys, rows)
+        if self._num_checked and len(keys) < CHECKED_TOGETHER:
+            self._unchecked += keys
+            if len(self._unchecked) >= CHECKED_TOGETHER:
+                self.check()
+        else:
+            self._check(keys, rows)
+
+    def check(self) -> None:
+        """Reads rows again that were recorded, and have not been since.
+
+        Raises:
+            DataError: one differs.
+        """
+        keys, self._unchecked = [key for key in self._unchecked if self.store.has(key)], []
+        if keys:
+            self._check(keys, self.store.rows(keys))
+
+    def _check(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
+        begin = time.perf_counter()
+        why, is_shared = read_again(self._row_of_worker if self._is_pickled else self._row, keys, rows)
         self._checked_s += time.perf_counter() - begin
         self._num_checked += len(keys)
         self._is_shared = self._is_shared or is_shared
@@ -752,6 +783,14 @@ class _Recording:
 
     # Resident rows.
 
+    def lacks_many(self) -> bool:
+        """Whether so many rows are not recorded that the pass that begins had better record them."""
+        if self.store.form is None:
+            return not self.store.has_others
+        is_full = self.store.nbytes >= self._limit
+        numbers = self._universe()
+        return not is_full and len(self.store.missing(numbers)) > max(CHECKED_ROWS, LACKED_SHARE * len(numbers))
+
     def complete(self) -> str:
         """Reads the rows that a sampler can ask for and that are not recorded; says why that cannot be."""
         store = self.store
@@ -771,6 +810,7 @@ class _Recording:
         try:
             for begin in range(0, len(missing), 128):
                 self.read(missing[begin : begin + 128].tolist())
+            self.check()
         except DataError:
             raise
         except Exception as error:  # of a row that the loader may never ask for
@@ -792,7 +832,7 @@ class _Recording:
         """The recorded rows as resident batches on a device."""
         numbers = self._universe()
         found = self._resident.get(device)
-        if found is not None and len(found.numbers) == len(numbers) and found.is_current():
+        if found is not None and np.array_equal(found.numbers, numbers) and found.is_current():
             return found
         if self._num_compared < 4 and not self._compare_some(numbers):
             return self.why_not_collated
@@ -842,23 +882,16 @@ class _RecordedBatches(ReplayedBatches):
 
     def is_current(self) -> bool:
         """See `ReplayedBatches.is_current`."""
-        return self._recording.store is self._store
-
-    def refresh(self) -> bool:
-        """See `ReplayedBatches.refresh`.
-
-        Raises:
-            DataError: the dataset was changed in the middle of the pass.
-        """
+        if self._recording.store is not self._store:
+            return False
         now = time.perf_counter()
         if now - self._watched_at > WATCH_S or self._recording.has_moved():
             self._watched_at = now
-            changed = self._recording.difference()
-            if changed is not None:
-                raise DataError(
-                    f"{changed} has changed in the middle of a pass over recorded rows: change the dataset between "
-                    "two passes, or give the loader itself"
-                )
+            return self._recording.difference() is None
+        return True
+
+    def refresh(self) -> bool:
+        """See `ReplayedBatches.refresh`."""
         return False
 
     def gather(self, rows: torch.Tensor, host_rows: np.ndarray) -> list[Batch]:
