@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.data import purity
-from fasttrain.data.readers import stamp_of
+from fasttrain.data.readers import OF_THE_SYSTEM, stamp_of
 from fasttrain.data.rows import RowStore, StoredColumn, form_of_plain, plain_form
 from fasttrain.device import versions
 from fasttrain.errors import ConfigError, DataError
@@ -123,7 +123,7 @@ class KeptFolder:
         try:
             known = _read_manifest(home / "manifest", key)
             found = _opened(home / "tables", known)
-        except (OSError, ValueError, TypeError, KeyError, DataError, RecursionError) as error:
+        except Exception as error:  # whatever the content of a file may lead to
             self._remove(home)
             return f"the record on disk was damaged ({str(error) or type(error).__name__:.120})"
         changed = _changed_file(known.files)
@@ -874,7 +874,9 @@ class _Walk:
             found = os.stat(name)
         except (OSError, ValueError):
             return
-        if stat.S_ISREG(found.st_mode) and not (self._left_out and Path(name).is_relative_to(self._left_out)):
+        path = os.path.abspath(name)
+        is_left_out = self._left_out is not None and Path(path).is_relative_to(self._left_out)
+        if stat.S_ISREG(found.st_mode) and not is_left_out and not path.startswith(OF_THE_SYSTEM):
             self.put("path", f"{found.st_size} {found.st_mtime_ns}")
 
 

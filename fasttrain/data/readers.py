@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from fasttrain.data.purity import Facts, GlobalGenerators
 
-__all__ = ["FilesRead", "ForkedReaders", "ReadRows", "logging_loader", "stamp_of"]
+__all__ = ["OF_THE_SYSTEM", "FilesRead", "ForkedReaders", "ReadRows", "logging_loader", "stamp_of"]
 
 Batch = Any
 Row = Any
@@ -247,6 +247,9 @@ class _Packed:
 
 # What rows are read from.
 
+OF_THE_SYSTEM = ("/proc/", "/dev/", "/sys/")
+"""Files whose size and time tell nothing."""
+
 
 def stamp_of(name: str) -> object:
     """What changes when a file is written to or replaced; None where there is none."""
@@ -278,12 +281,13 @@ class FilesRead:
         """Notes a file."""
         if isinstance(name, str | bytes | os.PathLike) and len(self._files) < 1_000_000:
             path = os.path.abspath(os.fsdecode(cast("Any", name)))
-            if path not in self._files and not path.startswith(("/proc/", "/dev/", "/sys/")):
+            if path not in self._files and not path.startswith(OF_THE_SYSTEM):
                 self._files[path] = stamp_of(path)
 
 
 _WATCHERS: list[FilesRead] = []
 _INSTALLED: list[bool] = []
+_ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
 
 def _install_hook() -> None:
@@ -294,5 +298,7 @@ def _install_hook() -> None:
 
 def _on_event(event: str, arguments: Any) -> None:
     if _WATCHERS and event in ("open", "os.listdir", "os.scandir"):
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & _ACCESS == os.O_WRONLY:
+            return  # nothing is read from it, such as a log
         for watcher in _WATCHERS:
             watcher.note(arguments[0])

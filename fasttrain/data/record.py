@@ -479,6 +479,9 @@ class _Recording:
             return
         numbers = self._universe() if is_plain_batching(self._loader) else np.arange(store.num_rows)
         missing = len(store.missing(numbers))
+        if missing and store.nbytes >= self._limit:
+            self._owner.about_disk = f"not kept on disk: {self._too_much()}"
+            return
         if missing and (missing > (self._loader.batch_size or 1) or self._read_missing()):
             return
         self.check()
@@ -797,11 +800,14 @@ class _Recording:
         if store.form is None or store.has_others:
             return "the rows are not all of one form, or have keys that are no numbers"
         if store.nbytes >= self._limit:
-            return f"the rows take more memory than {self._limit >> 20} MB; those beyond are read live"
+            return self._too_much()
         why_not = self._read_missing()
         if not why_not:
             self.keep_on_disk()
         return why_not
+
+    def _too_much(self) -> str:
+        return f"the rows take more memory than {self._limit >> 20} MB; those beyond are read live"
 
     def _read_missing(self) -> str:
         store = self.store
@@ -816,7 +822,7 @@ class _Recording:
         except Exception as error:  # of a row that the loader may never ask for
             return f"not every row can be read: {type(error).__name__}: {error}"
         if store.nbytes >= self._limit and len(store.missing(numbers)):
-            return f"the rows take more memory than {self._limit >> 20} MB; those beyond are read live"
+            return self._too_much()
         return "" if self.store is store and not store.has_others else "the rows are not all of one form"
 
     def _universe(self) -> np.ndarray:

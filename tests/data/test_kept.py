@@ -220,6 +220,34 @@ def test_a_record_larger_than_the_bound_is_not_kept(tmp_path: Path) -> None:
     assert list((tmp_path / "records").iterdir()) == []
 
 
+def test_rows_beyond_the_bound_on_memory_are_not_kept(tmp_path: Path) -> None:
+    batches, loader = passes(Rows(), tmp_path / "records", 2, memory_bytes=300)
+    assert kept_program.digest(batches[1]) == kept_program.digest(list(DataLoader(Rows(), batch_size=8)))
+    assert "not kept on disk: the rows take more memory" in loader.choice.reason
+    assert list((tmp_path / "records").iterdir()) == []
+
+
+class Logs(Rows):
+    """Rows that write a log, which is read from nowhere."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__()
+        self.log = log
+
+    def __getitem__(self, i: int) -> Any:
+        with self.log.open("a") as file:
+            file.write(f"{i}\n")
+        return self.table[i]
+
+
+def test_a_file_that_rows_only_write_to_is_not_what_they_are_read_from(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    batches, loader = passes(Logs(tmp_path / "log"), tmp_path / "records", 3)
+    assert loader.choice.value == "recorded"
+    assert "kept in" in loader.choice.reason
+    assert len({kept_program.digest(each) for each in batches}) == 1
+
+
 # What is refused, and what is not kept --------------------------------------------------------------------------------
 
 
