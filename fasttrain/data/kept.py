@@ -8,6 +8,7 @@ where nothing has changed. Nothing is pickled.
 from __future__ import annotations
 
 import builtins
+import copyreg
 import dis
 import enum
 import functools
@@ -149,7 +150,9 @@ class KeptFolder:
         why_not = kept.store.why_not_written()
         if why_not or kept.store.form is None:
             raise NotWrittenError(f"there are {why_not or 'no rows'}")
-        files = [_file_entry(name, stamps[name]) for name in kept.files if not _is_left_out(name, self.path)]
+        folders = {os.path.abspath(each) for each in sys.path}
+        names = [each for each in kept.files if each not in folders and not _is_left_out(each, self.path)]
+        files = [_file_entry(each, stamps[each]) for each in names]
         columns = kept.store.tables()
         tables = [_bytes_of(torch.from_numpy(kept.store.is_there))]
         tables += [_bytes_of(table) for each in columns for table in each.tables.values()]
@@ -432,9 +435,8 @@ def _dtype(name: Any) -> torch.dtype:
 
 def _is_left_out(name: str, folder: Path) -> bool:
     """Whether what a file holds comes from the code, which is part of the key, or from the records themselves."""
-    if name.endswith((".pyc", f"{os.sep}__pycache__")) or Path(name).is_relative_to(folder):
-        return True
-    return name in {os.path.abspath(each) for each in sys.path} or purity.is_library_file(os.path.join(name, ""))
+    is_of_folder = os.path.join(name, "").startswith(os.path.join(folder, ""))
+    return is_of_folder or name.endswith((".pyc", f"{os.sep}__pycache__")) or purity.is_library_file(f"{name}{os.sep}")
 
 
 def _file_entry(name: str, stamp: object) -> dict[str, Any]:
@@ -461,7 +463,9 @@ def _sampled(name: str) -> str:
     digest = hashlib.sha256()
     with open(name, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        last = max(0, size - SAMPLE_BYTES)
+        last = size - SAMPLE_BYTES
+        if last < SAMPLE_BYTES * (NUM_SAMPLES - 1):
+            return hashlib.sha256(file.read()).hexdigest()
         for number in range(NUM_SAMPLES):
             file.seek(last * number // (NUM_SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
@@ -641,6 +645,8 @@ class _Walk:
             raise NotWrittenError(f"{name} is an iterator, whose state cannot be read")
         elif isinstance(value, _LOCKS):
             pass
+        elif isinstance(value, types.MappingProxyType):
+            self.add(dict(cast("Any", value)), name)
         elif isinstance(value, os.PathLike):
             self.add(os.fspath(cast("Any", value)), name)
         else:
@@ -693,7 +699,8 @@ class _Walk:
     def _reduced(self, value: Any, name: str) -> None:
         """An object of a package's class, by what copies of it are made of."""
         try:
-            found = value.__reduce_ex__(4)
+            reducer = copyreg.dispatch_table.get(type(value))
+            found: Any = value.__reduce_ex__(4) if reducer is None else reducer(value)
         except Exception as error:
             kind: Any = type(value)
             raise NotWrittenError(
@@ -875,7 +882,7 @@ class _Walk:
         except (OSError, ValueError):
             return
         path = os.path.abspath(name)
-        is_left_out = self._left_out is not None and Path(path).is_relative_to(self._left_out)
+        is_left_out = self._left_out is not None and path.startswith(os.path.join(self._left_out, ""))
         if stat.S_ISREG(found.st_mode) and not is_left_out and not path.startswith(OF_THE_SYSTEM):
             self.put("path", f"{found.st_size} {found.st_mtime_ns}")
 

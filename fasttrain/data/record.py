@@ -601,6 +601,8 @@ class _Recording:
             self._stop_recording(f"{self._facts.unknown}, whose state cannot be read")
         self._check_state(is_certain=is_watched)
         if not self._is_live:
+            if isinstance(rows, list | tuple) and len(rows) != len(keys):
+                raise self._refused(f"{len(keys)} indices give {len(rows)} rows")
             self._read_again(keys, rows, is_pickled=is_taken)
             self._keep(keys, rows)
         return rows

@@ -1,24 +1,39 @@
 """A program that records loaders with `keep`; the tests of kept records run it in processes of their own.
 
 `python -m tests.data.kept_program FOLDER [count]` writes, as JSON, what each run saw, as one digest, and how often it
-read a row in each epoch.
+read a row in the first epoch.
 """
 
 from __future__ import annotations
 
+import array
+import collections
+import datetime
+import decimal
+import enum
 import functools
 import hashlib
+import io
 import json
+import random
+import re
 import sys
+import threading
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 import fasttrain
 from fasttrain import FastLoop
+from fasttrain.data.kept import key_of
 from tests.data.record_loaders import Case, OneHot, reads_by_epoch, run, seed_all
 
 CASES = [
@@ -43,7 +58,7 @@ def program(folder: Path, *, counts: bool) -> list[dict[str, Any]]:
     for number, case in enumerate(CASES):
         record = functools.partial(fasttrain.record, keep=folder / str(number))
         trace = run(case, record, epochs=3)
-        reads = reads_by_epoch(case, record, epochs=2) if counts and not case.options.get("num_workers") else []
+        reads = reads_by_epoch(case, record, epochs=1) if counts and not case.options.get("num_workers") else []
         found.append({"case": case.name, "events": digest(trace.events), "reads": reads, "refused": trace.refused})
     return found
 
@@ -74,12 +89,80 @@ class Rows(OneHot):
         return {"x": row, "y": i % 2}
 
 
+class Color(enum.Enum):
+    RED = 1
+    BLUE = "b"
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    a: int = 1
+    b: list[Any] = field(default_factory=lambda: [{"x", "y"}])
+
+
+class Row(NamedTuple):
+    a: int
+    b: str = "x"
+
+
+class Listed(list[Any]):
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.more = {("a", 1): object}
+
+
+@functools.lru_cache
+def cached(x: int) -> int:
+    return x + 1
+
+
+def outer(n: int) -> Callable[[int], int]:
+    @functools.wraps(cached)
+    def inner(x: int) -> int:
+        return cached(x) + n
+
+    return inner
+
+
+def held_values() -> list[Any]:
+    """What the state of a dataset may hold, each made anew."""
+    torch.manual_seed(0)
+    counted = collections.Counter("abcab"), collections.deque([1, [2]], maxlen=3), collections.defaultdict(list, a=[1])
+    times = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC), datetime.timedelta(1), np.datetime64("2020-01-01")
+    tables = [
+        pd.Series([1, None, 3], name="s", dtype="Int64"),
+        pd.MultiIndex.from_tuples([("a", 1), ("b", 2)]),
+        pd.DataFrame({"a": [1, 2], "o": [{"x": 1}, [2]], "t": pd.to_datetime(["2020", "2021"]), "s": ["x", None]}),
+    ]
+    arrays = [
+        np.ma.masked_array([1, 2], mask=[False, True]),
+        np.zeros(2, dtype=[("a", "i4"), ("b", "f8")]),
+        np.array([{"a": 1}, None], dtype=object),
+        array.array("d", [1, 2]),
+    ]
+    generators = [
+        np.random.default_rng(3),
+        np.random.RandomState(1),
+        random.Random(1),
+        torch.Generator().manual_seed(1),
+    ]
+    code = [cached, outer(3), lambda x: re.sub("a", "b", x), functools.partial(outer, n=1), np.add, torch.relu, len]
+    return [
+        *[*counted, *times, *tables, *arrays, *generators, *code, Color.BLUE, Frozen(), Row(1), Listed([1, [2]])],
+        *[decimal.Decimal("1.5"), re.compile("a+b"), Path("x/y"), io.BytesIO(b"abc"), threading.RLock()],
+        *[types.MappingProxyType({"a": {1}}), types.SimpleNamespace(a=1), ValueError("x"), {("a", 1), ("b", (2, "c"))}],
+        *[nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), nn.Parameter(torch.ones(2)), torch.ones(2).bfloat16()],
+        *["abc".upper, frozenset([("a", 1), ("b", 2)]), list[int], int | None, slice(1, 2), Frozen, Color],
+    ]
+
+
 def main() -> None:
     torch.set_num_threads(1)  # as in the tests
     folder = Path(sys.argv[1])
     found = program(folder, counts="count" in sys.argv)
     loop = trained(fasttrain.record(one_hot(), keep=folder / "loop"))
-    sys.stdout.write(json.dumps({"cases": found, "loop": loop}))
+    keys = [key_of({"value": each, "again": [each]}) for each in held_values()]
+    sys.stdout.write(json.dumps({"cases": found, "loop": loop, "keys": keys}))
 
 
 if __name__ == "__main__":
