@@ -189,6 +189,7 @@ def test_mapped_tables_are_not_written_to(folder: Path) -> None:
     loader: Any = fasttrain.record(DataLoader(Rows(), batch_size=8), keep=folder)
     for batch in loader:
         scribble(batch)
+    assert loader.choice.value == "recorded"
     store = loader._recordings[-1].store
     for column in store.columns(store.numbers, torch.device("cpu")):
         for table in column.tables:
