@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fasttrain.data.kept import describe_folder
 from fasttrain.device import (
     choose_precision,
     cpp_compiler,
@@ -41,6 +42,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "engine auto": f"{engine.value}: {engine.reason}",
         "threads auto": _threads(device),
         "compiling for later runs": _ahead(),
+        "recorded rows": describe_folder(),
     }
 
 

@@ -29,6 +29,7 @@ def test_a_cpu_is_described_in_plain_facts() -> None:
         "engine auto",
         "threads auto",
         "compiling for later runs",
+        "recorded rows",
     ]
     assert machine["device"].startswith("cpu (")
     assert machine["threads"] == torch.get_num_threads()

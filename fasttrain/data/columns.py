@@ -552,6 +552,72 @@ class ColumnBuilder:
         ids, offsets = torch.from_numpy(ids), torch.from_numpy(offsets)
         return SparseColumn(ids, offsets, values, dtype=self._dtype, shape=self._shape, device=device)
 
+    def tables(self) -> dict[str, Tensor]:
+        """What `restored` makes the builder of again; rows that are not there are zeros.
+
+        "rows", [num_rows, ...]; or "ids", "offsets" and, unless all entries are 1, "values", of all rows in order.
+        """
+        self._unify()
+        if self._dense is not None:
+            self._dense[torch.from_numpy(self._form == _MISSING)] = 0  # memory that was never written to
+            return {"rows": self._dense}
+        assert self._sparse is not None
+        ids, offsets, bits = self._sparse.in_order()
+        found = {"ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}
+        return found if bits is None else {**found, "values": torch.from_numpy(bits)}
+
+    @classmethod
+    def restored(
+        cls, is_there: np.ndarray, dtype: torch.dtype, shape: Sequence[int], tables: dict[str, Tensor]
+    ) -> ColumnBuilder:
+        """The builder that has these tables, which are not copied.
+
+        Args:
+            is_there: for each row, whether it is there, [num_rows], bool.
+            dtype: of rows.
+            shape: of a row.
+            tables: see `tables`.
+
+        Raises:
+            DataError: they are not those of a builder of such rows.
+        """
+        made = cls(len(is_there))
+        made._check(np.arange(0), torch.empty((0, *shape), dtype=dtype))
+        made._range = None
+        if set(tables) == {"rows"}:
+            rows = tables["rows"]
+            if rows.shape != (made.num_rows, *shape) or rows.dtype not in (carrier(dtype), *_INTEGERS[:-1]):
+                raise DataError(f"the table is {rows.dtype} of shape {list(rows.shape)}")
+            if rows.dtype != carrier(dtype):
+                limits = torch.iinfo(rows.dtype)
+                made._range = limits.min, limits.max
+            made._dense, made._num_dense_entries = rows, rows.numel()
+            made._form[is_there] = _DENSE
+            return made
+        if set(tables) - {"values"} != {"ids", "offsets"} or tables["ids"].dtype != torch.int32:
+            raise DataError(f"the tables are {sorted(tables)}")
+        ids, offsets = tables["ids"].numpy(), checked_offsets(tables["offsets"], len(tables["ids"])).numpy()
+        _check_ids(ids, offsets, made._num_values)
+        if len(offsets) != made.num_rows + 1:
+            raise DataError(f"{len(offsets)} offsets for {made.num_rows} rows")
+        bits = tables.get("values")
+        if bits is not None and (len(bits) != len(ids) or bits.dtype != _BITS[carrier(dtype).itemsize]):
+            raise DataError(f"{len(bits)} values of {bits.dtype} for {len(ids)} ids")
+        made._sparse = _SparseRows(made.num_rows, made._num_values, made._one)
+        made._sparse.set(ids, offsets, None if bits is None else bits.numpy())
+        made._form[is_there] = _SPARSE
+        return made
+
+    @property
+    def row_dtype(self) -> torch.dtype | None:
+        """The dtype of rows; None before there is one."""
+        return self._dtype
+
+    @property
+    def row_shape(self) -> torch.Size:
+        """The shape of a row."""
+        return self._shape
+
     def _check(self, numbers: np.ndarray, batch: Tensor) -> None:
         if batch.device.type != "cpu" or batch.layout != torch.strided or batch.ndim == 0:
             raise RowsDifferError(f"rows are a {batch.layout} tensor of shape {list(batch.shape)} on {batch.device}")
@@ -672,6 +738,11 @@ class _SparseRows:
     def nbytes(self) -> int:
         of_entries = self._ids.nbytes + (0 if self.values is None else self.values.nbytes)
         return self.begins.nbytes + self.lengths.nbytes + of_entries
+
+    def set(self, ids: np.ndarray, offsets: np.ndarray, values: np.ndarray | None) -> None:
+        """Takes the entries of all rows, in the order of their numbers."""
+        self.begins, self.lengths, self.num_entries = offsets[:-1], np.diff(offsets), len(ids)
+        self._ids, self.values = ids, values
 
     def append(self, numbers: np.ndarray, places: np.ndarray, entries: np.ndarray | None, dtype: torch.dtype) -> None:
         """Adds rows.

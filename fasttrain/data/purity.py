@@ -43,7 +43,20 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-__all__ = ["Facts", "GlobalGenerators", "in_child", "length_of", "read_again", "same_rows", "shares_memory", "where"]
+__all__ = [
+    "NAMED_SETTINGS",
+    "Facts",
+    "GlobalGenerators",
+    "in_child",
+    "is_library_class",
+    "is_library_file",
+    "is_library_module",
+    "length_of",
+    "read_again",
+    "same_rows",
+    "shares_memory",
+    "where",
+]
 
 MOST_FACTS = 3_000
 """Objects that are looked at. Those that are met first, nearest to the dataset, are the ones that count."""
@@ -65,6 +78,9 @@ _LIBRARIES = tuple(
     os.path.join(path, "")
     for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 )
+
+_INSTALLED = tuple(os.path.join(os.sep, each, "") for each in ("site-packages", "dist-packages"))
+"""Folders of packages wherever they are: a user's own, or those of the interpreter that a virtual one is made from."""
 
 
 class GlobalGenerators:
@@ -98,13 +114,14 @@ def where(dataset: Any) -> str:
     for name in ("__getitems__", "__getitem__"):
         function = getattr(kind, name, None)
         code = None if function is None else getattr(inspect.unwrap(function), "__code__", None)
-        if code is not None and not _is_library_file(code.co_filename):
+        if code is not None and not is_library_file(code.co_filename):
             return f"{kind.__name__}.{name} ({code.co_filename}:{code.co_firstlineno})"
     return kind.__name__
 
 
-def _is_library_file(name: str) -> bool:
-    return name.startswith(_LIBRARIES) or name.startswith("<frozen")
+def is_library_file(name: str) -> bool:
+    """Whether a file is one of Python's own or of an installed package."""
+    return name.startswith(_LIBRARIES) or name.startswith("<frozen") or any(each in name for each in _INSTALLED)
 
 
 # What rows can read in Python.
@@ -232,7 +249,7 @@ class Facts:
             for slot in (slots,) if isinstance(slots, str) else tuple(slots):
                 if slot not in ("__dict__", "__weakref__"):
                     self._read(f"{name}.{slot}", functools.partial(getattr, value, slot, None))
-        if not _is_library_class(kind):
+        if not is_library_class(kind):
             self._queue.append((kind, kind.__qualname__))
 
     def _read(self, name: str, get: Callable[[], Any]) -> None:
@@ -345,7 +362,7 @@ class Facts:
 
     def _class(self, kind: type, name: str) -> None:
         for each in kind.__mro__:
-            if _is_library_class(each) or not self._is_new(each, ""):
+            if is_library_class(each) or not self._is_new(each, ""):
                 continue
             table = {key: value for key, value in vars(each).items() if key not in ("__dict__", "__weakref__")}
             self._add(f"{each.__qualname__}'s attributes", _same_result(functools.partial(_keys_of, each)))
@@ -358,7 +375,7 @@ class Facts:
         del name
 
     def _function(self, function: types.FunctionType, name: str) -> None:
-        if _is_library_file(function.__code__.co_filename):
+        if is_library_file(function.__code__.co_filename):
             return
         for attribute in ("__code__", "__defaults__", "__kwdefaults__"):
             self._read(f"{name}'s {attribute}", functools.partial(getattr, function, attribute))
@@ -374,7 +391,7 @@ class Facts:
                 continue
             value = table[each]
             self._read(f"the global {each}", functools.partial(table.get, each))
-            if isinstance(value, types.ModuleType) and not _is_library_module(value):
+            if isinstance(value, types.ModuleType) and not is_library_module(value):
                 for inner in sorted(names & vars(value).keys()):
                     if not self._is_new(value, inner):
                         continue
@@ -382,8 +399,8 @@ class Facts:
         for each in names & (vars(builtins).keys() - table.keys()):
             if self._is_new(builtins, each):
                 self._read(f"the builtin {each}", functools.partial(vars(builtins).get, each))
-        for asked, setting, reader in _NAMED_SETTINGS:
-            if names & asked and self._is_new(_NAMED_SETTINGS, setting):
+        for asked, setting, reader in NAMED_SETTINGS:
+            if names & asked and self._is_new(NAMED_SETTINGS, setting):
                 self._add(setting, _same_result(reader()))
         own = vars(function)
         if own:
@@ -406,7 +423,7 @@ def _levels() -> Callable[[], object]:
     return lambda: (logging.root.manager.disable, [each.level for each in known])
 
 
-_NAMED_SETTINGS: list[tuple[frozenset[str], str, Callable[[], Callable[[], object]]]] = [
+NAMED_SETTINGS: list[tuple[frozenset[str], str, Callable[[], Callable[[], object]]]] = [
     (frozenset({"environ", "environb", "getenv", "expandvars"}), "os.environ", lambda: lambda: dict(os.environ)),
     (frozenset({"is_grad_enabled", "requires_grad"}), "the grad mode", lambda: torch.is_grad_enabled),
     (frozenset({"is_inference_mode_enabled"}), "the inference mode", lambda: torch.is_inference_mode_enabled),
@@ -425,11 +442,12 @@ def _content(value: Any) -> bytes | None:
     return bytes(view if len(view) <= MOST_BYTES else view[:: len(view) // SAMPLED_BYTES])
 
 
-def _is_library_module(module: types.ModuleType) -> bool:
+def is_library_module(module: types.ModuleType) -> bool:
+    """Whether a module is one of Python's own or of an installed package."""
     file = getattr(module, "__file__", None)
     if file is None:
         return module.__name__.partition(".")[0] in sys.stdlib_module_names
-    return _is_library_file(file)
+    return is_library_file(file)
 
 
 def _state_of(bits: Any) -> object:
@@ -464,12 +482,13 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield from _names_in(value)
 
 
-def _is_library_class(kind: type) -> bool:
+def is_library_class(kind: type) -> bool:
+    """Whether a class is one of Python's own, of an installed package or of fasttrain."""
     module = sys.modules.get(kind.__module__)
     if kind.__module__ == "__main__":
         return False
     file = getattr(module, "__file__", None)
-    return kind.__module__ == "builtins" or file is None or _is_library_file(file) or file.startswith(_OWN)
+    return kind.__module__ == "builtins" or file is None or is_library_file(file) or file.startswith(_OWN)
 
 
 _OWN = os.path.dirname(os.path.dirname(__file__))

@@ -12,16 +12,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
 
 from fasttrain.data.purity import Facts, GlobalGenerators
 
-__all__ = ["ForkedReaders", "ReadRows", "logging_loader"]
+__all__ = ["OF_THE_SYSTEM", "FilesRead", "ForkedReaders", "ReadRows", "logging_loader", "stamp_of"]
 
 Batch = Any
 Row = Any
@@ -95,9 +95,7 @@ def _read_ahead(
     facts = Facts(dataset)
     with open(sending, "wb") as stream:
         for keys in batches:
-            generators, begin = GlobalGenerators(), time.perf_counter()
-            rows = items(keys)
-            found = ReadRows(list(rows), time.perf_counter() - begin, generators.moved())
+            found = _read(lambda keys=keys: list(items(keys)))
             found.changed = next((each.name for each in facts.changed() if not each.is_harmless), None)
             written = pickle.dumps(found)
             stream.write(struct.pack("<q", len(written)))
@@ -174,6 +172,7 @@ class ReadRows:
         drawn: the generator that they were drawn from.
         why_collated_there: why `collate_fn` gives other batches elsewhere.
         changed: what has changed in the dataset while they were read.
+        files: that they were read from (see `FilesRead`).
     """
 
     rows: Sequence[Row]
@@ -181,6 +180,15 @@ class ReadRows:
     drawn: str | None
     why_collated_there: str | None = None
     changed: str | None = None
+    files: dict[str, object] = field(default_factory=dict[str, object])
+
+
+def _read(read: Callable[[], Sequence[Row]]) -> ReadRows:
+    files: dict[str, object] = {}
+    generators, begin = GlobalGenerators(), time.perf_counter()
+    with FilesRead(files):
+        rows = read()
+    return ReadRows(rows, time.perf_counter() - begin, generators.moved(), files=files)
 
 
 class _Reader:
@@ -204,16 +212,11 @@ class _Reader:
         return len(self._dataset)
 
     def __getitem__(self, key: Any) -> ReadRows:
-        return self._read(lambda: [self._dataset[key]])
+        return _read(lambda: [self._dataset[key]])
 
     def __getitems__(self, keys: list[Any]) -> ReadRows:
         many = getattr(self._dataset, "__getitems__", None)
-        return self._read(lambda: many(keys) if many else [self._dataset[key] for key in keys])
-
-    def _read(self, read: Callable[[], Sequence[Row]]) -> ReadRows:
-        generators, begin = GlobalGenerators(), time.perf_counter()
-        rows = read()
-        return ReadRows(rows, time.perf_counter() - begin, generators.moved())
+        return _read(lambda: many(keys) if many else [self._dataset[key] for key in keys])
 
 
 class _Packed:
@@ -240,3 +243,62 @@ class _Packed:
 
     def __reduce__(self) -> Any:
         return partial(_Packed, is_batched=self._is_batched), (self._collate,)
+
+
+# What rows are read from.
+
+OF_THE_SYSTEM = ("/proc/", "/dev/", "/sys/")
+"""Files whose size and time tell nothing."""
+
+
+def stamp_of(name: str) -> object:
+    """What changes when a file is written to or replaced; None where there is none."""
+    try:
+        found = os.stat(name)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+class FilesRead:
+    """Notes the files that are opened in a `with` block, by this thread or another.
+
+    Args:
+        files: takes up their names and what `stamp_of` says when they are opened first.
+    """
+
+    def __init__(self, files: dict[str, object]) -> None:
+        self._files = files
+
+    def __enter__(self) -> None:
+        _install_hook()
+        _WATCHERS.append(self)
+
+    def __exit__(self, *error: object) -> None:
+        _WATCHERS.remove(self)
+
+    def note(self, name: Any) -> None:
+        """Notes a file."""
+        if isinstance(name, str | bytes | os.PathLike) and len(self._files) < 1_000_000:
+            path = os.path.abspath(os.fsdecode(cast("Any", name)))
+            if path not in self._files and not path.startswith(OF_THE_SYSTEM):
+                self._files[path] = stamp_of(path)
+
+
+_WATCHERS: list[FilesRead] = []
+_INSTALLED: list[bool] = []
+_ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
+
+
+def _install_hook() -> None:
+    if not _INSTALLED:
+        _INSTALLED.append(True)
+        sys.addaudithook(_on_event)  # it stays for good, and does nothing while nobody watches
+
+
+def _on_event(event: str, arguments: Any) -> None:
+    if _WATCHERS and event in ("open", "os.listdir", "os.scandir"):
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & _ACCESS == os.O_WRONLY:
+            return  # nothing is read from it, such as a log
+        for watcher in _WATCHERS:
+            watcher.note(arguments[0])

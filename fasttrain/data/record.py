@@ -6,17 +6,18 @@ import copy
 import os
 import pickle
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler, default_collate
 
+from fasttrain.data.kept import Kept, KeptFolder, NotWrittenError, default_folder, key_of
 from fasttrain.data.loader import (
     IndexBatches,
     LoaderEpoch,
@@ -26,7 +27,7 @@ from fasttrain.data.loader import (
     is_read_ahead,
 )
 from fasttrain.data.purity import Facts, GlobalGenerators, length_of, read_again, same_rows, shares_memory, where
-from fasttrain.data.readers import ForkedReaders, ReadRows, logging_loader
+from fasttrain.data.readers import FilesRead, ForkedReaders, ReadRows, logging_loader, stamp_of
 from fasttrain.data.rows import NotKeptError, RowStore
 from fasttrain.device import Choice, free_bytes
 from fasttrain.errors import ConfigError, DataError
@@ -68,6 +69,9 @@ LACKED_SHARE = 0.25
 MOST_FILES = 1_000
 """Files, of those that rows were read from, whose size and time are compared at the beginning of a pass."""
 
+OPENED_ROWS = 8
+"""So many rows, and AUDITED_SHARE of all, are read again when rows are taken from the disk."""
+
 
 def record(
     loader: DataLoader[Any],
@@ -75,6 +79,8 @@ def record(
     then: Callable[[Row], Row] | None = None,
     workers: int = 0,
     memory_bytes: int | None = None,
+    keep: str | Path | bool | None = None,
+    keep_bytes: int | None = None,
 ) -> RecordedLoader:
     """Returns the loader's batches, whose rows are read from the dataset once and replayed from then on.
 
@@ -91,12 +97,21 @@ def record(
             one of torch's samplers.
         memory_bytes: the most that recorded rows may take; rows beyond are read live. None: a quarter of the memory
             that is free.
+        keep: a folder in which recorded rows stay on disk, once all are there: the next process replays from its first
+            pass on. True: a folder of fasttrain's own, `~/.cache/fasttrain/records`. Rows must be tensors, numpy
+            arrays, numbers and texts of one form. A record is used only where nothing has changed that it was made of:
+            the dataset's state and code, the files that rows were read from, versions; some rows are read again
+            and compared before it is used, and in every pass. What it cannot see is a file that compiled code opens
+            under a name that the dataset does not hold.
+        keep_bytes: the most that all records in this folder may take; the one that was not used for longest goes
+            first. None: a tenth of what is free on the disk, and 50 GB at most.
 
     Returns:
         An iterable with the loader's length and attributes; see `RecordedLoader.choice` for what it does.
 
     Raises:
-        ConfigError: it is no `DataLoader`, or its dataset is an `IterableDataset`.
+        ConfigError: it is no `DataLoader`, or its dataset is an `IterableDataset`; the folder cannot be made, or is not
+            this user's alone.
     """
     given: Any = loader
     if isinstance(given, RecordedLoader):
@@ -120,7 +135,17 @@ def record(
         raise ConfigError(f"then must be a function of a row; it is a {type(then).__name__}")
     if memory_bytes is None:
         memory_bytes = int(MEMORY_SHARE * (free_bytes(torch.device("cpu")) or (4 << 30)))
-    return RecordedLoader(loader, then, workers, memory_bytes)
+    return RecordedLoader(loader, then, workers, memory_bytes, _folder(keep, keep_bytes))
+
+
+def _folder(keep: Any, keep_bytes: Any) -> KeptFolder | None:
+    if keep_bytes is not None and (type(keep_bytes) is not int or keep_bytes < 1):
+        raise ConfigError(f"keep_bytes {keep_bytes!r}: use a whole number, 1 or more")
+    if keep is None or keep is False:
+        return None
+    if keep is not True and (not isinstance(keep, str | Path) or not str(keep)):
+        raise ConfigError(f"keep {keep!r}: use the path of a folder, or True for {default_folder()}")
+    return KeptFolder(default_folder() if keep is True else Path(keep).expanduser(), keep_bytes)
 
 
 class RecordedLoader(Replayable):
@@ -133,14 +158,23 @@ class RecordedLoader(Replayable):
     Attributes:
         loader, then, workers: see `record`.
         passes: how many have begun.
+        folder: where rows are kept on disk; None where they are not.
+        about_disk: what became of that.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], then: Callable[[Row], Row] | None, workers: int, memory_bytes: int
+        self,
+        loader: DataLoader[Any],
+        then: Callable[[Row], Row] | None,
+        workers: int,
+        memory_bytes: int,
+        folder: KeptFolder | None = None,
     ) -> None:
         self.loader = loader
         self.then = then
         self.workers = workers
+        self.folder = folder
+        self.about_disk = ""
         self._memory_bytes = memory_bytes
         self._recordings: list[_Recording] = []
         self.passes = 0
@@ -162,7 +196,9 @@ class RecordedLoader(Replayable):
     @property
     def choice(self) -> Choice:
         """Where the batches of the last pass came from ("streamed", "recorded" or "resident"), and why."""
-        return self._choice
+        if not self.about_disk:
+            return self._choice
+        return Choice(self._choice.value, f"{self._choice.reason}; {self.about_disk}")
 
     @property
     def is_transitional(self) -> bool:
@@ -180,7 +216,7 @@ class RecordedLoader(Replayable):
             self._choice = Choice("streamed", self._why_live)
             return iter(self.loader) if self._by_workers is None else map(itemgetter(1), self._by_workers)
         recording = self.begin()
-        if self.loader.num_workers and is_first:
+        if self.loader.num_workers and is_first and not recording.is_kept:
             order: list[Any] = []
             self._by_workers = logging_loader(self.loader, order)
             return recording.read_by_workers(iter(self._by_workers), order)
@@ -216,6 +252,8 @@ class RecordedLoader(Replayable):
             return "the loader has a batch_sampler that is not torch's own, or makes no batches"
         if self.loader.pin_memory:
             return "the loader pins memory"
+        if self.folder is not None and not self._why_live and not self._recordings:
+            self.begin()
         if self._why_live or self._recordings:
             return self._why_live
         self._is_transitional = True
@@ -239,6 +277,8 @@ class RecordedLoader(Replayable):
         found = _Recording(self, limit)
         self._recordings = [*others, found]
         self._choice = Choice("streamed", reason)
+        if self.folder is not None:
+            found.open_kept(self.folder)
         return found
 
     def _pass(self, recording: _Recording, indices: Iterator[Any]) -> _Pass:
@@ -289,7 +329,9 @@ class _Pass(Iterator[Any]):
     def _finish(self) -> None:
         recording = self._recording
         recording.check()
-        if recording.num_read == self._num_read and not self._owner.is_live:
+        is_replayed = recording.num_read == self._num_read
+        recording.keep_on_disk()
+        if is_replayed and not self._owner.is_live:
             recording.pass_s = time.perf_counter() - self._begin
             self._owner.note("recorded", f"{recording.store.count:,} rows are replayed")
 
@@ -309,6 +351,7 @@ class _Recording:
         num_read: how many were read from the dataset.
         pass_s: seconds that the last replayed pass took.
         why_not_collated: why batches are not made of columns; empty where they are.
+        is_kept: whether the rows are on disk.
     """
 
     def __init__(self, owner: RecordedLoader, limit: int) -> None:
@@ -329,6 +372,8 @@ class _Recording:
         self._is_shared = self._is_live = self._is_pickled = False
         self._ignored: frozenset[str] = frozenset()
         self._files: dict[str, object] = {}
+        self._key = self._new_key()
+        self.is_kept = False
         self._facts = self._new_facts()
         self._attributes = self._shallow()
         self._random = random.Random(7)  # of its own: which rows are read again
@@ -349,7 +394,7 @@ class _Recording:
         names = list(self._files)
         if len(names) > MOST_FILES:
             names = self._random.sample(names, MOST_FILES)
-        return next((name for name in names if _stamp(name) != self._files[name]), None)
+        return next((name for name in names if stamp_of(name) != self._files[name]), None)
 
     def has_moved(self) -> bool:
         """Whether attributes of the dataset have been replaced in the middle of a pass."""
@@ -368,7 +413,9 @@ class _Recording:
         if self.store.form is None or not self.num_read:
             return
         row_s = self._read_s / self.num_read
-        count = max(1, int(AUDITED_SHARE * self.pass_s / max(row_s, 1e-9)))
+        self._audit(max(1, int(AUDITED_SHARE * self.pass_s / max(row_s, 1e-9))))
+
+    def _audit(self, count: int, remedy: str = "") -> None:
         there = self.store.numbers
         for number in self._random.sample(range(len(there)), min(count, len(there), 64)):
             index = int(there[number])
@@ -376,9 +423,83 @@ class _Recording:
             if not same_rows(kept, self._row_of_worker(index) if self._is_pickled else self._row(index)):
                 raise DataError(
                     f"row {index} of {where(self._dataset)} differs from the row that was recorded: what it is read "
-                    "from has changed, or it does not depend on its index alone; make a new record(loader) where "
-                    "the data changed, or give the loader itself"
+                    "from has changed, or it does not depend on its index alone; "
+                    + (remedy or "make a new record(loader) where the data changed, or give the loader itself")
                 )
+        if self.is_kept:
+            self._check_state(is_certain=True)  # this process may not have read a row yet: caches grow, files open
+
+    # On disk.
+
+    def _new_key(self) -> str | None:
+        """What the rows are found by on disk; None where they are not kept."""
+        folder, loader = self._owner.folder, self._loader
+        if folder is None:
+            return None
+        is_many = loader.batch_sampler is not None and hasattr(self._dataset, "__getitems__")
+        try:
+            return key_of(self._dataset, self._length, is_many, loader.num_workers > 0, left_out=folder.path)
+        except (NotWrittenError, OSError) as error:
+            self._owner.about_disk = f"not kept on disk: {error}"
+            return None
+
+    def open_kept(self, folder: KeptFolder) -> None:
+        """Takes the rows from the disk, where they are there.
+
+        Raises:
+            DataError: a row differs from the one that the dataset gives now.
+        """
+        key = self._key
+        if key is None:
+            return
+        found = folder.find(key)
+        if isinstance(found, Kept) and found.store.num_rows != self._length:
+            found = "the record on disk has another number of rows"
+        if isinstance(found, Kept) and found.is_shared and (self._is_own_collate or self._loader.batch_sampler is None):
+            self._key = None
+            found = "not taken from disk: rows are memory of the dataset's own, and the loader may hand them out"
+        if isinstance(found, str):
+            self._owner.about_disk = found
+            return
+        self.store, self.is_kept = found.store, True
+        self.num_read, self._read_s = found.store.count, found.read_s
+        self._is_pickled, self._is_shared = found.is_pickled, found.is_shared
+        self._files = {name: stamp_of(name) for name in found.files}
+        self._owner.about_disk = f"kept in {folder.path}"
+        home = folder.path / key
+        self._audit(
+            max(OPENED_ROWS, int(AUDITED_SHARE * self.num_read)),
+            f"the record on disk was made by other code or of other data: delete {home} and run again",
+        )
+
+    def keep_on_disk(self) -> None:
+        """Keeps the rows on disk once all are there; a disk that is full costs the next process its advantage."""
+        folder, store = self._owner.folder, self.store
+        if folder is None or self._key is None or self.is_kept or self._owner.is_live or store.form is None:
+            return
+        numbers = self._universe() if is_plain_batching(self._loader) else np.arange(store.num_rows)
+        missing = len(store.missing(numbers))
+        if missing and store.nbytes >= self._limit:
+            self._owner.about_disk = f"not kept on disk: {self._too_much()}"
+            return
+        if missing and (missing > (self._loader.batch_size or 1) or self._read_missing()):
+            return
+        self.check()
+        if self._owner.is_live or self.store is not store or self.difference() is not None:
+            return
+        kept = Kept(
+            store=store,
+            read_s=float(self._read_s),
+            is_pickled=self._is_pickled,
+            is_shared=self._is_shared,
+            files=tuple(self._files),
+        )
+        try:
+            folder.write(self._key, kept, self._files)
+            self._owner.about_disk, self.is_kept = f"kept in {folder.path}", True
+        except (NotWrittenError, OSError) as error:
+            self._owner.about_disk = f"not kept on disk: {error}"
+            self._key = None
 
     # Batches.
 
@@ -480,6 +601,8 @@ class _Recording:
             self._stop_recording(f"{self._facts.unknown}, whose state cannot be read")
         self._check_state(is_certain=is_watched)
         if not self._is_live:
+            if isinstance(rows, list | tuple) and len(rows) != len(keys):
+                raise self._refused(f"{len(keys)} indices give {len(rows)} rows")
             self._read_again(keys, rows, is_pickled=is_taken)
             self._keep(keys, rows)
         return rows
@@ -523,7 +646,14 @@ class _Recording:
         if found.changed is not None:
             raise self._refused(f"{found.changed} changes when a row is read")
         self._is_pickled = True
+        self._note_files(found.files)
         return found.rows
+
+    def _note_files(self, files: dict[str, object]) -> None:
+        """Takes up the files that another process has read rows from."""
+        for name, stamp in files.items():
+            if self._files.setdefault(name, stamp) != stamp:
+                self._files[name] = "changed while rows were read"
 
     def _begin_again(self) -> None:
         """Forgets the rows that were recorded before the dataset was changed."""
@@ -532,6 +662,8 @@ class _Recording:
         self.store = RowStore(self._length)
         self._facts, self._attributes = self._new_facts(), self._shallow()
         self._resident, self._files, self._unchecked = {}, {}, []
+        if self._key is not None:
+            self._key, self._owner.about_disk = None, "not kept on disk: the dataset changed while it was recorded"
 
     def _keep(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
         if self.store.nbytes >= self._limit:
@@ -540,6 +672,12 @@ class _Recording:
             self.store.put(keys, rows)
         except NotKeptError as error:
             self._stop_recording(f"a row holds a {error}, which cannot be copied")
+        why_not = "" if self._key is None or self._is_live else self.store.why_not_written()
+        if why_not:
+            raise DataError(
+                f"{where(self._dataset)} gives {why_not}, which record(loader, keep=...) does not write to disk: give "
+                "rows of tensors, numpy arrays, numbers, str and bytes, all of one form, or leave out keep"
+            )
 
     def _stop_recording(self, why: str) -> None:
         self._stop_reading_ahead()
@@ -548,7 +686,7 @@ class _Recording:
 
     def _read_watching_generators(self, keys: Sequence[Any]) -> Sequence[Row]:
         generators = GlobalGenerators()
-        with _Files(self._files):
+        with FilesRead(self._files):
             rows = self._items(keys)
         drawn = generators.moved()
         if drawn is not None:
@@ -640,11 +778,13 @@ class _Recording:
                 keys = list(keys) if is_batched else [keys]
                 self.num_read += len(keys)
                 self._read_s += found.seconds
+                self._note_files(found.files)
                 self._read_again(keys, found.rows, is_pickled=True)
                 self._keep(keys, found.rows)
                 if self.store.has_all(keys) and is_batched:
                     self._compare(keys, batch)
             yield batch
+        self.keep_on_disk()
 
     # Resident rows.
 
@@ -662,8 +802,18 @@ class _Recording:
         if store.form is None or store.has_others:
             return "the rows are not all of one form, or have keys that are no numbers"
         if store.nbytes >= self._limit:
-            return f"the rows take more memory than {self._limit >> 20} MB; those beyond are read live"
-        numbers = self._universe()
+            return self._too_much()
+        why_not = self._read_missing()
+        if not why_not:
+            self.keep_on_disk()
+        return why_not
+
+    def _too_much(self) -> str:
+        return f"the rows take more memory than {self._limit >> 20} MB; those beyond are read live"
+
+    def _read_missing(self) -> str:
+        store = self.store
+        numbers = self._universe() if is_plain_batching(self._loader) else np.arange(store.num_rows)
         missing = store.missing(numbers)
         try:
             for begin in range(0, len(missing), 128):
@@ -673,6 +823,8 @@ class _Recording:
             raise
         except Exception as error:  # of a row that the loader may never ask for
             return f"not every row can be read: {type(error).__name__}: {error}"
+        if store.nbytes >= self._limit and len(store.missing(numbers)):
+            return self._too_much()
         return "" if self.store is store and not store.has_others else "the rows are not all of one form"
 
     def _universe(self) -> np.ndarray:
@@ -763,51 +915,3 @@ class _RecordedBatches(ReplayedBatches):
 
 def _split(values: list[Any], size: int) -> list[list[Any]]:
     return [values[begin : begin + size] for begin in range(0, len(values), size)]
-
-
-def _stamp(name: str) -> object:
-    try:
-        found = os.stat(name)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-
-
-# What rows are read from.
-
-
-class _Files:
-    """Notes the files that are opened for reading in a `with` block, by this thread or another."""
-
-    def __init__(self, files: dict[str, object]) -> None:
-        self._files = files
-
-    def __enter__(self) -> None:
-        _install_hook()
-        _WATCHERS.append(self)
-
-    def __exit__(self, *error: object) -> None:
-        _WATCHERS.remove(self)
-
-    def note(self, name: Any) -> None:
-        """Notes a file."""
-        if isinstance(name, str | bytes | os.PathLike) and len(self._files) < 1_000_000:
-            path = os.path.abspath(os.fsdecode(cast("Any", name)))
-            if path not in self._files and not path.startswith(("/proc/", "/dev/", "/sys/")):
-                self._files[path] = _stamp(path)
-
-
-_WATCHERS: list[_Files] = []
-_INSTALLED: list[bool] = []
-
-
-def _install_hook() -> None:
-    if not _INSTALLED:
-        _INSTALLED.append(True)
-        sys.addaudithook(_on_event)  # it stays for good, and does nothing while nobody watches
-
-
-def _on_event(event: str, arguments: Any) -> None:
-    if _WATCHERS and event in ("open", "os.listdir", "os.scandir"):
-        for watcher in _WATCHERS:
-            watcher.note(arguments[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from fasttrain.data.columns import Column, ColumnBuilder
 from fasttrain.data.purity import same_rows
+from fasttrain.errors import DataError
 
-__all__ = ["NotKeptError", "RowStore"]
+__all__ = ["Form", "NotKeptError", "RowStore", "StoredColumn", "form_of_plain", "plain_form"]
 
 Row = Any
 
@@ -62,6 +64,20 @@ class _Tree:
 Form = _Tree | _Leaf
 
 
+@dataclass(frozen=True)
+class StoredColumn:
+    """One value of all rows, as tables.
+
+    Attributes:
+        dtype, shape: of the value; of text, uint8 and ().
+        tables: see `ColumnBuilder.tables`; of text, "bytes" and "ends".
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    tables: dict[str, Tensor]
+
+
 class NotKeptError(Exception):
     """A row holds an object that cannot be copied; the message is its type."""
 
@@ -85,6 +101,7 @@ class RowStore:
         self._there = np.zeros(num_rows, dtype=bool)
         self._others: dict[object, Row] = {}
         self._object_bytes = 0
+        self._is_mapped = False
 
     @property
     def has_others(self) -> bool:
@@ -103,8 +120,10 @@ class RowStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the rows take; of objects, about."""
-        return self._object_bytes + sum(each.nbytes for each in self._columns if isinstance(each, ColumnBuilder))
+        """Bytes of memory that the rows take; of objects, about."""
+        return self._object_bytes + sum(
+            each.nbytes for each in self._columns if isinstance(each, ColumnBuilder) and not self._is_mapped
+        )
 
     def has(self, key: Any) -> bool:
         """Whether the row of a key is kept."""
@@ -145,6 +164,7 @@ class RowStore:
                 self._others[name] = _copied(row)
                 self._object_bytes += 256 + sum(getattr(each, "nbytes", 64) for each in leaves)
         if fitting:
+            self._is_mapped = False
             for column, leaf, values in zip(self._columns, self._leaves, zip(*flat, strict=True), strict=True):
                 self._put_column(column, leaf, fitting, values)
 
@@ -202,6 +222,60 @@ class RowStore:
         return [
             [column[number] for number in numbers] for column in self._columns if not isinstance(column, ColumnBuilder)
         ]
+
+    # On disk.
+
+    def why_not_written(self) -> str:
+        """What `tables` cannot be of; empty where there is nothing."""
+        if self._others:
+            return "rows that are not all of one form, or have keys that are no numbers"
+        if self.form is None:
+            return ""
+        of_leaves = [f"a {leaf.dtype.__name__}" for leaf in self._leaves if not _is_written(leaf)]
+        return next(iter(of_leaves), _why_not_plain(self.form))
+
+    def tables(self) -> list[StoredColumn]:
+        """The rows as tables, one column for each value of a row; see `restored`."""
+        found: list[StoredColumn] = []
+        for column, leaf in zip(self._columns, self._leaves, strict=True):
+            if isinstance(column, ColumnBuilder):
+                assert column.row_dtype is not None
+                found.append(StoredColumn(column.row_dtype, tuple(column.row_shape), column.tables()))
+            elif leaf.dtype is type(None):
+                found.append(StoredColumn(torch.uint8, (), {}))
+            else:
+                found.append(StoredColumn(torch.uint8, (), _text_tables(column)))
+        return found
+
+    @property
+    def is_there(self) -> np.ndarray:
+        """For each row number, whether its row is in columns, [num_rows], bool."""
+        return self._there
+
+    @classmethod
+    def restored(cls, form: Form, is_there: np.ndarray, columns: Sequence[StoredColumn]) -> RowStore:
+        """The store of these rows, whose tables are not copied.
+
+        Raises:
+            DataError: the tables are not those of rows of this form.
+        """
+        made = cls(len(is_there))
+        made.form, made._leaves = form, list(_leaves_of(form))
+        if len(columns) != len(made._leaves) or not all(map(_is_written, made._leaves)):
+            raise DataError(f"{len(columns)} columns for rows of {len(made._leaves)} values")
+        made._there, made._is_mapped = is_there.copy(), True
+        for leaf, stored in zip(made._leaves, columns, strict=True):
+            if leaf.form != "object":
+                if (stored.dtype, stored.shape) != _stored_kind(leaf):
+                    raise DataError(f"a column of {stored.dtype} {stored.shape} for {leaf}")
+                made._columns.append(ColumnBuilder.restored(is_there, stored.dtype, stored.shape, stored.tables))
+                continue
+            values: list[Any] = [None] * made.num_rows if leaf.dtype is type(None) else _texts(leaf, stored.tables)
+            if len(values) != made.num_rows:
+                raise DataError(f"{len(values)} texts for {made.num_rows} rows")
+            made._columns.append([each if there else _NONE for each, there in zip(values, is_there, strict=True)])
+            made._object_bytes += sum(64 + len(each or "") for each in values)
+        return made
 
     def _is_number(self, key: Any) -> bool:
         return type(key) is int and 0 <= key < self.num_rows
@@ -400,3 +474,111 @@ def _copied_tensor(value: Tensor) -> Tensor:
     found = cast("Any", torch)._neg_view(found) if is_neg else found
     found = found.conj() if is_conj else found
     return found.requires_grad_(value.requires_grad)
+
+
+# Forms and texts on disk.
+
+_TEXTS = {"str": str, "bytes": bytes, "none": type(None)}
+
+
+def _is_written(leaf: _Leaf) -> bool:
+    return leaf.form != "object" or leaf.dtype in _TEXTS.values()
+
+
+def _why_not_plain(form: Form) -> str:
+    """Which container cannot be written as JSON."""
+    if isinstance(form, _Leaf):
+        return ""
+    keys = [each.value for each in form.keys if type(each.value) not in (str, int, bool, type(None))]
+    if keys:
+        return f"a dict with a key that is a {type(keys[0]).__name__}"
+    if form.kind not in (dict, list, tuple) and _found_class(form.kind.__module__, form.kind.__qualname__) != form.kind:
+        return f"a {form.kind.__qualname__} (a class that its module does not have under this name)"
+    return next(filter(None, map(_why_not_plain, form.parts)), "")
+
+
+def _found_class(module: str, name: str) -> Any:
+    """A class by its name, of a module that is imported; nothing is imported for it."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def plain_form(form: Form) -> Any:
+    """A form as JSON has it; see `form_of_plain`."""
+    if isinstance(form, _Leaf):
+        if form.form == "object":
+            return ["object", next(name for name, kind in _TEXTS.items() if kind is form.dtype)]
+        return [form.form, "" if form.dtype is None else str(form.dtype).removeprefix("torch."), list(form.shape)]
+    parts = [plain_form(each) for each in form.parts]
+    if form.kind in (list, tuple):
+        return [form.kind.__name__ + "s", parts]
+    if form.kind is dict:
+        return ["dicts", parts, [each.value for each in form.keys]]
+    return ["named", parts, form.kind.__module__, form.kind.__qualname__]
+
+
+def form_of_plain(plain: Any) -> Form:
+    """The form that `plain_form` has written.
+
+    Raises:
+        DataError: it is another thing.
+    """
+    match plain:
+        case ["object", "str" | "bytes" | "none" as name]:
+            return _Leaf("object", _TEXTS[name])
+        case ["int" | "float" | "bool" as name, "", []]:
+            return _Leaf(name)
+        case ["tensor", str(name), [*shape]] if isinstance(getattr(torch, name, None), torch.dtype):
+            return _Leaf("tensor", getattr(torch, name), _shape(shape))
+        case ["array" | "scalar" as form, str(name), [*shape]] if name in map(str, _ARRAYS):
+            return _Leaf(form, np.dtype(name), _shape(shape))
+        case ["lists" | "tuples" as name, [*parts]]:
+            return _Tree(list if name == "lists" else tuple, (), tuple(map(form_of_plain, parts)))
+        case ["dicts", [*parts], [*keys]] if len(keys) == len(parts):
+            if all(type(key) in (str, int, bool, type(None)) for key in keys):
+                return _Tree(dict, tuple(map(_Key, keys)), tuple(map(form_of_plain, parts)))
+        case ["named", [*parts], str(module), str(name)]:
+            kind = _found_class(module, name)
+            if isinstance(kind, type) and issubclass(kind, tuple) and len(getattr(kind, "_fields", ())) == len(parts):
+                return _Tree(kind, (), tuple(map(form_of_plain, parts)))
+            raise DataError(f"the class {module}.{name} is not there any more")
+        case _:
+            pass
+    raise DataError(f"{plain!r:.80} is no form of rows")
+
+
+def _shape(given: Sequence[Any]) -> tuple[int, ...]:
+    if not all(type(each) is int and each >= 0 for each in given):
+        raise DataError(f"{given!r:.80} is no shape")
+    return tuple(given)
+
+
+def _stored_kind(leaf: _Leaf) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The dtype and shape of a value in its column."""
+    if leaf.form == "tensor":
+        return leaf.dtype, leaf.shape
+    if leaf.form in ("array", "scalar"):
+        return torch.from_numpy(np.empty(0, dtype=leaf.dtype)).dtype, leaf.shape
+    return {"int": torch.int64, "bool": torch.bool}.get(leaf.form, torch.float64), ()
+
+
+def _text_tables(values: Sequence[Any]) -> dict[str, Tensor]:
+    encoded = [
+        b"" if each is _NONE else each if isinstance(each, bytes) else each.encode("utf-8", "surrogatepass")
+        for each in values
+    ]
+    ends = np.cumsum([len(each) for each in encoded], dtype=np.int64)
+    content = np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8)
+    return {"bytes": torch.from_numpy(content), "ends": torch.from_numpy(ends)}
+
+
+def _texts(leaf: _Leaf, tables: dict[str, Tensor]) -> list[Any]:
+    if set(tables) != {"bytes", "ends"} or tables["bytes"].dtype != torch.uint8 or tables["ends"].dtype != torch.int64:
+        raise DataError(f"the tables of a text are {sorted(tables)}")
+    content, ends = tables["bytes"].numpy().tobytes(), tables["ends"].tolist()
+    if any(begin > end for begin, end in zip([0, *ends], [*ends, len(content)], strict=True)):
+        raise DataError("the ends of texts do not rise")
+    found = [content[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    return found if leaf.dtype is bytes else [each.decode("utf-8", "surrogatepass") for each in found]

@@ -354,6 +354,11 @@ class Nested(Table):
         return OrderedDict(z={"inner": inner}, a=Untyped(1.5, self.words[self.position(i)]))
 
 
+class Pairs(Table):
+    def __getitem__(self, i: int) -> Any:
+        return {"pair": Pair(self.x[i] - 1, [int(self.y[i]), bool(self.y[i] > 2)]), 5: self.words[self.position(i)]}
+
+
 class NumpyRows(Table):
     def __getitem__(self, i: int) -> Any:
         return self.x[i] * 3
@@ -638,6 +643,7 @@ DATASETS: dict[str, Callable[[], Any]] = {
     "dict of numpy": DictOfNumpy,
     "tuples": Tuples,
     "nested": Nested,
+    "pairs": Pairs,
     "numpy rows": NumpyRows,
     "numpy scalars": NumpyScalars,
     "python numbers": PythonNumbers,
