@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from fasttrain import DataError, EngineError
 from fasttrain.measure.bench import arms
@@ -197,18 +198,14 @@ def test_rows_of_a_recorded_arm_are_read_before_its_losses_are_checked(monkeypat
     assert len(read) - num_read < steps * job.batch_size // 10, "a few are read again, to compare them"
 
 
-@pytest.mark.parametrize(("batch_s", "is_told"), [(0.01, True), (0.0, False)])
+@pytest.mark.parametrize(("data", "is_told"), [("loader", True), ("recorded", False)])
 def test_a_loop_that_waits_for_its_loader_is_told_of_record(
-    batch_s: float, is_told: bool, monkeypatch: pytest.MonkeyPatch
+    data: Any, is_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = small_mlp()
-    batches = [(job.inputs[:128], job.targets[:128])] * STEPS_IN_EPOCH
-
-    def slowly(_job: Job, _order: Iterable[int]) -> Iterable[Any]:
-        return (time.sleep(batch_s) or batch for batch in batches)
-
-    monkeypatch.setattr(type(job), "textbook_batches", slowly)
-    arm = LoopArm(job, engine="eager", data="loader")
+    plain = TensorDataset.__getitem__
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda self, row: (time.sleep(1e-4), plain(self, row))[1])
+    arm = LoopArm(job, engine="eager", data=data)
     run(arm, CHECKED_STEPS)
     assert "record" not in arm.engine, "nothing is timed yet"
     run(arm, STEPS_IN_EPOCH)
