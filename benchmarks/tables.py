@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import compiling, conformance, errors, fuzz, loops
+from benchmarks import compiling, conformance, errors, fuzz, loops, recording
 from benchmarks.places import REPOSITORY, log
 from benchmarks.records import Record, Series, read_record
 from fasttrain.errors import DataError, FasttrainError
@@ -60,6 +60,9 @@ date. Measure on a machine that does nothing else.
   writes `results/swap-reviews-cpu.json`. With `--jobs 5 10 20 60`, jobs that take eager so many seconds.
 - `python -m benchmarks.compiling`: CPU seconds until there is a program, by part (imports, export, C++), with an empty
   cache and with what earlier programs have left; writes `results/compiling-cpu.json`.
+- `python -m benchmarks.recording`: ways to read the reviews once (`record`, converted by hand, MONAI's and Hugging
+  Face's datasets where they are installed), by lines, first and later epochs; writes
+  `results/recording-reviews-cpu.json`.
 - `python -m fasttrain bench --aa eager --workload mlp --out benchmarks/results/noise/mlp-cpu.json`: an arm against
   itself, the blocks on which a test tries the verdicts.
 - `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.
@@ -106,7 +109,7 @@ the faster of JAX's arms.
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
 
-KINDS = {module.KIND: module for module in (compiling, errors, conformance, loops, fuzz)}
+KINDS = {module.KIND: module for module in (recording, compiling, errors, conformance, loops, fuzz)}
 """Records with a table of their own, by kind."""
 
 Found = tuple[list[BenchRecord], list[Record], list[str]]
