@@ -30,9 +30,11 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from fasttrain.data.batch import map_tensors
 from fasttrain.data.columns import Column, DenseColumn
 from fasttrain.data.resident import ResidentBatches, ResidentEpoch, Span
 from fasttrain.device import Choice, free_bytes
+from fasttrain.errors import DataError
 
 __all__ = [
     "IndexBatches",
@@ -48,6 +50,9 @@ Batch = Any
 
 MOST_KEPT = 2
 """Loaders whose resident batches are kept: usually one of the train and one of the validation split."""
+
+MOST_COMPARED = 4_096
+"""Indices of a `Subset` that are compared before each step; those of a longer one are before each pass."""
 
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
@@ -138,18 +143,8 @@ def _is_changed(kind: type) -> bool:
     return any(getattr(method, "__module__", None) != kind.__module__ for method in methods)
 
 
-def resident_loader(loader: DataLoader[Any], device: torch.device) -> LoaderBatches | str:
-    """Resident batches that are those of a loader, or why there are none.
-
-    These loaders are recognised: no subclass; over a `TensorDataset`, a `StackDataset` of tensors or of these, or a
-    `Subset` of one of them, with the default `collate_fn`, no workers, no pinned memory, and batches made by torch's
-    own `BatchSampler` of one of its own samplers.
-
-    Args:
-        loader: see above.
-        device: where the batches are to be. On the CPU the user's own tensors are read; on another device they are
-            copied, and copied again where their versions have changed.
-    """
+def why_not_recognised(loader: DataLoader[Any]) -> str:
+    """Why a loader, whatever its dataset, is none of those of `resident_loader`; empty where it is one."""
     if type(loader) is not DataLoader or _is_changed(DataLoader):
         return "the loader is not torch's own DataLoader"
     if loader.num_workers:
@@ -163,6 +158,24 @@ def resident_loader(loader: DataLoader[Any], device: torch.device) -> LoaderBatc
         return "the loader has a batch_sampler that is not torch's own, or makes no batches"
     if type(sampler) not in _SAMPLERS or _is_changed(type(sampler)):
         return f"the loader has a sampler of its own, {type(sampler).__name__}"
+    return ""
+
+
+def resident_loader(loader: DataLoader[Any], device: torch.device) -> LoaderBatches | str:
+    """Resident batches that are those of a loader, or why there are none.
+
+    These loaders are recognised: no subclass; over a `TensorDataset`, a `StackDataset` of tensors or of these, or a
+    `Subset` of one of them, with the default `collate_fn`, no workers, no pinned memory, and batches made by torch's
+    own `BatchSampler` of one of its own samplers.
+
+    Args:
+        loader: see above.
+        device: where the batches are to be. On the CPU the user's own tensors are read; on another device they are
+            copied, and copied again where their versions have changed.
+    """
+    why_not = why_not_recognised(loader)
+    if why_not:
+        return why_not
     columns = _Columns(loader.dataset)
     if columns.why_not:
         return columns.why_not
@@ -185,21 +198,24 @@ class Sources:
         device: where the steps run.
 
     Attributes:
-        choice: where the batches of the last pass came from ("resident" or "streamed"), and why.
+        choice: where the batches of the last pass came from ("resident", "recorded" or "streamed"), and why.
+        is_transitional: whether that pass was not resident and the next one over the same batches will be.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: list[LoaderBatches] = []
         self.choice = Choice("streamed", "there was no pass yet")
+        self.is_transitional = False
 
     def of(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Resident batches that are the same ones, else the iterable itself."""
         if isinstance(batches, Iterator):
             return batches  # a pass that has begun
+        self.is_transitional = False
         if isinstance(batches, Replayable):
             found = batches.resident(self._device)
-            self.choice = batches.choice
+            self.choice, self.is_transitional = batches.choice, batches.is_transitional
             return batches if isinstance(found, str) else found
         if isinstance(batches, ResidentBatches):
             self.choice = Choice("resident", "the batches are resident data")
@@ -210,8 +226,9 @@ class Sources:
         return batches
 
     def _of_loader(self, loader: DataLoader[Any]) -> Iterable[Batch]:
-        kept = next((each for each in self._kept if each.loader is loader and each.is_current()), None)
-        found = kept or resident_loader(loader, self._device)
+        kept = next((each for each in self._kept if each.loader is loader), None)
+        is_kept = kept is not None and kept.is_current() and not why_not_recognised(loader)
+        found = kept if is_kept and kept is not None else resident_loader(loader, self._device)
         self._kept = [each for each in self._kept if each.loader is not loader]
         if isinstance(found, str):
             self.choice = Choice("streamed", found)
@@ -247,6 +264,21 @@ class _Columns:
             return True
         parts = dataset.datasets.values() if isinstance(dataset.datasets, dict) else dataset.datasets
         return all(isinstance(part, Tensor) or self._is_known(part) for part in parts)
+
+    def stamp(self) -> object:
+        """What the rows are gathered by, other than the values of the tensors: equal while that is the same."""
+        chain: list[object] = [type(self._dataset)]
+        for subset in self._subsets:
+            indices = subset.indices
+            is_short = isinstance(indices, list) and len(indices) <= MOST_COMPARED
+            content = list(indices) if is_short else getattr(indices, "_version", None)
+            chain.append((type(subset), id(subset.dataset), id(indices), len(indices), content))
+        if self._is_known(self._dataset):
+            chain += [
+                (id(each), each.data_ptr(), each.shape, each.stride(), each.dtype, each.requires_grad)
+                for each in _tensors_of(self._dataset)
+            ]
+        return chain
 
     def read(self) -> list[Tensor] | str:
         """The tensors as they are now, or why their rows cannot be gathered."""
@@ -350,7 +382,7 @@ class ReplayedBatches(ResidentBatches, ABC):
 
     @abstractmethod
     def is_current(self) -> bool:
-        """Whether a pass over these batches may begin now."""
+        """Whether batches are gathered from what the loader reads now."""
 
     @abstractmethod
     def refresh(self) -> bool:
@@ -365,6 +397,11 @@ class Replayable(ABC):
     def choice(self) -> Choice:
         """Where its batches come from now, and why."""
 
+    @property
+    @abstractmethod
+    def is_transitional(self) -> bool:
+        """Whether the pass that begins now is not resident, and the next one will be."""
+
     @abstractmethod
     def resident(self, device: torch.device) -> ReplayedBatches | str:
         """Batches of the pass that begins now, or why there are none that are resident."""
@@ -373,9 +410,8 @@ class Replayable(ABC):
 class LoaderBatches(ReplayedBatches):
     """The batches of a recognised loader as resident batches (see `resident_loader`).
 
-    The user may change the tensors, replace them, or change the indices of a `Subset`: a batch is made of the rows as
-    they are when the loader would read them. Changes through a numpy array that shares a tensor's memory are seen on
-    the CPU.
+    The user may change the tensors or replace them, in a pass and between two: a batch is made of the rows as they are
+    when the loader would read them. Changes through a numpy array that shares a tensor's memory are seen on the CPU.
     """
 
     def __init__(
@@ -384,29 +420,24 @@ class LoaderBatches(ReplayedBatches):
         super().__init__(loader, tensors, columns.rebuild, device)
         self._known = columns
         self._tensors = list(tensors)
+        self._stamp = columns.stamp()
         self._versions = [each._version for each in tensors]  # pyright: ignore[reportPrivateUsage]
-        if any(not each.untyped_storage().resizable() for each in tensors):  # such as a numpy array's memory
-            self.block_rows = self.batch_size  # which can change without a new version
 
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
         """See `ReplayedBatches.rows_of`."""
         return self._known.rows(indices)
 
     def is_current(self) -> bool:
-        """See `ReplayedBatches.is_current`: whether the dataset still has the tensors that are gathered from."""
-        found = self._known.read()
-        return (
-            isinstance(found, list)
-            and len(found) == len(self._tensors)
-            and all(one is other for one, other in zip(found, self._tensors, strict=True))
-            and cast("BatchSampler", self.loader.batch_sampler).batch_size == self.batch_size
-        )
+        """See `ReplayedBatches.is_current`."""
+        batch_sampler = cast("BatchSampler", self.loader.batch_sampler)
+        return batch_sampler.batch_size == self.batch_size and self._known.stamp() == self._stamp
 
     def refresh(self) -> bool:
         """See `ReplayedBatches.refresh`: copies tensors that have changed to the device."""
         versions = [each._version for each in self._tensors]  # pyright: ignore[reportPrivateUsage]
         if versions == self._versions:
-            return False
+            # A numpy array may share the memory, and change it without a new version.
+            return any(not each.untyped_storage().resizable() for each in self._tensors if each.device.type == "cpu")
         for place, (old, new) in enumerate(zip(self._versions, versions, strict=True)):
             column = self.columns[place]
             if old != new and isinstance(column, DenseColumn) and column.rows.device != self._tensors[place].device:
@@ -434,27 +465,37 @@ class LoaderEpoch(ResidentEpoch):
             self._indices = IndexBatches(source.loader, is_first_pass=is_first_pass)
         self._batch_sampler = cast("BatchSampler", source.loader.batch_sampler)
         self._order_of_pass: _Order | None = None
-        self._is_finished = False
+        self._indices_read = np.empty(0, dtype=np.int64)
+        self._is_finished = self._is_live = False
+        self._collate = source.loader.collate_fn
+        self._live_at = 0
 
     def __next__(self) -> Batch:
         """The next batch."""
         self._read()
-        return super().__next__()
+        return self._read_live() if self._is_live else super().__next__()
 
     def take(self, most: int) -> Span | None:
         """See `ResidentEpoch.take`; one batch where the sampler is not to be read ahead."""
         self._read()
-        return super().take(most)
+        return None if self._is_live else super().take(most)
 
     def _read(self) -> None:
         """Where no row is left to be given out, reads the rows of the pass, or of its next batch."""
+        if not self._is_live and not self._replayed.is_current():
+            self._is_live, self._live_at = True, self._next * self._source.batch_size
         if self._replayed.refresh():
             self._block = []
-        if self._is_finished or self._next * self._source.batch_size < len(self._host_order):
+        at = self._live_at if self._is_live else self._next * self._source.batch_size
+        if self._is_finished or at < len(self._indices_read):
             return
         if not self._is_read_ahead:
             found = next(self._indices, None)
             self._is_finished = found is None
+            if found is not None and any(type(key) is not int for key in found):
+                raise DataError(
+                    "the sampler gives indices that are no whole numbers: give the loop the loader's batches"
+                )
             self._begin(np.empty(0, dtype=np.int64) if found is None else np.asarray(found, dtype=np.int64))
         elif self._order_of_pass is None:
             self._order_of_pass = _Order(self._batch_sampler.sampler)
@@ -467,7 +508,20 @@ class LoaderEpoch(ResidentEpoch):
             self._is_finished = True
 
     def _begin(self, indices: np.ndarray) -> None:
-        self._set_order(self._replayed.rows_of(indices))
+        self._indices_read, self._live_at = indices, 0
+        self._set_order(np.empty(0, dtype=np.int64) if self._is_live else self._replayed.rows_of(indices))
+
+    def _read_live(self) -> Batch:
+        """The next batch as the loader reads it: what it is gathered from was replaced in the middle of the pass."""
+        size = self._source.batch_size if self._batch_sampler.drop_last else self._batch_sampler.batch_size
+        keys: list[int] = self._indices_read[self._live_at : self._live_at + size].tolist()
+        if not keys:
+            raise StopIteration
+        self._live_at += len(keys)
+        dataset: Any = self._replayed.loader.dataset
+        many = getattr(dataset, "__getitems__", None)
+        batch = self._collate(many(keys) if many else [dataset[key] for key in keys])
+        return map_tensors(batch, lambda tensor: tensor.to(self._source.device))
 
 
 class _Order:

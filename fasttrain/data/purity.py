@@ -11,9 +11,16 @@ Three checks work together:
 
 from __future__ import annotations
 
+import array
+import builtins
+import ctypes
 import datetime
+import dis
 import functools
 import inspect
+import io
+import logging
+import mmap
 import os
 import pickle
 import random
@@ -36,7 +43,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-__all__ = ["Facts", "GlobalGenerators", "read_again", "same_rows", "shares_memory", "where"]
+__all__ = ["Facts", "GlobalGenerators", "in_child", "length_of", "read_again", "same_rows", "shares_memory", "where"]
 
 MOST_FACTS = 3_000
 """Objects that are looked at. Those that are met first, nearest to the dataset, are the ones that count."""
@@ -72,8 +79,8 @@ class GlobalGenerators:
         """Which of them has been drawn from since; None where none has."""
         if not torch.equal(self._torch, torch.get_rng_state()):
             return "torch's default generator"
-        found = cast("dict[str, Any]", np.random.get_state(legacy=False))
-        known = cast("dict[str, Any]", self._numpy)
+        found = np.random.get_state(legacy=False)
+        known = self._numpy
         if found["state"]["pos"] != known["state"]["pos"] or not np.array_equal(
             found["state"]["key"], known["state"]["key"]
         ):
@@ -109,7 +116,12 @@ class _Fact:
 
     name: str
     is_same: Callable[[], bool]
-    is_state: bool  # a number, a text or a generator: what rows change of it, they depend on
+    has_grown: Callable[[], bool] | None = None
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether what has changed is no more than what a cache or a file that is opened late changes."""
+        return self.has_grown is not None and self.has_grown()
 
 
 class Facts:
@@ -121,6 +133,7 @@ class Facts:
 
     Attributes:
         is_partial: whether there is more than was looked at.
+        unknown: what its state cannot be read of; empty where there is nothing.
     """
 
     def __init__(self, *root: Any, ignored: frozenset[str] = frozenset()) -> None:
@@ -133,9 +146,12 @@ class Facts:
             getattr(np.random.seed, "__self__", None),
         )
         self._seen: dict[int, Any] = {id(each): each for each in shared}
+        self._named: set[tuple[int, str]] = set()
         self._bytes = 0
         self._queue: deque[tuple[Any, str]] = deque()
         self.is_partial = False
+        self.unknown = ""
+        self._add("a setting of the process", _same_result(_settings))
         for value in root:
             self._queue.append((value, type(value).__name__))
         while self._queue:
@@ -156,9 +172,16 @@ class Facts:
         """The first name that differs; None where nothing does."""
         return next((fact.name for fact in self._facts if not fact.is_same()), None)
 
-    def _add(self, name: str, is_same: Callable[[], bool], *, is_state: bool = False) -> None:
+    def _add(self, name: str, is_same: Callable[[], bool], has_grown: Callable[[], bool] | None = None) -> None:
         if name not in self._ignored:
-            self._facts.append(_Fact(name, is_same, is_state))
+            self._facts.append(_Fact(name, is_same, has_grown))
+
+    def _is_new(self, holder: Any, name: str) -> bool:
+        """Whether a name in a table is met for the first time."""
+        key = id(holder), name
+        is_new = key not in self._named
+        self._named.add(key)
+        return is_new
 
     def _look_at(self, value: Any, name: str) -> None:
         if isinstance(value, Tensor):
@@ -167,12 +190,12 @@ class Facts:
             self._array(value, name)
         elif isinstance(value, torch.Generator):
             state = value.get_state()
-            self._add(name, lambda: torch.equal(value.get_state(), state), is_state=True)
+            self._add(name, lambda: torch.equal(value.get_state(), state))
         elif isinstance(value, np.random.Generator | np.random.RandomState):
             bits: Any = value.bit_generator if isinstance(value, np.random.Generator) else value
-            self._add(name, _same_result(lambda: pickle.dumps(_state_of(bits))), is_state=True)
+            self._add(name, _same_result(lambda: pickle.dumps(_state_of(bits))))
         elif isinstance(value, random.Random) and type(value) is not random.SystemRandom:
-            self._add(name, _same_result(value.getstate), is_state=True)
+            self._add(name, _same_result(value.getstate))
         elif isinstance(value, pd.DataFrame | pd.Series | pd.Index):
             self._frame(value, name)
         elif isinstance(value, type):
@@ -186,6 +209,12 @@ class Facts:
             self._queue.extend([(held.func, f"{name}.func"), (held.args, name), (held.keywords, name)])
         elif isinstance(value, types.ModuleType):
             pass  # what functions read of it is looked at with them
+        elif isinstance(value, bytearray | memoryview | array.array | ctypes.Array | ctypes._SimpleCData | mmap.mmap):  # pyright: ignore[reportPrivateUsage]
+            self._add(name, _same_result(functools.partial(_content, value)))
+        elif isinstance(value, io.StringIO | io.BytesIO):
+            self._add(name, _same_result(lambda: None if value.closed else (value.tell(), value.getvalue())))
+        elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            self.unknown = self.unknown or f"{name} is an iterator"
         else:
             self._object(value, name)
 
@@ -215,47 +244,56 @@ class Facts:
             found = get()
             return found is value or (is_plain and type(found) is type(value) and _equal(found, value))
 
-        self._add(name, is_same, is_state=is_plain and value is not None)
+        self._add(name, is_same, lambda: value is None)
         self._queue.append((value, name))
 
     def _attributes(self, table: dict[str, Any], name: str) -> None:
         keys = frozenset(table)
-        self._add(f"{name}'s attributes", lambda: table.keys() == keys)
+        self._add(f"{name}'s attributes", lambda: table.keys() == keys, lambda: table.keys() >= keys)
         for key in list(table):
             self._read(f"{name}.{key}", functools.partial(table.get, key))
 
     def _mapping(self, table: Mapping[Any, Any], name: str) -> None:
         known = dict(table)
-        if len(known) <= MOST_ELEMENTS:
-            values = list(known.values())
-            self._add(
-                name,
-                lambda: (
-                    len(table) == len(values)
-                    and all(map(is_, table, known))
-                    and (all(map(is_, table.values(), values)) or _all_equal(table.values(), values))
-                ),
+
+        def is_same() -> bool:
+            if len(table) != len(known):
+                return False
+            if len(known) > MOST_ELEMENTS:
+                return True
+            values = known.values()
+            return all(map(is_, table, known)) and (
+                all(map(is_, table.values(), values)) or _all_equal(table.values(), values)
             )
-        else:
-            self._add(name, lambda: len(table) == len(known))
+
+        def has_grown() -> bool:
+            missing = object()
+            return len(table) > len(known) and all(table.get(key, missing) is known[key] for key in known)
+
+        self._add(name, is_same, has_grown)
         for key, value in list(known.items())[:MOST_FACTS]:
             self._queue.append((value, f"{name}[{key!r}]"))
 
-    def _elements(self, values: Sequence[Any], name: str) -> None:
-        def sample() -> list[Any]:
-            found = list(values)
+    def _elements(self, values: Any, name: str) -> None:
+        def sample(count: int) -> list[Any]:
+            found = list(values)[:count]
             return found if len(found) <= MOST_ELEMENTS else found[:: len(found) // MOST_ELEMENTS]
 
-        known, length = sample(), len(values)
+        length = len(values)
+        known = sample(length)
 
         def is_same() -> bool:
             if len(values) != length:
                 return False
-            found = sample()
+            found = sample(length)
             return all(map(is_, found, known)) or _all_equal(found, known)
 
+        def has_grown() -> bool:
+            found = sample(length)
+            return len(values) > length and (isinstance(values, set) or all(map(is_, found, known)))
+
         if not isinstance(values, tuple | frozenset):
-            self._add(name, is_same)
+            self._add(name, is_same, has_grown)
         for number, value in enumerate(known[:MOST_FACTS]):
             if not isinstance(value, _IMMUTABLE):
                 self._queue.append((value, f"{name}[{number}]"))
@@ -307,7 +345,7 @@ class Facts:
 
     def _class(self, kind: type, name: str) -> None:
         for each in kind.__mro__:
-            if _is_library_class(each):
+            if _is_library_class(each) or not self._is_new(each, ""):
                 continue
             table = {key: value for key, value in vars(each).items() if key not in ("__dict__", "__weakref__")}
             self._add(f"{each.__qualname__}'s attributes", _same_result(functools.partial(_keys_of, each)))
@@ -332,15 +370,66 @@ class Facts:
         names = set(_names_in(function.__code__))
         table = function.__globals__
         for each in sorted(names & table.keys()):
+            if not self._is_new(table, each):
+                continue
             value = table[each]
             self._read(f"the global {each}", functools.partial(table.get, each))
-            if isinstance(value, types.ModuleType) and not _is_library_file(
-                getattr(value, "__file__", None) or "<frozen"
-            ):
+            if isinstance(value, types.ModuleType) and not _is_library_module(value):
                 for inner in sorted(names & vars(value).keys()):
+                    if not self._is_new(value, inner):
+                        continue
                     self._read(f"{each}.{inner}", functools.partial(vars(value).get, inner))
-        if "environ" in names or "getenv" in names:
-            self._read("os.environ", lambda: str(sorted(os.environ.items())))
+        for each in names & (vars(builtins).keys() - table.keys()):
+            if self._is_new(builtins, each):
+                self._read(f"the builtin {each}", functools.partial(vars(builtins).get, each))
+        for asked, setting, reader in _NAMED_SETTINGS:
+            if names & asked and self._is_new(_NAMED_SETTINGS, setting):
+                self._add(setting, _same_result(reader()))
+        own = vars(function)
+        if own:
+            self._attributes(own, name)
+
+
+def _settings() -> object:
+    """Settings of the process that rows depend on without naming them."""
+    try:
+        folder = os.getcwd()
+    except OSError:
+        folder = None
+    return torch.get_default_dtype(), folder
+
+
+def _levels() -> Callable[[], object]:
+    """The levels of the loggers that there are now."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    known = [each for each in loggers if isinstance(each, logging.Logger)]
+    return lambda: (logging.root.manager.disable, [each.level for each in known])
+
+
+_NAMED_SETTINGS: list[tuple[frozenset[str], str, Callable[[], Callable[[], object]]]] = [
+    (frozenset({"environ", "environb", "getenv", "expandvars"}), "os.environ", lambda: lambda: dict(os.environ)),
+    (frozenset({"is_grad_enabled", "requires_grad"}), "the grad mode", lambda: torch.is_grad_enabled),
+    (frozenset({"is_inference_mode_enabled"}), "the inference mode", lambda: torch.is_inference_mode_enabled),
+    (frozenset({"isEnabledFor", "getEffectiveLevel", "getLogger", "level"}), "the level of a logger", _levels),
+    (frozenset({"geterr"}), "numpy's handling of errors", lambda: np.geterr),
+]
+"""Settings of the process by the names in code that ask for them."""
+
+
+def _content(value: Any) -> bytes | None:
+    """The bytes of a piece of memory, or some of many; None where it is closed."""
+    try:
+        view = memoryview(value).cast("B")
+    except (TypeError, ValueError, BufferError):
+        return None
+    return bytes(view if len(view) <= MOST_BYTES else view[:: len(view) // SAMPLED_BYTES])
+
+
+def _is_library_module(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return module.__name__.partition(".")[0] in sys.stdlib_module_names
+    return _is_library_file(file)
 
 
 def _state_of(bits: Any) -> object:
@@ -463,26 +552,64 @@ def read_again(read: Callable[[Any], Any], indices: Sequence[Any], rows: Sequenc
         What differs, None where nothing does or no child can be forked; and whether rows are memory of the dataset's
         own, which a change of a row changes.
     """
-    if not hasattr(os, "fork") or not indices:
-        return None, False
+    return in_child(functools.partial(_read_in_child, read, indices, rows)) or (None, False)
+
+
+_STORES = {"STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "IMPORT_NAME"}
+
+
+def _plain_names(dataset: Any) -> set[str]:
+    """Names that a `__len__` may use without being asked for in a child: `len` and the dataset's own plain values."""
+    plain = (int, list, tuple, dict, str, np.ndarray, Tensor, pd.DataFrame, pd.Series)
+    own = getattr(dataset, "__dict__", {})
+    table = getattr(getattr(type(dataset), "__len__", None), "__globals__", {})
+    return {"len", "shape", "size", *(name for each in (own, table) for name in each if type(each[name]) in plain)}
+
+
+def length_of(dataset: Any) -> int:
+    """`len(dataset)`, asked for in a child, where that changes nothing; 0 where there is none, or another each time."""
+
+    def ask() -> int:
+        found = {len(dataset) for _ in range(3)}
+        return found.pop() if len(found) == 1 else 0
+
+    function = getattr(type(dataset), "__len__", None)
+    code = getattr(function, "__code__", None)
+    is_plain = code is None or not _STORES.intersection(each.opname for each in dis.get_instructions(code))
+    if hasattr(os, "fork") and not (is_plain and {*getattr(code, "co_names", ())} <= _plain_names(dataset)):
+        return in_child(ask) or 0
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        return 0
+
+
+def in_child(action: Callable[[], Any]) -> Any:
+    """What a function returns in a forked child, where nothing that it does changes this process.
+
+    Returns:
+        None where it raises or takes too long, or no child can be forked.
+    """
+    if not hasattr(os, "fork"):
+        return None
     receiving, sending = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child only reads rows
         child = os.fork()
     if child == 0:
-        code = 1
         try:
             os.close(receiving)
-            found = _read_in_child(read, indices, rows)
-            os.write(sending, pickle.dumps(found))
-            code = 0
+            torch.set_num_threads(1)  # the threads of the parent are not there
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            with open(sending, "wb") as stream:
+                pickle.dump(action(), stream)
         finally:
-            os._exit(code)  # nothing of the parent's (buffers, atexit) is run twice
+            os._exit(0)  # nothing of the parent's (buffers, atexit) is run twice
     os.close(sending)
     return _answer(child, receiving)
 
 
-def _answer(child: int, receiving: int) -> tuple[str | None, bool]:
+def _answer(child: int, receiving: int) -> Any:
     """What a child found; one that takes too long is killed and says nothing."""
     written, end = b"", time.monotonic() + CHILD_S
     try:
@@ -500,31 +627,28 @@ def _answer(child: int, receiving: int) -> tuple[str | None, bool]:
         os.close(receiving)
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
-    return pickle.loads(written) if written else (None, False)  # by the child just forked
+    return pickle.loads(written) if written else None  # by the child just forked
 
 
 def _read_in_child(read: Callable[[Any], Any], indices: Sequence[Any], rows: Sequence[Any]) -> tuple[str | None, bool]:
-    torch.set_num_threads(1)  # the threads of the parent are not there
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
-        seen: list[str] = []
-        is_shared = False
-        for each in range(2):
-            if each == 0:
-                sys.setprofile(functools.partial(_profile, seen))
-            try:
-                for index, row in zip(reversed(indices), reversed(rows), strict=True):
-                    try:
-                        found = read(index)
-                    except Exception:  # such as of a device that a forked process cannot use
-                        return None, is_shared
-                    if not same_rows(found, row):
-                        return f"row {index!r} is another one when it is read again", is_shared
-                    is_shared = is_shared or shares_memory(found, row)
-            finally:
-                sys.setprofile(None)
-            if seen:
-                return f"it calls {seen[0]}", is_shared
+    seen: list[str] = []
+    is_shared = False
+    for each in range(2):
+        if each == 0:
+            sys.setprofile(functools.partial(_profile, seen))
+        try:
+            for index, row in zip(reversed(indices), reversed(rows), strict=True):
+                try:
+                    found = read(index)
+                except Exception:  # such as of a device that a forked process cannot use
+                    return None, is_shared
+                if not same_rows(found, row):
+                    return f"row {index!r} is another one when it is read again", is_shared
+                is_shared = is_shared or shares_memory(found, row)
+        finally:
+            sys.setprofile(None)
+        if seen:
+            return f"it calls {seen[0]}", is_shared
     return None, is_shared
 
 

@@ -9,8 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from operator import itemgetter
 from typing import Any, cast
 
@@ -18,8 +17,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler, default_collate
 
-from fasttrain.data.loader import IndexBatches, LoaderEpoch, Replayable, ReplayedBatches, is_plain_batching
-from fasttrain.data.purity import Facts, GlobalGenerators, read_again, same_rows, shares_memory, where
+from fasttrain.data.loader import (
+    IndexBatches,
+    LoaderEpoch,
+    Replayable,
+    ReplayedBatches,
+    is_plain_batching,
+    is_read_ahead,
+)
+from fasttrain.data.purity import Facts, GlobalGenerators, length_of, read_again, same_rows, shares_memory, where
+from fasttrain.data.readers import ForkedReaders, ReadRows, logging_loader
 from fasttrain.data.rows import NotKeptError, RowStore
 from fasttrain.device import Choice, free_bytes
 from fasttrain.errors import ConfigError, DataError
@@ -35,24 +42,39 @@ MEMORY_SHARE = 0.25
 MOST_STATES = 4
 """States of a dataset whose rows are kept: such as a dataset that is switched from split to split."""
 
-CHECKED_ROWS = 256
+CHECKED_ROWS, CHECKED_TOGETHER = 256, 64
 CHECKED_SHARE = 0.1
-"""So many rows, and then so much of the time that reading takes, are read again in a child while they are recorded."""
+"""So many rows, and then so much of the time that reading takes, are read again in a child while they are recorded,
+after the first batch at least CHECKED_TOGETHER at once."""
 
 AUDITED_SHARE = 0.01
 """The share of a replayed pass's time in which rows are read again."""
 
 WATCHED_SHARE = 0.05
+"""While rows are recorded, the dataset is compared with what it was before each read, in this share of the time."""
+
+WATCHED_BETWEEN, CHEAP_S = 0.5, 0.001
+"""Between two replayed batches, where the caller's code runs, it is compared in WATCHED_BETWEEN of the time at most, if
+it takes longer than CHEAP_S."""
+
 WATCH_S = 0.02
-"""While rows are recorded, the dataset is compared with what it was around each read, in at most WATCHED_SHARE of the
-time; in a pass of several steps a call, every WATCH_S."""
+"""In a pass of several steps a call, it is compared every so many seconds."""
+
+RECORDING = "rows are recorded while they are read"
+
+LACKED_SHARE = 0.25
+"""The share of a sampler's rows, at most, that are read before a pass, so that it can be resident."""
 
 MOST_FILES = 1_000
 """Files, of those that rows were read from, whose size and time are compared at the beginning of a pass."""
 
 
 def record(
-    loader: DataLoader[Any], *, then: Callable[[Row], Row] | None = None, memory_bytes: int | None = None
+    loader: DataLoader[Any],
+    *,
+    then: Callable[[Row], Row] | None = None,
+    workers: int = 0,
+    memory_bytes: int | None = None,
 ) -> RecordedLoader:
     """Returns the loader's batches, whose rows are read from the dataset once and replayed from then on.
 
@@ -65,6 +87,8 @@ def record(
         loader: over a map-style dataset, with any sampler, `collate_fn` and number of workers.
         then: called with each row of each batch, a copy, before rows are collated: the place of random augmentation
             after what is slow to read. It draws what it would draw at the end of the dataset's `__getitem__`.
+        workers: forked processes that read rows ahead in the first pass of a loader that has no workers of its own and
+            one of torch's samplers.
         memory_bytes: the most that recorded rows may take; rows beyond are read live. None: a quarter of the memory
             that is free.
 
@@ -85,11 +109,18 @@ def record(
             f"{type(dataset).__name__} is an IterableDataset: its rows have no index by which they could be replayed; "
             "give the loader as it is"
         )
+    if isinstance(workers, bool) or not isinstance(cast("Any", workers), int) or workers < 0:
+        raise ConfigError(f"workers {workers!r}: use a whole number, 0 or more")
+    if then is not None and loader.num_workers:
+        raise ConfigError(
+            f"{where(dataset)}: the loader has {loader.num_workers} workers, which draw random numbers of their own, "
+            "and `then` runs in this process: make the loader with num_workers=0"
+        )
     if then is not None and not callable(then):
         raise ConfigError(f"then must be a function of a row; it is a {type(then).__name__}")
     if memory_bytes is None:
         memory_bytes = int(MEMORY_SHARE * (free_bytes(torch.device("cpu")) or (4 << 30)))
-    return RecordedLoader(loader, then, memory_bytes)
+    return RecordedLoader(loader, then, workers, memory_bytes)
 
 
 class RecordedLoader(Replayable):
@@ -100,18 +131,23 @@ class RecordedLoader(Replayable):
     two passes (an attribute, its code, a global that its code reads, a file), rows are recorded anew.
 
     Attributes:
-        loader, then: see `record`.
+        loader, then, workers: see `record`.
+        passes: how many have begun.
     """
 
-    def __init__(self, loader: DataLoader[Any], then: Callable[[Row], Row] | None, memory_bytes: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], then: Callable[[Row], Row] | None, workers: int, memory_bytes: int
+    ) -> None:
         self.loader = loader
         self.then = then
+        self.workers = workers
         self._memory_bytes = memory_bytes
         self._recordings: list[_Recording] = []
-        self._passes = 0
+        self.passes = 0
         self._why_live = ""
+        self._is_transitional = False
         self._by_workers: Iterable[tuple[bytes, Batch]] | None = None
-        self._choice = Choice("streamed", "rows are recorded while they are read")
+        self._choice = Choice("streamed", RECORDING)
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -128,36 +164,47 @@ class RecordedLoader(Replayable):
         """Where the batches of the last pass came from ("streamed", "recorded" or "resident"), and why."""
         return self._choice
 
+    @property
+    def is_transitional(self) -> bool:
+        """See `Replayable.is_transitional`."""
+        return self._is_transitional
+
     def __iter__(self) -> Iterator[Batch]:
         """One pass of the loader.
 
         Raises:
             DataError: rows do not depend on their index alone, or one differs from what was recorded.
         """
-        is_first, self._passes = self._passes == 0, self._passes + 1
+        is_first, self.passes = self.passes == 0, self.passes + 1
         if self._why_live:
             self._choice = Choice("streamed", self._why_live)
             return iter(self.loader) if self._by_workers is None else map(itemgetter(1), self._by_workers)
-        recording = self._begin()
+        recording = self.begin()
         if self.loader.num_workers and is_first:
             order: list[Any] = []
-            self._by_workers = _logging_loader(self.loader, order)
+            self._by_workers = logging_loader(self.loader, order)
             return recording.read_by_workers(iter(self._by_workers), order)
-        return self._pass(recording, IndexBatches(self.loader, is_first_pass=is_first))
+        indices: Iterator[Any] = IndexBatches(self.loader, is_first_pass=is_first)
+        if self.workers and not self.loader.num_workers and is_read_ahead(self.loader) and hasattr(os, "fork"):
+            indices = recording.read_ahead(indices, self.workers)
+        return self._pass(recording, indices)
 
     def resident(self, device: torch.device) -> ReplayedBatches | str:
         """See `Replayable.resident`: what remains unread of a dataset whose rows are recorded is read now."""
+        self._is_transitional = False
         why_not = self._why_not_resident()
         if not why_not:
-            recording = self._begin()
-            why_not = recording.complete() or recording.why_not_collated
+            recording = self.begin()
+            self._is_transitional = recording.lacks_many()
+            why_not = RECORDING if self._is_transitional else recording.complete() or recording.why_not_collated
             if not why_not:
                 found = recording.resident(device)
                 if not isinstance(found, str):
                     self._choice = Choice("resident", f"{recording.store.count:,} recorded rows, on {device}")
                     return found
                 why_not = found
-        self._choice = Choice(self._choice.value, why_not)
+        if why_not != RECORDING:  # else the choice says why
+            self._choice = Choice(self._choice.value, why_not)
         return why_not
 
     def _why_not_resident(self) -> str:
@@ -169,9 +216,12 @@ class RecordedLoader(Replayable):
             return "the loader has a batch_sampler that is not torch's own, or makes no batches"
         if self.loader.pin_memory:
             return "the loader pins memory"
-        return self._why_live or ("" if self._recordings else "rows are recorded while they are read")
+        if self._why_live or self._recordings:
+            return self._why_live
+        self._is_transitional = True
+        return RECORDING
 
-    def _begin(self) -> _Recording:
+    def begin(self) -> _Recording:
         """The recording of the dataset as it is now, for a pass that begins."""
         for recording in self._recordings:
             if recording.difference() is None:
@@ -183,7 +233,7 @@ class RecordedLoader(Replayable):
         limit = self._memory_bytes - sum(each.store.nbytes for each in others)
         while others and limit < self._memory_bytes // 2:
             limit += others.pop(0).store.nbytes
-        reason = "rows are recorded while they are read"
+        reason = RECORDING
         if self._recordings:
             reason = f"rows are recorded anew: {self._recordings[-1].difference()} has changed"
         found = _Recording(self, limit)
@@ -191,15 +241,12 @@ class RecordedLoader(Replayable):
         self._choice = Choice("streamed", reason)
         return found
 
-    def _pass(self, recording: _Recording, indices: Iterator[Any]) -> Iterator[Batch]:
-        begin, live = time.perf_counter(), recording.num_read
-        for keys in indices:
-            if recording.has_moved():
-                recording = self._begin()
-            yield recording.batch(keys)
-        if recording.num_read == live:
-            recording.pass_s = time.perf_counter() - begin
-            self._choice = Choice("recorded", f"{recording.store.count:,} rows are replayed")
+    def _pass(self, recording: _Recording, indices: Iterator[Any]) -> _Pass:
+        return _Pass(self, recording, indices)
+
+    def note(self, value: str, reason: str) -> None:
+        """Says where batches come from."""
+        self._choice = Choice(value, reason)
 
     @property
     def is_live(self) -> bool:
@@ -210,6 +257,44 @@ class RecordedLoader(Replayable):
         """Has rows read live from now on."""
         self._why_live, self._recordings = why, []
         self._choice = Choice("streamed", why)
+
+
+class _Pass(Iterator[Any]):
+    """One pass over a loader that has no workers, or none that are needed."""
+
+    def __init__(self, owner: RecordedLoader, recording: _Recording, indices: Iterator[Any]) -> None:
+        self._owner, self._recording, self._indices = owner, recording, indices
+        self._begin, self._num_read = time.perf_counter(), recording.num_read
+        self._watch_s = self._watched_s = 0.0
+
+    def __next__(self) -> Batch:
+        keys = next(self._indices, _END)
+        if keys is _END:
+            self._finish()
+            raise StopIteration
+        if not self._owner.is_live and self._has_changed():
+            self._recording = self._owner.begin()
+        return self._recording.batch(keys)
+
+    def _has_changed(self) -> bool:
+        """Whether the dataset was changed between two batches."""
+        begin = time.perf_counter()
+        if self._watch_s > CHEAP_S and self._watched_s > WATCHED_BETWEEN * (begin - self._begin):
+            return self._recording.has_moved()
+        found = self._recording.difference() is not None
+        self._watch_s = time.perf_counter() - begin
+        self._watched_s += self._watch_s
+        return found
+
+    def _finish(self) -> None:
+        recording = self._recording
+        recording.check()
+        if recording.num_read == self._num_read and not self._owner.is_live:
+            recording.pass_s = time.perf_counter() - self._begin
+            self._owner.note("recorded", f"{recording.store.count:,} rows are replayed")
+
+
+_END = object()
 
 
 class _Recording:
@@ -231,7 +316,8 @@ class _Recording:
         self._loader = owner.loader
         self._dataset: Any = owner.loader.dataset
         self._limit = limit
-        self.store = RowStore(_length(self._dataset))
+        self._length = length_of(self._dataset)
+        self.store = RowStore(self._length)
         self.num_read = 0
         self.pass_s = 0.0
         self._is_own_collate = self._loader.collate_fn is not default_collate or owner.then is not None
@@ -239,6 +325,7 @@ class _Recording:
         self._num_compared = self._next_compared = 0
         self._read_s = self._checked_s = self._watched_s = 0.0
         self._num_checked = 0
+        self._unchecked: list[Any] = []
         self._is_shared = self._is_live = self._is_pickled = False
         self._ignored: frozenset[str] = frozenset()
         self._files: dict[str, object] = {}
@@ -246,6 +333,8 @@ class _Recording:
         self._attributes = self._shallow()
         self._random = random.Random(7)  # of its own: which rows are read again
         self._resident: dict[torch.device, _RecordedBatches] = {}
+        self._to_read: tuple[list[list[Any]], int] = [], 0
+        self._readers: ForkedReaders | None = None
 
     # Is the dataset still the one that was recorded?
 
@@ -254,8 +343,6 @@ class _Recording:
 
     def difference(self) -> str | None:
         """What has changed since the rows were recorded."""
-        if _length(self._dataset) != self.store.num_rows:
-            return "the length of the dataset"
         found = self._facts.difference()
         if found is not None:
             return found
@@ -277,11 +364,12 @@ class _Recording:
         Raises:
             DataError: one differs.
         """
+        self.check()
         if self.store.form is None or not self.num_read:
             return
         row_s = self._read_s / self.num_read
         count = max(1, int(AUDITED_SHARE * self.pass_s / max(row_s, 1e-9)))
-        there = np.flatnonzero(self.store._there)
+        there = self.store.numbers
         for number in self._random.sample(range(len(there)), min(count, len(there), 64)):
             index = int(there[number])
             [kept] = self.store.rows([index])
@@ -304,7 +392,7 @@ class _Recording:
         if is_batched and is_recorded and wanted and not self.why_not_collated and self._num_compared >= 4:
             return self.store.batch(wanted)
         rows = self._rows(wanted)
-        batch = self._loader.collate_fn(rows if is_batched else rows[0])
+        batch = cast("Any", self._loader.collate_fn)(rows if is_batched else rows[0])
         if self._is_shared and shares_memory(rows, batch):
             self._stop_recording(
                 "rows are memory of the dataset's own, and the loader hands them out: a change of a batch changes the "
@@ -316,7 +404,7 @@ class _Recording:
 
     def _read_live(self, keys: Any) -> Batch:
         items = self._items(list(keys)) if self._loader.batch_sampler is not None else self._dataset[keys]
-        return self._loader.collate_fn(items)
+        return cast("Any", self._loader.collate_fn)(items)
 
     def _rows(self, keys: list[Any]) -> Sequence[Row]:
         are_kept = [*map(self.store.has, keys)]
@@ -324,7 +412,7 @@ class _Recording:
         then = self._owner.then
         if len(missing) == len(keys):
             rows = self.read(keys)
-            return rows if then is None else [then(copy.deepcopy(row)) for row in rows]
+            return rows if then is None else [self._then_live(row) for row in rows]
         if missing:
             store, read = self.store, iter(self.read(missing))
             if self.store is not store:
@@ -343,6 +431,18 @@ class _Recording:
             self.why_not_collated = "the rows are not such that torch's collate_fn makes batches of columns of them"
             return
         self._num_compared += 1
+
+    def _then_live(self, row: Row) -> Row:
+        then = self._owner.then
+        assert then is not None
+        given = copy.deepcopy(row)
+        found = then(given)
+        if self._is_shared and not same_rows(given, row):
+            raise DataError(
+                f"{where(self._dataset)} gives rows that are memory of the dataset's own, and `then` changes them in "
+                "place, which would change the dataset: have one of them make a copy"
+            )
+        return found
 
     # Reading.
 
@@ -364,23 +464,74 @@ class _Recording:
         Raises:
             DataError: they do not.
         """
-        is_watched = self._watched_s <= WATCHED_SHARE * self._read_s or self.num_read < CHECKED_ROWS
+        is_watched = (
+            bool(self._to_read[0]) or self._watched_s <= WATCHED_SHARE * self._read_s or self.num_read < CHECKED_ROWS
+        )
         if is_watched and self._watch() is not None:
             self._begin_again()
         begin = time.perf_counter()
-        rows = self._read_watching_generators(keys)
+        rows: Sequence[Row] | None = self._taken(keys)
+        is_taken = rows is not None
+        if rows is None:
+            rows = self._read_watching_generators(keys)
         self._read_s += time.perf_counter() - begin
         self.num_read += len(keys)
+        if self._facts.unknown:
+            self._stop_recording(f"{self._facts.unknown}, whose state cannot be read")
         self._check_state(is_certain=is_watched)
-        self._read_again(keys, rows)
-        self._keep(keys, rows)
+        if not self._is_live:
+            self._read_again(keys, rows, is_pickled=is_taken)
+            self._keep(keys, rows)
         return rows
+
+    def read_ahead(self, indices: Iterator[Any], workers: int) -> Iterator[Any]:
+        """The same indices, all of them drawn at the first; rows that are not recorded are read by processes."""
+        if self._loader.batch_sampler is None:
+            yield from indices
+            return
+        order = list(islice(indices, len(self._loader)))
+        met: set[int] = set()
+        batches = list[list[Any]]()
+        for keys in order:
+            missing = [key for key in keys if not self.store.has(key) and key not in met]
+            if missing and len(missing) == len(set(missing)):
+                batches.append(missing)
+            met.update(missing)
+        self._to_read = batches[1:], workers  # the first is read here, and checked, before any process is
+        yield from order
+        self._stop_reading_ahead()
+        yield from indices  # nothing, but a sampler may draw at its end
+
+    def _stop_reading_ahead(self) -> None:
+        self._to_read = [], 0
+        if self._readers is not None:
+            self._readers.close()
+            self._readers = None
+
+    def _taken(self, keys: Sequence[Any]) -> Sequence[Row] | None:
+        """Rows that another process has read."""
+        batches, workers = self._to_read
+        if not batches or not self.num_read:
+            return None
+        self._readers = self._readers or ForkedReaders(self._dataset, self._items, batches, workers)
+        found = self._readers.take(keys)
+        if found is None:
+            self._stop_reading_ahead()
+            return None
+        if found.drawn is not None:
+            raise self._refused(f"draws from {found.drawn}")
+        if found.changed is not None:
+            raise self._refused(f"{found.changed} changes when a row is read")
+        self._is_pickled = True
+        return found.rows
 
     def _begin_again(self) -> None:
         """Forgets the rows that were recorded before the dataset was changed."""
-        self.store = RowStore(_length(self._dataset))
+        self._stop_reading_ahead()
+        self._length = length_of(self._dataset)
+        self.store = RowStore(self._length)
         self._facts, self._attributes = self._new_facts(), self._shallow()
-        self._resident, self._files = {}, {}
+        self._resident, self._files, self._unchecked = {}, {}, []
 
     def _keep(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
         if self.store.nbytes >= self._limit:
@@ -391,6 +542,7 @@ class _Recording:
             self._stop_recording(f"a row holds a {error}, which cannot be copied")
 
     def _stop_recording(self, why: str) -> None:
+        self._stop_reading_ahead()
         self._is_live = True
         self._owner.stop_recording(why)
 
@@ -425,9 +577,10 @@ class _Recording:
         if not is_certain:
             self._begin_again()
             return
-        states = [each.name for each in changed if each.is_state]
-        if states:
-            raise self._refused(f"changes {states[0]} when a row is read")
+        counted = [each.name for each in changed if not each.is_harmless]
+        if counted:
+            self._stop_recording(f"{counted[0]} changes when a row is read, and rows may depend on it")
+            return
         # Such as a cache that grows or a file that is opened: the rows' own.
         self._ignored |= {each.name for each in changed}
         self._facts, self._attributes = self._new_facts(), self._shallow()
@@ -435,9 +588,27 @@ class _Recording:
     def _read_again(self, keys: Sequence[Any], rows: Sequence[Row], *, is_pickled: bool = False) -> None:
         if self._num_checked >= CHECKED_ROWS and self._checked_s > CHECKED_SHARE * self._read_s:
             return
-        begin = time.perf_counter()
         self._is_pickled = self._is_pickled or is_pickled
-        why, is_shared = read_again(self._row_of_worker if is_pickled else self._row, keys, rows)
+        if self._num_checked and len(keys) < CHECKED_TOGETHER:
+            self._unchecked += keys
+            if len(self._unchecked) >= CHECKED_TOGETHER:
+                self.check()
+        else:
+            self._check(keys, rows)
+
+    def check(self) -> None:
+        """Reads rows again that were recorded, and have not been since.
+
+        Raises:
+            DataError: one differs.
+        """
+        keys, self._unchecked = [key for key in self._unchecked if self.store.has(key)], []
+        if keys:
+            self._check(keys, self.store.rows(keys))
+
+    def _check(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
+        begin = time.perf_counter()
+        why, is_shared = read_again(self._row_of_worker if self._is_pickled else self._row, keys, rows)
         self._checked_s += time.perf_counter() - begin
         self._num_checked += len(keys)
         self._is_shared = self._is_shared or is_shared
@@ -460,7 +631,7 @@ class _Recording:
         is_batched = self._loader.batch_sampler is not None
         for packed, batch in passing:
             keys = order.pop(0)
-            found: _Rows = pickle.loads(packed)  # by the loader's worker
+            found: ReadRows = pickle.loads(packed)  # by the loader's worker
             if found.drawn is not None:
                 raise self._refused(f"draws from {found.drawn}")
             if found.why_collated_there is not None:
@@ -477,6 +648,14 @@ class _Recording:
 
     # Resident rows.
 
+    def lacks_many(self) -> bool:
+        """Whether so many rows are not recorded that the pass that begins had better record them."""
+        if self.store.form is None:
+            return not self.store.has_others
+        is_full = self.store.nbytes >= self._limit
+        numbers = self._universe()
+        return not is_full and len(self.store.missing(numbers)) > max(CHECKED_ROWS, LACKED_SHARE * len(numbers))
+
     def complete(self) -> str:
         """Reads the rows that a sampler can ask for and that are not recorded; says why that cannot be."""
         store = self.store
@@ -489,6 +668,7 @@ class _Recording:
         try:
             for begin in range(0, len(missing), 128):
                 self.read(missing[begin : begin + 128].tolist())
+            self.check()
         except DataError:
             raise
         except Exception as error:  # of a row that the loader may never ask for
@@ -508,7 +688,7 @@ class _Recording:
         """The recorded rows as resident batches on a device."""
         numbers = self._universe()
         found = self._resident.get(device)
-        if found is not None and len(found.numbers) == len(numbers) and found.is_current():
+        if found is not None and np.array_equal(found.numbers, numbers) and found.is_current():
             return found
         if self._num_compared < 4 and not self._compare_some(numbers):
             return self.why_not_collated
@@ -543,7 +723,7 @@ class _RecordedBatches(ReplayedBatches):
 
     def __iter__(self) -> LoaderEpoch:
         """One pass of the loader."""
-        is_first, self._owner._passes = self._owner._passes == 0, self._owner._passes + 1
+        is_first, self._owner.passes = self._owner.passes == 0, self._owner.passes + 1
         self._watched_at = time.perf_counter()
         return LoaderEpoch(self, is_first_pass=is_first)
 
@@ -558,23 +738,16 @@ class _RecordedBatches(ReplayedBatches):
 
     def is_current(self) -> bool:
         """See `ReplayedBatches.is_current`."""
-        return self._recording.store is self._store
-
-    def refresh(self) -> bool:
-        """See `ReplayedBatches.refresh`.
-
-        Raises:
-            DataError: the dataset was changed in the middle of the pass.
-        """
+        if self._recording.store is not self._store:
+            return False
         now = time.perf_counter()
         if now - self._watched_at > WATCH_S or self._recording.has_moved():
             self._watched_at = now
-            changed = self._recording.difference()
-            if changed is not None:
-                raise DataError(
-                    f"{changed} has changed in the middle of a pass over recorded rows: change the dataset between "
-                    "two passes, or give the loader itself"
-                )
+            return self._recording.difference() is None
+        return True
+
+    def refresh(self) -> bool:
+        """See `ReplayedBatches.refresh`."""
         return False
 
     def gather(self, rows: torch.Tensor, host_rows: np.ndarray) -> list[Batch]:
@@ -592,19 +765,12 @@ def _split(values: list[Any], size: int) -> list[list[Any]]:
     return [values[begin : begin + size] for begin in range(0, len(values), size)]
 
 
-def _length(dataset: Any) -> int:
-    try:
-        return len(dataset)
-    except (TypeError, NotImplementedError):
-        return 0
-
-
 def _stamp(name: str) -> object:
     try:
         found = os.stat(name)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 # What rows are read from.
@@ -642,128 +808,6 @@ def _install_hook() -> None:
 
 
 def _on_event(event: str, arguments: Any) -> None:
-    if event == "open" and _WATCHERS:
+    if _WATCHERS and event in ("open", "os.listdir", "os.scandir"):
         for watcher in _WATCHERS:
             watcher.note(arguments[0])
-
-
-# The first pass of a loader with workers.
-
-
-def _logging_loader(loader: DataLoader[Any], order: list[Any]) -> DataLoader[Any]:
-    """A loader of the same batches, each with the rows that it is made of, pickled.
-
-    Args:
-        loader: with workers.
-        order: takes up the indices of each batch when they are drawn.
-    """
-    found = copy.copy(loader)
-    is_batched = loader.batch_sampler is not None
-    sampler = _Logged(loader.batch_sampler if is_batched else loader.sampler, order)
-    vars(found).update(
-        {
-            "batch_sampler" if is_batched else "sampler": sampler,
-            "dataset": _Reader(loader.dataset),
-            "collate_fn": _Packed(loader.collate_fn, is_batched=is_batched),
-        }
-    )
-    return found
-
-
-class _Logged:
-    """A sampler whose batches are noted as they are drawn."""
-
-    def __init__(self, sampler: Any, order: list[Any]) -> None:
-        self._sampler, self._order = sampler, order
-
-    def __iter__(self) -> Iterator[Any]:
-        return _LoggedIterator(iter(self._sampler), self._order)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
-class _LoggedIterator(Iterator[Any]):
-    def __init__(self, found: Iterator[Any], order: list[Any]) -> None:
-        self._found, self._order = found, order
-
-    def __next__(self) -> Any:
-        keys = next(self._found)
-        self._order.append(keys)
-        return keys
-
-
-@dataclass
-class _Rows:
-    """Rows as a worker has read them.
-
-    Attributes:
-        rows: see above.
-        seconds: that it took.
-        drawn: the generator that they were drawn from.
-        why_collated_there: why `collate_fn` gives other batches elsewhere.
-    """
-
-    rows: Sequence[Row]
-    seconds: float
-    drawn: str | None
-    why_collated_there: str | None = None
-
-
-class _Reader:
-    """A dataset in a worker, whose rows come as `_Rows`. All else is the dataset's."""
-
-    def __init__(self, dataset: Any) -> None:
-        object.__setattr__(self, "_dataset", dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("_dataset", "__setstate__", "__getstate__"):
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._dataset, name, value)
-
-    def __reduce__(self) -> Any:
-        return _Reader, (self._dataset,)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, key: Any) -> _Rows:
-        return self._read(lambda: [self._dataset[key]])
-
-    def __getitems__(self, keys: list[Any]) -> _Rows:
-        many = getattr(self._dataset, "__getitems__", None)
-        return self._read(lambda: many(keys) if many else [self._dataset[key] for key in keys])
-
-    def _read(self, read: Callable[[], Sequence[Row]]) -> _Rows:
-        generators, begin = GlobalGenerators(), time.perf_counter()
-        rows = read()
-        return _Rows(rows, time.perf_counter() - begin, generators.moved())
-
-
-class _Packed:
-    """A `collate_fn` in a worker, whose batches come with the rows that they are made of.
-
-    Rows travel as bytes: a tensor by itself would take an open file.
-    """
-
-    def __init__(self, collate: Callable[[Any], Batch], *, is_batched: bool) -> None:
-        self._collate, self._is_batched = collate, is_batched
-        self._facts: Facts | None = None
-
-    def __call__(self, read: _Rows) -> tuple[bytes, Batch]:
-        self._facts = self._facts or Facts(self._collate)
-        packed, generators = pickle.dumps(list(read.rows)), GlobalGenerators()
-        batch = self._collate(read.rows if self._is_batched else read.rows[0])
-        drawn, changed = generators.moved(), self._facts.difference()
-        if drawn is not None:
-            read.why_collated_there = f"draws from {drawn}"
-        elif changed is not None:
-            read.why_collated_there = f"changes {changed}"
-        read.rows = pickle.loads(packed)  # as they were before collate_fn had them
-        return pickle.dumps(read), batch
-
-    def __reduce__(self) -> Any:
-        return partial(_Packed, is_batched=self._is_batched), (self._collate,)

@@ -97,6 +97,11 @@ class RowStore:
         return int(self._there.sum()) + len(self._others)
 
     @property
+    def numbers(self) -> np.ndarray:
+        """Of the rows that are in columns, [n], int64."""
+        return np.flatnonzero(self._there)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the rows take; of objects, about."""
         return self._object_bytes + sum(each.nbytes for each in self._columns if isinstance(each, ColumnBuilder))
@@ -278,9 +283,8 @@ def _form_of(value: Any, leaves: list[Any]) -> Form:
     kind: Any = type(value)
     if kind is dict:
         return _Tree(dict, tuple(map(_Key, value)), tuple(_form_of(each, leaves) for each in value.values()))
-    if kind in (list, tuple) or (
-        issubclass(kind, tuple) and hasattr(kind, "_fields") and len(kind._fields) == len(value)
-    ):
+    is_named = issubclass(kind, tuple) and len(getattr(kind, "_fields", ())) == len(value) > 0
+    if kind in (list, tuple) or is_named:
         return _Tree(kind, (), tuple(_form_of(each, leaves) for each in value))
     leaves.append(value)
     return _leaf_of(value, kind)
@@ -362,7 +366,7 @@ def _copied(value: Any) -> Any:
         return _copied_tensor(value)
     if kind is np.ndarray and value.dtype != object and value.size:
         low, high = np.lib.array_utils.byte_bounds(value)
-        memory = np.frombuffer((ctypes.c_char * (high - low)).from_address(low), dtype=np.uint8).copy()
+        memory = np.frombuffer(cast("Any", (ctypes.c_char * (high - low)).from_address(low)), dtype=np.uint8).copy()
         begin = value.__array_interface__["data"][0] - low
         return np.ndarray(value.shape, value.dtype, memory, begin, value.strides)
     if kind in (list, tuple):
@@ -386,13 +390,13 @@ def _copied_tensor(value: Tensor) -> Tensor:
     is_conj, is_neg = value.is_conj(), value.is_neg()
     plain = value.detach()
     plain = plain.conj() if is_conj else plain
-    plain = torch._neg_view(plain) if is_neg else plain  # pyright: ignore[reportPrivateUsage]
+    plain = cast("Any", torch)._neg_view(plain) if is_neg else plain
     size = 1 + sum((length - 1) * stride for length, stride in zip(plain.shape, plain.stride(), strict=True))
     if not plain.numel():
         found = torch.empty_strided(plain.shape, plain.stride(), dtype=plain.dtype, device=plain.device)
     else:
         memory = plain.as_strided((size,), (1,)).clone()
         found = memory.as_strided(plain.shape, plain.stride())
-    found = torch._neg_view(found) if is_neg else found  # pyright: ignore[reportPrivateUsage]
+    found = cast("Any", torch)._neg_view(found) if is_neg else found
     found = found.conj() if is_conj else found
     return found.requires_grad_(value.requires_grad)

@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.resources import files
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.data.batch import tensors
+from fasttrain.data.columns import ColumnKind
 from fasttrain.data.ragged import Ragged
 from fasttrain.data.resident import Span
 from fasttrain.device import cpu_features, device_name, versions
@@ -173,7 +174,8 @@ class Compiler:
     def verdict(self, work: Any) -> Verdict | None:
         """What was measured on this machine of a step that looks like this one and is given such batches."""
         batch = work.batch() if isinstance(work, Span) else work
-        self._signature = job_signature(self._spec, batch, is_resident=isinstance(work, Span))
+        rows = [column.kind for column in work.source.columns] if isinstance(work, Span) else None
+        self._signature = job_signature(self._spec, batch, rows)
         return self.cache.verdict(self._signature)
 
     def is_ready(self) -> bool:
@@ -267,13 +269,13 @@ def program_key(job: GraphJob) -> str:
     return _hash(job.graph.code, constants, inputs, *plain, _compiling_code(), *_machine(job.device))
 
 
-def job_signature(spec: StepSpec, batch: Batch, *, is_resident: bool) -> str:
+def job_signature(spec: StepSpec, batch: Batch, rows: Sequence[ColumnKind] | None) -> str:
     """Of what a job looks like from outside: enough to remember what was measured, not to trust a program.
 
     Args:
         spec: the step.
         batch: one of its batches.
-        is_resident: whether batches are rows of resident data.
+        rows: what the columns of resident data are like; None for a batch that is passed by itself.
     """
     options = [
         {name: value for name, value in group.items() if name not in ("params", "param_names", "lr", "initial_lr")}
@@ -290,7 +292,7 @@ def job_signature(spec: StepSpec, batch: Batch, *, is_resident: bool) -> str:
         type(spec.optimizer).__qualname__,
         options,
         [(_shape_of(leaf), leaf.dtype) for leaf in leaves],
-        (spec.precision, spec.accumulate, spec.clip_norm, spec.clip_value, is_resident),
+        (spec.precision, spec.accumulate, spec.clip_norm, spec.clip_value, rows),
         [(name, _name_of(value), _code_behind(value)) for name, value in _callables_of(spec)],
         [_code_behind(kind) for kind in dict.fromkeys(type(module) for module in spec.model.modules())],
         _source_files(spec),

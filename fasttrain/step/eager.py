@@ -219,8 +219,10 @@ def run_forward(spec: StepSpec, forward: Forward, batch: Batch) -> StepOutput:
         return forward(spec.model, batch)
 
 
-def eager_meanwhile() -> str | None:
+def eager_meanwhile(spec: StepSpec) -> str | None:
     """Why steps run eagerly for now, whatever is compiled; None where nothing asks for that."""
+    if spec.meanwhile.why_eager:
+        return spec.meanwhile.why_eager
     if torch.is_anomaly_enabled():
         return "torch.autograd.set_detect_anomaly is on, and only eager steps are checked by it"
     return None

@@ -159,7 +159,7 @@ class Ladder:
     @property
     def choice(self) -> Choice:
         """What runs now, and why; with the number of steps that ran eagerly because no program held for them."""
-        meanwhile = eager_meanwhile()
+        meanwhile = eager_meanwhile(self._spec)
         if meanwhile is not None:
             return Choice("eager", meanwhile)
         value, reason = self._choice.value, self._choice.reason
@@ -251,7 +251,7 @@ class Ladder:
     def _advance(self, work: Work, steps: int) -> Tensor:
         if self._refused is not None:
             raise EngineError(self._refused)
-        if eager_meanwhile() is not None:
+        if eager_meanwhile(self._spec) is not None:
             return self._eagerly(work)
         if isinstance(work, Span):
             self._has_seen_span = True

@@ -63,6 +63,13 @@ class Gathered:
     count: int = 0
 
 
+@dataclass
+class Meanwhile:
+    """Why the steps of a pass run eagerly, whatever is compiled; empty where nothing asks for that."""
+
+    why_eager: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepSpec:
     """The user's objects and options that define one training step.
@@ -80,6 +87,7 @@ class StepSpec:
         metrics: the running metrics of training.
         scaler: of fp16's loss, None for other precisions.
         gathered: the batches of an unfinished accumulation.
+        meanwhile: what asks for eager steps.
     """
 
     model: nn.Module
@@ -93,6 +101,7 @@ class StepSpec:
     metrics: RunningMetrics
     scaler: torch.amp.GradScaler | None
     gathered: Gathered = field(default_factory=Gathered)
+    meanwhile: Meanwhile = field(default_factory=Meanwhile)
 
     def __post_init__(self) -> None:
         """Checks the options and their combinations.

@@ -180,7 +180,10 @@ class TrainStep:
         Yields:
             After each call, what it ran: a batch, or a `Span` of several.
         """
-        return run_steps(self._engine, iter(self.sources.of(batches)))
+        placed = iter(self.sources.of(batches))
+        is_transitional = self.sources.is_transitional  # a program for this pass would not serve the next one
+        self.spec.meanwhile.why_eager = "rows are recorded in this pass" if is_transitional else ""
+        return run_steps(self._engine, placed)
 
     @property
     def span(self) -> int:

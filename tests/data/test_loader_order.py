@@ -485,8 +485,55 @@ def test_train_and_evaluate_in_turn_with_one_generator() -> None:
     program(is_fast=True).check(program(is_fast=False))
 
 
-# TODO: when loaders over columns are taken as resident data, assert here that each of RESIDENT is (and that "own
-# dataset", "own loader", "own collate", "workers" are not, with the reason).
+@pytest.mark.parametrize("job", [each for each in RESIDENT if each.name != "draws at each index"], ids=names)
+def test_is_taken_as_resident_data(job: Job) -> None:
+    training = Training(job)
+    loop = FastLoop(training.model, training.optimizer, training.forward, engine="eager")
+    training.world.before(0)
+    assert loop.train(training.world.loader).source == "resident"
+    assert loop.source.value == "resident"
+
+
+class OwnTensors(TensorDataset):
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index)
+
+
+class OwnLoader(DataLoader[Any]):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        (lambda: DataLoader(OwnTensors(features(), targets()), batch_size=4), "OwnTensors"),
+        (lambda: OwnLoader(plain(), batch_size=4), "torch's own DataLoader"),
+        (lambda: DataLoader(plain(), batch_size=4, collate_fn=lambda rows: default_collate(rows)), "collate_fn"),
+        (lambda: DataLoader(plain(), batch_size=4, num_workers=1), "1 workers"),
+        (lambda: DataLoader(plain(), batch_size=4, sampler=list(range(9))), "sampler of its own, list"),
+        (lambda: DataLoader(plain(), batch_size=4, sampler=own_sampler()), "sampler of its own"),
+        (lambda: DataLoader(plain(), batch_sampler=[[0, 1], [2, 3]]), "batch_sampler"),
+        (lambda: DataLoader(TensorDataset(features().t().contiguous().t(), targets()), batch_size=4), "one after the"),
+        (lambda: DataLoader(TensorDataset(features().requires_grad_(), targets()), batch_size=4), "gradients"),
+    ],
+)
+def test_any_other_loader_is_streamed(loader: Callable[[], DataLoader[Any]], reason: str) -> None:
+    model = nn.Linear(NUM_FEATURES, 1).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loop = FastLoop(model, optimizer, lambda model, batch: (model(batch[0]).squeeze(1) - batch[1]).square().mean())
+    assert loop.train(loader()).source == "streamed"
+    assert reason in loop.source.reason
+
+
+def own_sampler() -> Any:
+    class Own(torch.utils.data.Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(8))
+
+        def __len__(self) -> int:
+            return 8
+
+    return Own()
 
 
 # The harness itself ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from tests.step.jobs import batches, model, train_step
 from tests.step.models import ASKED, CASES, OPTIMIZERS, started
 from tests.step.spans import data_of, trace_walk
 
-job_signature = partial(compiler.job_signature, is_resident=False)
+job_signature = partial(compiler.job_signature, rows=None)
 
 
 def job(factor: Tensor, example: Tensor, open_dims: frozenset[int] = frozenset()) -> GraphJob:
@@ -238,7 +238,7 @@ def forward(model, batch):
     return model(batch).sum()
 net = torch.nn.Linear(2, 2)
 spec = TrainStep(net, torch.optim.SGD(net.parameters()), forward).spec
-print(job_signature(spec, torch.ones(2, 2), is_resident=False))
+print(job_signature(spec, torch.ones(2, 2), rows=None))
 """
 
 
