@@ -317,6 +317,7 @@ class LoopArm:
         step.flush()
         step.metrics.compute()  # HOST READ: an epoch's figures
         self._recording_s = time.perf_counter() - self._begin_s
+        step.run(self._batches)  # begins a pass, of recorded rows: steps run eagerly while rows are recorded
 
 
 _DATA = {
