@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import compiling, conformance, errors, fuzz, loops
+from benchmarks import compiling, conformance, errors, fuzz, loops, recording
 from benchmarks.places import REPOSITORY, log
 from benchmarks.records import Record, Series, read_record
 from fasttrain.errors import DataError, FasttrainError
@@ -35,10 +35,10 @@ BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
 
 MAIN_ARMS = ("auto", "graphed", "compiled", "eager")
-"""The first of them that was measured is shown in the top README, beside `DROP_IN`: what a user gets who asks for
-nothing else than resident data."""
+"""The first of them that was measured is shown in the top README: what `resident` data give."""
 
-DROP_IN = "drop-in"
+RECORD, DROP_IN = "record", "drop-in"
+"""Shown before and after it: what a user gets who keeps the DataLoader, with and without `record`."""
 
 WORKLOADS = tuple(JOBS)
 """In the order of the tables; others follow."""
@@ -60,6 +60,9 @@ date. Measure on a machine that does nothing else.
   writes `results/swap-reviews-cpu.json`. With `--jobs 5 10 20 60`, jobs that take eager so many seconds.
 - `python -m benchmarks.compiling`: CPU seconds until there is a program, by part (imports, export, C++), with an empty
   cache and with what earlier programs have left; writes `results/compiling-cpu.json`.
+- `python -m benchmarks.recording`: ways to read the reviews once (`record`, converted by hand, MONAI's and Hugging
+  Face's datasets where they are installed), by lines, first and later epochs; writes
+  `results/recording-reviews-cpu.json`.
 - `python -m fasttrain bench --aa eager --workload mlp --out benchmarks/results/noise/mlp-cpu.json`: an arm against
   itself, the blocks on which a test tries the verdicts.
 - `python -m benchmarks.live`: 20 comparisons of the newest commit with itself; writes `results/live-mlp-cpu.json`.
@@ -85,7 +88,8 @@ they take turns, 50 ms each, in random order in each round, all but one asleep; 
 out what the machine's speed did in the meantime. Order of rows, gathering, steps and the readout of loss and accuracy
 are inside; evaluation is not. It is a median: what an arm does in fewer than half of its turns does not show, and is
 noted where an arm's steps took 10% longer in all than the others' did. An arm whose single call takes longer has longer
-turns, on which short disturbances weigh more.
+turns, on which short disturbances weigh more. The arm `record` is timed from its second epoch on; the seconds of its
+first, which reads and records the rows, stand in the line below the table that says what it is.
 
 An arm is flagged where more work than cores was there before the rounds (load), where its process had to wait for a
 core (waited) or used one in the others' turns (awake), where memory came back from the disk (swapped), or where CPU or
@@ -105,7 +109,7 @@ the faster of JAX's arms.
 
 NO_RECORDS = "\nNo results are recorded yet.\n"
 
-KINDS = {module.KIND: module for module in (compiling, errors, conformance, loops, fuzz)}
+KINDS = {module.KIND: module for module in (recording, compiling, errors, conformance, loops, fuzz)}
 """Records with a table of their own, by kind."""
 
 Found = tuple[list[BenchRecord], list[Record], list[str]]
@@ -200,7 +204,7 @@ def benchmarks_page(found: Found) -> str:
 
 
 def headline(found: Found) -> str:
-    """The table of the top README: a row or two each training, and under what they were measured."""
+    """The table of the top README: up to three rows each training, and under what they were measured."""
     trainings, _, _ = found
     if not trainings:
         return NO_RECORDS.lstrip()
@@ -214,12 +218,12 @@ def headline(found: Found) -> str:
 
 
 def main_rows(record: BenchRecord) -> list[list[str]]:
-    """The main arm of a training and the drop-in, where they were measured; a ratio's range stands behind it."""
+    """Of a training: `RECORD`, the main arm and `DROP_IN`, where they were measured; ranges stand behind the ratios."""
     arms = {arm.label: arm for arm in summarise(record)}
     main = next((label for label in MAIN_ARMS if label in arms), DROP_IN)
     others = [fastest(record, kind) for kind in ("textbook", "tuned", "jax")]
     rows: list[list[str]] = []
-    for label in dict.fromkeys([main, DROP_IN]):
+    for label in dict.fromkeys([RECORD, main, DROP_IN]):
         if label in arms:
             ratios = [None if other is None else arms[label].ratios.get(other) for other in others]
             cells = ["" if ratio is None else ranged(ratio, "x") for ratio in ratios]

@@ -134,7 +134,7 @@ class TextbookDataset(Dataset[dict[str, Any]]):
         shuffle: bool,
         drop_last: bool,
         seed: int = 1337,
-        order: Sequence[int] | None = None,
+        order: Iterable[int] | None = None,
     ) -> DataLoader[dict[str, Any]]:
         """Returns a loader over the selected split, to be read before another split is selected.
 

@@ -153,9 +153,10 @@ def test_the_top_table_has_a_row_for_each_training(tmp_path: Path) -> None:
     first = training("mlp", textbook=(8e-3, 8e-3), eager=(1e-3, 1e-3), compiled=(1e-3, 2e-3), mine=(1.0, 1.0))
     arms = {"textbook": (8e-3,), "tuned": (4e-3,), "jax_scan": (2e-3,), "jax_step": (1e-3,), "eager": (3e-3,)}
     second = training("reviews", **arms, auto=(2e-3,), drop_in=(4e-3,))
+    recorded = training("cnn", textbook=(8e-3,), drop_in=(4e-3,), auto=(1e-3,), record=(2e-3,))
     many = replace(second, design=replace(second.design, threads=4))
     peers_alone = training("chars", textbook=(8e-3,), jax_step=(1e-3,))
-    root = repository(tmp_path / "r", first, many, second, peers_alone, front=FRONT)
+    root = repository(tmp_path / "r", first, many, second, recorded, peers_alone, front=FRONT)
     tables.update(root, is_check=False)
     front = (root / "README.md").read_text()
     rows = [line for line in front.splitlines() if line.startswith("|")]
@@ -167,8 +168,17 @@ def test_the_top_table_has_a_row_for_each_training(tmp_path: Path) -> None:
         "| reviews, cpu, 4 threads | auto | 64,000 | 4.00x | 2.00x | 0.500x |",
         "| reviews, cpu, 4 threads | drop-in | 32,000 | 2.00x | 1.00x | 0.250x |",
         "| mlp, cpu | compiled | 96,000 | 6.00x (4.00 to 8.00) |  |  |",
+        "| cnn, cpu | record | 64,000 | 4.00x |  |  |",
+        "| cnn, cpu | auto | 128,000 | 8.00x |  |  |",
+        "| cnn, cpu | drop-in | 32,000 | 2.00x |  |  |",
     ]
-    measured = {"reviews, cpu": 1, "reviews, cpu, 4 threads": 1, "mlp, cpu": 2, "chars, cpu": 1}  # 2 were planned
+    measured = {
+        "reviews, cpu": 1,
+        "reviews, cpu, 4 threads": 1,
+        "mlp, cpu": 2,
+        "cnn, cpu": 1,
+        "chars, cpu": 1,
+    }  # 2 were planned
     told = "; ".join(f"{job}: {num} blocks, commit 0123456789, 2026-01-02" for job, num in measured.items())
     assert f"- A CPU, 4 cores; torch 2.13.0, Python 3.11.7: {told}.\n" in front
     page = (root / "benchmarks" / "README.md").read_text()

@@ -47,7 +47,7 @@ class Bench:
     """What is trained."""
 
     arms: tuple[str, ...] = DEFAULT_ARMS
-    """Core arms (textbook, drop-in, tuned, eager, torch-compile, compiled, auto, graphed) and peers by name."""
+    """Core arms (textbook, record, drop-in, tuned, eager, torch-compile, compiled, auto, graphed) and peers by name."""
 
     peers: bool = False
     """All peers too: what others make of the same job. They are in the root of fasttrain's repository."""

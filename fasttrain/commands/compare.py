@@ -43,8 +43,8 @@ class Compare:
     """With --rev: what is trained."""
 
     arm: str = "auto"
-    """With --rev: how: textbook, drop-in, tuned, eager, torch-compile, compiled, auto, graphed, or my_code:make_arm
-    of the revision's own."""
+    """With --rev: how: textbook, record, drop-in, tuned, eager, torch-compile, compiled, auto, graphed, or
+    my_code:make_arm of the revision's own."""
 
     blocks: int = 10
     """With --rev: how many blocks. If they decide nothing, as many again are measured, once: with fewer than 4, no

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fasttrain.data.resident import ResidentBatches
 from fasttrain.errors import ConfigError
@@ -75,7 +76,7 @@ class Job(Protocol):
         """The textbook's model at the same weights, on the device; its optimizer and its loss."""
         ...
 
-    def textbook_batches(self, order: list[int]) -> Iterable[Any]:
+    def textbook_batches(self, order: Iterable[int]) -> DataLoader[Any]:
         """The textbook's Dataset in a DataLoader that takes the rows in this order, for `reference.train_epoch`."""
         ...
 

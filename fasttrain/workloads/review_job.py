@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +113,7 @@ class ReviewJob:
         model = self._drawn(TextbookClassifier).to(self.device)
         return model, self.optimizer(model), textbook_loss(self.num_outputs)
 
-    def textbook_batches(self, order: list[int]) -> DataLoader[dict[str, Any]]:
+    def textbook_batches(self, order: Iterable[int]) -> DataLoader[dict[str, Any]]:
         """See `Job.textbook_batches`."""
         self.textbook.set_split("train")
         return self.textbook.batches(self.batch_size, shuffle=False, drop_last=True, order=order)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class TensorJob:
         model = self._drawn().to(self.device)
         return model, self.optimizer(model), nn.CrossEntropyLoss()
 
-    def textbook_batches(self, order: list[int]) -> DataLoader[Any]:
+    def textbook_batches(self, order: Iterable[int]) -> DataLoader[Any]:
         """See `Job.textbook_batches`."""
         return DataLoader(self.dataset(), self.batch_size, sampler=order, drop_last=True)
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, count, islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
-from fasttrain.data.resident import ResidentBatches, ResidentEpoch, Span
+from fasttrain.data.record import record
+from fasttrain.data.resident import ResidentEpoch, Span
 from fasttrain.data.stream import prefetch
 from fasttrain.loop import FastLoop
 from fasttrain.measure.bench.arm import CHECKED_STEPS, EPOCHS, ArmFactory
 from fasttrain.measure.bench.rounds import SLICE_S
+from fasttrain.measure.data_wait import record_advice
 from fasttrain.metrics import count_correct
 from fasttrain.reference import compute_loss, train_epoch, unpack_batch
 from fasttrain.step.state import Snapshot
@@ -140,37 +144,69 @@ class LoopArm:
     With "auto", "compiled" and "graphed", the second call waits until it is decided what runs the steps, as it is early
     in a long job. The job is then put back to its start, so that what gives the checked losses is what is timed.
 
+    Over a recorded loader the second call first trains the rest of the first epoch, which records the rows; its seconds
+    are in `description`. What is checked and timed are epochs of recorded rows.
+
     Args:
         job: what it trains.
         engine: of the loop.
         precision: of the forward pass.
-        is_drop_in: over the textbook's own model, Dataset and DataLoader, not over resident batches.
+        data: what it trains on. "resident": resident batches of the job's fast form. "loader": the textbook's own
+            model, Dataset and DataLoader. "recorded": these, and the loader is given to `record`.
 
     Raises:
         EngineError: the engine cannot run here.
     """
 
-    def __init__(self, job: Job, *, engine: str, precision: str = "fp32", is_drop_in: bool = False) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        engine: str,
+        precision: str = "fp32",
+        data: Literal["resident", "loader", "recorded"] = "resident",
+    ) -> None:
         self._job = job
-        if is_drop_in:
-            self.description = f"FastLoop, engine {engine}, in place of the book's loop: its model, Dataset, DataLoader"
-            model, optimizer, loss = job.textbook_model()
-            forward = partial(_textbook_forward, loss, job.device)
-            self._source: ResidentBatches | _TextbookBatches = _TextbookBatches(job)
-            self._batches: Any = prefetch(self._source, job.device)
-        else:
-            self.description = f"FastLoop, engine {engine}, resident batches"
+        self._description = f"FastLoop, engine {engine}, {_DATA[data]}"
+        self._recording_s: float | None = None
+        self._is_recorded = data == "recorded"
+        if data == "resident":
             model = job.model()
             optimizer, forward = job.optimizer(model), job.forward
-            self._source = self._batches = job.batches()
+            self._order: Any = job.batches()
+            self._batches: Any = self._order
+        else:
+            model, optimizer, loss = job.textbook_model()
+            forward = partial(_textbook_forward, loss, job.device)
+            if self._is_recorded:
+                self._order = _JobSampler(job)
+                self._batches = record(job.textbook_batches(self._order))
+            else:
+                self._order = _TextbookBatches(job)
+                self._batches = prefetch(self._order, job.device)
         self._loop = FastLoop(model, optimizer, forward, engine=engine, precision=precision)
-        self._first_epoch = iter(self._batches)
+        self._steps_in_epoch = len(job.order(0)) // job.batch_size
         self._checked = CheckedSteps()
         self._calls = self._call_after_call()
         self._steps = 0
+        self._timed_s = 0.0
         self._early: Snapshot | None = None
         # None once it is settled; the other engines run the second step as they run all that follow.
-        self._start = _Start(self._loop) if engine in ("auto", "compiled", "graphed") else None
+        is_to_settle = self._is_recorded or engine in ("auto", "compiled", "graphed")
+        self._start = _Start(self._loop) if is_to_settle else None
+        self._begin_s = time.perf_counter()
+        self._first_epoch = self._next_pass()
+
+    @property
+    def description(self) -> str:
+        """What it is; of a recorded loader also how long the first epoch took, and where batches came from then."""
+        if self._recording_s is None:
+            return self._description
+        source = self._loop.source
+        return (
+            f"{self._description}; its first epoch, which records the rows and is not in these figures, took "
+            f"{self._recording_s:.2f} s in the first block; later epochs: {source.value}, {source.reason}"
+        )
 
     @property
     def compile_s(self) -> float | None:
@@ -179,16 +215,21 @@ class LoopArm:
 
     @property
     def engine(self) -> str:
-        """What runs the steps now, and why."""
-        choice = self._loop.step.engine
-        return f"{choice.value}: {choice.reason}"
+        """What runs the steps now, and why; where they wait for a loader, what `record` would gain."""
+        choice, order = self._loop.step.engine, self._order
+        # On CUDA batches are read in another thread, beside the steps.
+        is_streamed = isinstance(order, _TextbookBatches) and self._job.device.type == "cpu"
+        advice = record_advice(self._timed_s, order.wait_s) if is_streamed and self._timed_s else None
+        return f"{choice.value}: {choice.reason}" + ("" if advice is None else f"; {advice}")
 
     def step(self) -> int:
         """See `Arm.step`; an epoch in one go, or a part of a long one. Steps that are put back do not count."""
         if self._checked.is_enough:
             self._begin_again_if_due()
-            is_long = self._checked.steps_in(EPOCH_S) < len(self._source)
+            begin = time.perf_counter()
+            is_long = self._checked.steps_in(EPOCH_S) < self._steps_in_epoch
             steps = self._part_of_epoch() if is_long else self._loop.train(self._batches).batches
+            self._timed_s += time.perf_counter() - begin
             self._steps += steps
             return steps
         if self._checked.losses and self._start is not None:
@@ -209,7 +250,7 @@ class LoopArm:
         tensors, device = [*_tensors(self._loop.model), *_state(self._loop.optimizer)], self._loop.step.device
         if self._early is None:
             self._early = Snapshot.of(tensors, device)
-        elif self._steps >= EPOCHS * len(self._source):
+        elif self._steps >= EPOCHS * self._steps_in_epoch:
             self._early.restore(tensors, device)
             self._steps = 0
 
@@ -224,7 +265,7 @@ class LoopArm:
         step = self._loop.step
         while True:
             step.metrics.reset()
-            for ran in step.run(iter(self._batches)):
+            for ran in step.run(self._batches):
                 yield ran.steps if isinstance(ran, Span) else 1
             step.flush()
             step.metrics.compute()  # HOST READ: an epoch's figures
@@ -238,6 +279,8 @@ class LoopArm:
             self._checked.losses += losses.reshape(-1).tolist()  # HOST READ: of the first steps, which are checked
         if self._checked.is_enough:
             self._first_epoch = iter(())  # it is not gone on with
+            if isinstance(self._order, _TextbookBatches):
+                self._order.wait_s = 0.0
         return steps
 
     def _next_checked(self, most: int) -> Any:
@@ -249,22 +292,76 @@ class LoopArm:
                 return span
             for batch in epoch:
                 return batch
-            self._first_epoch = iter(self._batches)
+            self._first_epoch = self._next_pass()
+
+    def _next_pass(self) -> Any:
+        """An iterator of the next epoch: of resident batches where the loop would read them as such."""
+        return iter(self._loop.step.sources.of(self._batches))
 
     def _settle(self, start: _Start) -> None:
         """Has it decided what runs the steps, and goes back to the start."""
-        self._loop.step.settle(self._batches)
+        step = self._loop.step
+        if self._is_recorded:
+            self._record_rows()
+        step.settle(step.sources.of(self._batches))
         start.put_back(self._loop)
         self._start = None
-        self._source.set_epoch(0)
-        self._first_epoch = iter(self._batches)
+        self._order.set_epoch(0)
+        self._first_epoch = self._next_pass()
         self._checked = CheckedSteps()
+
+    def _record_rows(self) -> None:
+        """Trains the rest of the first epoch, whose rows are recorded while they are read."""
+        step = self._loop.step
+        deque(step.run(self._first_epoch), maxlen=0)
+        step.flush()
+        step.metrics.compute()  # HOST READ: an epoch's figures
+        self._recording_s = time.perf_counter() - self._begin_s
+        step.run(self._batches)  # begins a pass, of recorded rows: steps run eagerly while rows are recorded
+
+
+_DATA = {
+    "resident": "resident batches",
+    "loader": "in place of the book's loop: its model, Dataset, DataLoader",
+    "recorded": "in place of the book's loop: its model, Dataset and record(DataLoader)",
+}
+
+
+class _JobSampler(Sampler[int]):
+    """The rows of the textbook's loader in the job's order, epoch after epoch.
+
+    Attributes:
+        reads_ahead: it draws from no generator that others use, so that a whole epoch may be read at once.
+    """
+
+    reads_ahead = True
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._epoch = 0
+        self._num_rows = len(job.order(0))
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._job.order(self._epoch).tolist()
+        self._epoch += 1
+        return iter(order)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
 
 
 class _TextbookBatches:
-    """The textbook's batches as an iterable of one epoch after the other, each from its own DataLoader."""
+    """The textbook's batches as an iterable of one epoch after the other, each from its own DataLoader.
+
+    Attributes:
+        wait_s: seconds in which they were read.
+    """
 
     def __init__(self, job: Job) -> None:
+        self.wait_s = 0.0
         self._job = job
         self._epoch = 0
         self._num_batches = len(job.order(0)) // job.batch_size
@@ -275,7 +372,16 @@ class _TextbookBatches:
     def __iter__(self) -> Iterator[Any]:
         order = self._job.order(self._epoch).tolist()
         self._epoch += 1
-        return iter(self._job.textbook_batches(order))
+        return self._timed(iter(self._job.textbook_batches(order)))
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_s += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -384,6 +490,7 @@ def _all_dense_batches(job: ReviewJob) -> Iterator[dict[str, Tensor]]:
 CORE_ARMS: dict[str, ArmFactory] = {
     "textbook": TextbookArm,
     "tuned": TunedArm,
-    "drop-in": partial(LoopArm, engine="auto", is_drop_in=True),
+    "record": partial(LoopArm, engine="auto", data="recorded"),
+    "drop-in": partial(LoopArm, engine="auto", data="loader"),
     **{engine: partial(LoopArm, engine=engine) for engine in ("eager", "torch-compile", "compiled", "auto", "graphed")},
 }

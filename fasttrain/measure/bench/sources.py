@@ -14,7 +14,7 @@ from fasttrain.workloads.job import Job
 
 __all__ = ["DEFAULT_ARMS", "NOT_THERE", "check_source", "find_factory", "peers"]
 
-DEFAULT_ARMS = ("textbook", "drop-in", "tuned", "eager", "torch-compile", "compiled", "auto")
+DEFAULT_ARMS = ("textbook", "record", "drop-in", "tuned", "eager", "torch-compile", "compiled", "auto")
 
 PEERS = "benchmarks.peers"
 

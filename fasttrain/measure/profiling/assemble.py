@@ -29,6 +29,7 @@ from fasttrain.measure.profiling.record import (
     Traffic,
 )
 from fasttrain.measure.profiling.steady import SETTLE
+from fasttrain.measure.profiling.suspects import Loaders
 from fasttrain.measure.profiling.trace_summary import TraceSummary
 
 __all__ = ["Timed", "Watched", "assemble"]
@@ -86,7 +87,7 @@ def assemble(
     timed: Timed,
     watched: Watched,
     *,
-    loops: list[Place],
+    loaders: Loaders,
     programs_loaded: int,
     name: str,
     workload: dict[str, Any],
@@ -97,7 +98,7 @@ def assemble(
     Args:
         timed: of this process, or of one that traced nothing.
         watched: of this process.
-        loops: where loaders were looped over.
+        loaders: what was loaded from.
         programs_loaded: in this process.
         name: of the profile.
         workload: what is trained.
@@ -126,7 +127,7 @@ def assemble(
         counters=_counters(watched, summary, programs_loaded),
         memory=watched.allocations.found.memory,
         gpu=gpu,
-        findings=find(_observations(timed, watched, loops, compiled)),
+        findings=find(_observations(timed, watched, loaders, compiled)),
     )
 
 
@@ -199,7 +200,7 @@ def _host_reads(reads: Sequence[Read], steps: int) -> list[HostRead]:
     return [*rows[: MAX_READS - 1], HostRead(file=OTHER_PLACES, line=0, what="any", per_step=rest)]
 
 
-def _observations(timed: Timed, watched: Watched, loops: list[Place], compiled: CompileEvents) -> Observations:
+def _observations(timed: Timed, watched: Watched, loaders: Loaders, compiled: CompileEvents) -> Observations:
     suspects = watched.suspects
     read_us: dict[Place, float] = {(file, line): us for file, line, us in timed.read_us}
     return Observations(
@@ -217,6 +218,7 @@ def _observations(timed: Timed, watched: Watched, loops: list[Place], compiled: 
         staying=suspects.staying,
         joining=suspects.joining,
         item_us=suspects.item_us,
-        loops=loops,
+        loops=loaders.loops,
+        is_recordable=loaders.is_recordable,
         compiled=compiled,
     )

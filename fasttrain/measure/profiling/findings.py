@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fasttrain.measure.data_wait import record_advice
 from fasttrain.measure.host_reads import Read
 from fasttrain.measure.places import Place, is_of_torch, shown
 from fasttrain.measure.profiling.compile_events import CompileEvents
@@ -37,7 +38,9 @@ _ADVICE = {
     "memory grows": "let go of what a step has made before the next one ends: carry on detached values only, sum up in "
     "place, and give a cache a limit",
     "slow __getitem__": f"make the rows before training, and {_LOAD_BESIDE}",
-    "loader over tensors": "the rows are in memory already: fasttrain.resident gathers a batch in one operator",
+    "loader over tensors": "the rows are in memory already: FastLoop trains on a DataLoader over a TensorDataset as on "
+    "resident data (where it does not, FastLoop.source tells why), and fasttrain.resident gathers a batch in one "
+    "operator",
     "data wait": _LOAD_BESIDE,
     "graph break": "torch.compile splits the function here: take what it cannot trace out of it",
     "recompilation": "it is compiled anew for what keeps changing: pad batches to one shape, drop the short last one, "
@@ -60,6 +63,7 @@ class Observations:
         joining: lines that join every step's graph to that of the step before.
         item_us: in datasets' `__getitem__`, by where it begins.
         loops: where loaders are looped over.
+        is_recordable: whether the last of these is over a loader that `fasttrain.record` takes.
         compiled: see there.
     """
 
@@ -78,6 +82,7 @@ class Observations:
     joining: list[Place]
     item_us: Mapping[Place, float]
     loops: list[Place]
+    is_recordable: bool
     compiled: CompileEvents
 
 
@@ -139,14 +144,16 @@ def _data(seen: Observations) -> Iterable[Finding]:
     if seen.data_wait_us < max(MIN_DATA_US, MIN_DATA_SHARE * seen.step_us):
         return
     loop = seen.loops[-1] if seen.loops else None
+    advice = record_advice(seen.step_us, seen.data_wait_us) if seen.is_recordable else None
+    advised = "" if advice is None else f"{advice}; or "
     place, us = max(seen.item_us.items(), key=lambda item: item[1], default=(None, 0.0))
     # The hook that sees the items slows them down: what they take in it is no more than a hint.
     if place is None or us < 0.5 * seen.data_wait_us:
-        yield _finding("data wait", loop, seen.data_wait_us)
+        yield _finding("data wait", loop, seen.data_wait_us, advised)
     elif is_of_torch(place[0]):
         yield _finding("loader over tensors", loop, seen.data_wait_us)
     else:
-        yield _finding("slow __getitem__", place, seen.data_wait_us)
+        yield _finding("slow __getitem__", place, seen.data_wait_us, advised)
 
 
 def _compilation(seen: Observations) -> Iterable[Finding]:

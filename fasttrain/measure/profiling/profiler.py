@@ -220,7 +220,7 @@ class Session:
         return assemble(
             timed,
             self.watched,
-            loops=self.loaders.loops,
+            loaders=self.loaders,
             programs_loaded=self.phases.programs_loaded,
             name=name,
             workload=workload,

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
+from fasttrain.data.record import record
 from fasttrain.measure.places import Place, innermost_of_user, is_of_user, user_place
 from fasttrain.measure.profiling.growth import GraphWatch, StayWatch
 
@@ -49,11 +50,13 @@ class Loaders:
     Attributes:
         items: by the code of a dataset's `__getitem__` (or `__getitems__`), the place of the loop.
         loops: places of the loops.
+        is_recordable: whether the last loop is over a loader that `fasttrain.record` takes and that is not recorded.
     """
 
     def __init__(self) -> None:
         self.items: dict[CodeType, Place] = {}
         self.loops: list[Place] = []
+        self.is_recordable = False
         self._entered = ExitStack()
 
     def __enter__(self) -> Loaders:
@@ -69,6 +72,9 @@ class Loaders:
         def iterate(loader: Any) -> Iterator[Any]:
             place = user_place()
             self.loops.append(place)
+            caller = sys._getframe(1).f_code.co_filename  # pyright: ignore[reportPrivateUsage]
+            is_recorded = caller == record.__code__.co_filename
+            self.is_recordable = not is_recorded and not isinstance(loader.dataset, IterableDataset)
             for name in ("__getitem__", "__getitems__"):
                 code = getattr(getattr(type(loader.dataset), name, None), "__code__", None)
                 if code is not None:

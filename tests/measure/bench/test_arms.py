@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from fasttrain import DataError, EngineError
 from fasttrain.measure.bench import arms
@@ -24,12 +27,13 @@ from fasttrain.workloads.generate import generate_reviews
 from fasttrain.workloads.job import Job
 from fasttrain.workloads.mlp import mlp_job
 from fasttrain.workloads.review_job import review_job
+from fasttrain.workloads.tensor_job import TensorJob
 from tests.step.fakes import Graphs, hasten
 
 STEPS_IN_EPOCH = 7
 
 
-def small_mlp() -> Job:
+def small_mlp() -> TensorJob:
     return mlp_job(torch.device("cpu"), 1_000)
 
 
@@ -50,11 +54,14 @@ def job(request: pytest.FixtureRequest) -> Job:
     return request.param()
 
 
-DROP_IN = partial(LoopArm, engine="auto", is_drop_in=True)
+DROP_IN = partial(LoopArm, engine="auto", data="loader")
+RECORD = partial(LoopArm, engine="auto", data="recorded")
 
 
 @pytest.mark.parametrize(
-    "make_arm", [TunedArm, partial(LoopArm, engine="eager"), DROP_IN], ids=["tuned", "eager", "drop-in"]
+    "make_arm",
+    [TunedArm, partial(LoopArm, engine="eager"), DROP_IN, RECORD],
+    ids=["tuned", "eager", "drop-in", "record"],
 )
 def test_arms_give_the_textbooks_losses_over_epochs(make_arm: Callable[[Job], Arm], job: Job) -> None:
     textbook, arm = TextbookArm(job), make_arm(job)
@@ -155,10 +162,54 @@ def test_a_drop_in_trains_the_textbooks_own_batches(epoch_s: float, monkeypatch:
     made: list[list[int]] = []
     plain = type(job).textbook_batches
     monkeypatch.setattr(type(job), "textbook_batches", lambda self, order: (made.append(order), plain(self, order))[1])
-    arm = LoopArm(job, engine="eager", is_drop_in=True)
+    arm = LoopArm(job, engine="eager", data="loader")
     run(arm, CHECKED_STEPS + STEPS_IN_EPOCH)
     assert made == [job.order(epoch).tolist() for epoch in range(4)]
     assert_trained_as(arm, job, epochs=(0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("epoch_s", [0.0, 1e9], ids=["in parts", "whole"])
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+def test_a_recorded_loader_trains_the_textbooks_own_batches(
+    engine: str, epoch_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "SETTLING_STEPS", 3)
+    monkeypatch.setattr(arms, "EPOCH_S", epoch_s)
+    monkeypatch.setattr(arms, "PASS_S", 0.0)
+    job = small_mlp()
+    arm = LoopArm(job, engine=engine, data="recorded")
+    assert "took" not in arm.description
+    run(arm, CHECKED_STEPS + STEPS_IN_EPOCH)
+    assert "its model, Dataset and record(DataLoader); its first epoch, which records the rows" in arm.description
+    assert " s in the first block; later epochs: resident, 1,000 recorded rows, on cpu" in arm.description
+    assert_trained_as(arm, job, epochs=(0, 1, 2, 3))
+
+
+def test_rows_of_a_recorded_arm_are_read_before_its_losses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, read = small_reviews(), list[int]()
+    plain = TextbookDataset.vectorize
+    monkeypatch.setattr(TextbookDataset, "vectorize", lambda self, text: (read.append(1), plain(self, text))[1])
+    arm = LoopArm(job, engine="eager", data="recorded")
+    assert arm.step() == 1
+    assert job.batch_size <= len(read) < job.num_rows
+    arm.step()
+    assert len(read) >= job.num_rows
+    num_read, steps = len(read), run(arm, 3 * STEPS_IN_EPOCH)
+    assert len(read) - num_read < steps * job.batch_size // 10, "a few are read again, to compare them"
+
+
+@pytest.mark.parametrize(("data", "is_told"), [("loader", True), ("recorded", False)])
+def test_a_loop_that_waits_for_its_loader_is_told_of_record(
+    data: Any, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = small_mlp()
+    plain = TensorDataset.__getitem__
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda self, row: (time.sleep(1e-4), plain(self, row))[1])
+    arm = LoopArm(job, engine="eager", data=data)
+    run(arm, CHECKED_STEPS)
+    assert "record" not in arm.engine, "nothing is timed yet"
+    run(arm, STEPS_IN_EPOCH)
+    assert ("give the loop fasttrain.record(loader)" in arm.engine) == is_told
 
 
 def test_auto_is_given_steps_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,18 +261,18 @@ def test_what_auto_has_settled_on_gives_the_checked_losses(graphs: Graphs) -> No
     assert [id(parameter) for parameter in arm._loop.model.parameters()] == parameters
 
 
-@pytest.mark.parametrize("is_drop_in", [False, True], ids=["walking over rows", "on batches"])
-def test_a_program_of_autos_that_gives_wrong_numbers_is_not_timed(is_drop_in: bool, graphs: Graphs) -> None:
+@pytest.mark.parametrize("data", ["resident", "recorded", "loader"])
+def test_a_program_of_autos_that_gives_wrong_numbers_is_not_timed(data: Any, graphs: Graphs) -> None:
     def spoil(losses: Tensor) -> Tensor:
         """Right where it is verified."""
         return losses * 1.01 if graphs.replayed > 1 else losses
 
     graphs.spoil = spoil
     job = auto_job()
-    textbook, arm = TextbookArm(job), LoopArm(job, engine="auto", is_drop_in=is_drop_in)
+    textbook, arm = TextbookArm(job), LoopArm(job, engine="auto", data=data)
     for each in (textbook, arm):
         run(each, CHECKED_STEPS)
-    assert (graphs.walked == 0) == is_drop_in
+    assert (graphs.walked == 0) == (data == "loader")
     assert graphs.replayed > CHECKED_STEPS
     with pytest.raises(DataError, match="leave the reference's"):
         check_losses(running_means(arm.losses()), running_means(textbook.losses()), job.tolerance)

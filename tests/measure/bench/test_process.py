@@ -276,5 +276,5 @@ def test_a_peer_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_names_of_arms_are_checked_before_anything_runs() -> None:
     for source in ("eager", "jax-scan", "anything:at_all"):
         check_source(source)
-    with pytest.raises(ConfigError, match="arm 'egaer': use one of textbook, tuned, drop-in, eager"):
+    with pytest.raises(ConfigError, match="arm 'egaer': use one of textbook, tuned, record, drop-in, eager"):
         check_source("egaer")

@@ -4,7 +4,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
+from fasttrain.measure.data_wait import record_advice
 from fasttrain.measure.host_reads import Read
 from fasttrain.measure.profiling.compile_events import CompileEvents
 from fasttrain.measure.profiling.findings import Observations, find
@@ -29,6 +31,7 @@ def observed(**changes: Any) -> Observations:
         "joining": [],
         "item_us": {},
         "loops": [],
+        "is_recordable": False,
         "compiled": CompileEvents(breaks=[], recompiled=Counter()),
     }
     return Observations(**fields | changes)
@@ -121,6 +124,37 @@ def test_waiting_for_data_is_not_mended_by_what_passes_batches_through(changes: 
     [found] = find(observed(data_wait_us=900.0, **changes))
     assert "DataLoader(num_workers=...) loads beside the steps" in found.advice
     assert "fasttrain.prefetch copies to a GPU" in found.advice
+
+
+SLOW_ROWS = {("/data.py", 5): 900.0}
+
+
+@pytest.mark.parametrize("changes", [{}, {"item_us": SLOW_ROWS}], ids=["data wait", "slow __getitem__"])
+def test_a_data_wait_over_a_third_of_a_step_is_told_of_record(changes: dict[str, Any]) -> None:
+    loop = {"loops": [("/train.py", 9)], "is_recordable": True}
+    [found] = find(observed(data_wait_us=800.0, **loop, **changes))
+    assert found.advice.startswith("the data wait is 80% of a step: give the loop fasttrain.record(loader), ")
+    assert "without the wait a step is 5 times as fast; or " in found.advice  # 1000 us / 200 us
+    assert "DataLoader(num_workers=...)" in found.advice
+    for quick in (observed(data_wait_us=330.0, **loop, **changes), observed(data_wait_us=800.0, **changes)):
+        [found] = find(quick)
+        assert "fasttrain.record" not in found.advice
+
+
+def test_rows_of_tensors_need_no_record() -> None:
+    place = (str(torch.utils.data.TensorDataset.__getitem__.__code__.co_filename), 5)
+    [found] = find(observed(data_wait_us=900.0, item_us={place: 900.0}, loops=[("/train.py", 9)], is_recordable=True))
+    assert found.kind == "loader over tensors"
+    assert "FastLoop trains on a DataLoader over a TensorDataset as on resident data" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("data_wait", "told"),
+    [(1 / 3, None), (0.34, "1.52 times"), (0.95, "20 times"), (0.999, "more than 100 times"), (1.0, "more than 100")],
+)
+def test_the_gain_is_what_a_step_takes_without_its_wait(data_wait: float, told: str | None) -> None:
+    advice = record_advice(1.0, data_wait)
+    assert advice is None if told is None else advice is not None and told in advice
 
 
 def test_what_grows_names_what_holds_it_before_what_made_it() -> None:
