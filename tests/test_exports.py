@@ -6,8 +6,9 @@ import pytest
 import fasttrain
 
 PUBLIC = """
-ConfigError DataError DeviceError EngineError EpochResult FastLoop FasttrainError History Prefetcher Ragged RecordedLoader
-FitState Interrupted ResidentBatches RunError RunningMetrics TrainStep count_host_reads prefetch profile record resident
+ConfigError DataError DeviceError EngineError EpochResult FastLoop FasttrainError History Prefetcher Ragged
+RecordedLoader FitState Interrupted ResidentBatches RunError RunningMetrics TrainStep count_host_reads prefetch profile
+record resident
 """.split()
 
 

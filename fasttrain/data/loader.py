@@ -112,9 +112,12 @@ def _draw_seed(loader: DataLoader[Any], *, is_first_pass: bool) -> bool:
 def is_read_ahead(loader: DataLoader[Any]) -> bool:
     """Whether reading all indices of a pass at its first batch draws the same numbers, as seen by everybody else.
 
-    It does where torch's own samplers draw from nobody else's generator, or at the first index alone.
+    It does where torch's own samplers draw from nobody else's generator, or at the first index alone, and where a
+    sampler of the user's own says so by an attribute `reads_ahead = True`.
     """
     sampler = loader.sampler if loader.batch_sampler is None else _inner_sampler(loader.batch_sampler)
+    if getattr(sampler, "reads_ahead", False) is True:
+        return True
     if type(sampler) is not RandomSampler:
         return type(sampler) in _SAMPLERS and not _is_changed(type(sampler))
     if _is_changed(RandomSampler):

@@ -525,18 +525,35 @@ def same_rows(one: Any, other: Any) -> bool:
         return same_rows(array.tolist(), other.tolist())
     if isinstance(one, Mapping):
         mapping = cast("Mapping[Any, Any]", one)
-        return list(mapping) == list(other) and all(same_rows(mapping[key], other[key]) for key in mapping)
+        is_same = list(mapping) == list(other) and all(same_rows(mapping[key], other[key]) for key in mapping)
+        return is_same and _same_attributes(mapping, other)
     if isinstance(one, list | tuple):
         items = cast("Sequence[Any]", one)
-        return len(items) == len(other) and all(map(same_rows, items, other))
+        is_same = len(items) == len(other) and all(map(same_rows, items, other))
+        return is_same and _same_attributes(items, other)
     if isinstance(one, float | complex | np.generic):
         return pickle.dumps(one) == pickle.dumps(other)
     if isinstance(one, _IMMUTABLE):
         return bool(one == other)
     try:
-        return one is other or pickle.dumps(one) == pickle.dumps(other)
+        if one is other or pickle.dumps(one) == pickle.dumps(other):
+            return True
+        # Equal tensors, for one, are pickled otherwise.
+        return _is_all_python(type(one)) and bool(vars(one)) and _same_attributes(one, other)
     except Exception:  # an object that cannot be compared so
         return vars(one) == vars(other) if hasattr(one, "__dict__") else bool(one == other)
+
+
+def _same_attributes(one: Any, other: Any) -> bool:
+    found, known = getattr(one, "__dict__", {}), getattr(other, "__dict__", {})
+    return found.keys() == known.keys() and all(same_rows(found[name], known[name]) for name in found)
+
+
+def _is_all_python(kind: type) -> bool:
+    """Whether instances keep all that they are in their attributes."""
+    return all(
+        each is object or (bool(each.__flags__ & 1 << 9) and "__slots__" not in vars(each)) for each in kind.__mro__
+    )
 
 
 def _same_tensors(one: Tensor, other: Tensor) -> bool:

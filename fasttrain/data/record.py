@@ -741,8 +741,13 @@ class _Recording:
             DataError: one differs.
         """
         keys, self._unchecked = [key for key in self._unchecked if self.store.has(key)], []
-        if keys:
-            self._check(keys, self.store.rows(keys))
+        try:
+            rows = self.store.rows(keys)
+        except NotKeptError as error:
+            self._stop_recording(f"a row holds a {error}, which cannot be copied")
+        else:
+            if keys:
+                self._check(keys, rows)
 
     def _check(self, keys: Sequence[Any], rows: Sequence[Row]) -> None:
         begin = time.perf_counter()

@@ -154,6 +154,7 @@ class TrainStep:
         Returns:
             The batch's loss: a detached scalar on the device.
         """
+        self.spec.meanwhile.why_eager = ""
         return self._engine.step(batch)
 
     @property
@@ -199,6 +200,7 @@ class TrainStep:
         Returns:
             The batches' losses: [steps], detached, on the device.
         """
+        self.spec.meanwhile.why_eager = ""
         return self._engine.steps(span)
 
     def settle(self, batches: Iterable[Batch]) -> None:
@@ -207,7 +209,9 @@ class TrainStep:
         Args:
             batches: where one pass over them is too short, there are more.
         """
-        self._engine.settle(batches)
+        placed = self.sources.of(batches)
+        self.spec.meanwhile.why_eager = ""
+        self._engine.settle(placed)
 
     def close(self) -> None:
         """Ends what runs beside the training (a compiling child).
