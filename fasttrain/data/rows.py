@@ -172,7 +172,9 @@ class RowStore:
         numbers = [key for key in keys if self._is_number(key) and self._there[key]]
         made = iter(self._rows_of(numbers)) if numbers else iter(())
         return [
-            next(made) if self._is_number(key) and self._there[key] else _copied(self._others[_name_of(key)])
+            next(made)
+            if self._is_number(key) and self._there[key]
+            else _copied(self._others[_name_of(key)], is_kept=True)
             for key in keys
         ]
 
@@ -419,7 +421,7 @@ def _collate(form: Form, leaves: Iterator[Any], *, in_sequence: bool = False) ->
 def _elements(column: Any, leaf: _Leaf, numbers: list[int]) -> list[Any]:
     """The values of rows, one by one, each in memory of its own."""
     if leaf.form == "object":
-        return [_copied(column[number]) for number in numbers]
+        return [_copied(column[number], is_kept=True) for number in numbers]
     block: Tensor = column.get(numbers)
     if leaf.form == "tensor":
         return [each.clone() for each in block.unbind()]
@@ -430,7 +432,7 @@ def _elements(column: Any, leaf: _Leaf, numbers: list[int]) -> list[Any]:
     return [np.array(each) for each in block.numpy()]
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, *, is_kept: bool = False) -> Any:
     """A copy of an object of a row, in memory of its own."""
     kind: Any = type(value)
     if kind in (str, bytes, int, float, bool, complex, type(None)):
@@ -443,9 +445,11 @@ def _copied(value: Any) -> Any:
         begin = value.__array_interface__["data"][0] - low
         return np.ndarray(value.shape, value.dtype, memory, begin, value.strides)
     if kind in (list, tuple):
-        return kind(map(_copied, value))
+        return kind(_copied(each, is_kept=is_kept) for each in value)
     if kind is dict:
-        return {key: _copied(each) for key, each in value.items()}
+        return {key: _copied(each, is_kept=is_kept) for key, each in value.items()}
+    if is_kept:  # it was compared with what it is a copy of when it was kept
+        return copy.deepcopy(value)
     if isinstance(value, pd.DataFrame | pd.Series | pd.Index):
         raise NotKeptError(kind.__name__)  # a look at one changes its caches
     try:

@@ -18,7 +18,7 @@ from fasttrain.step import candidate
 from fasttrain.step import ladder as module
 from fasttrain.step.candidate import VERIFIED_BATCHES, Candidate, Stage
 from fasttrain.step.ladder import ENOUGH_MISSED, MAX_CANDIDATES, Ladder, Phase
-from fasttrain.step.spec import Gathered
+from fasttrain.step.spec import Gathered, Meanwhile
 from fasttrain.step.timing import HostClock, Waits
 from fasttrain.step.trace import Mismatch
 from tests.step.models import CPU
@@ -118,7 +118,11 @@ class Bench:
         self.compared = 0
         self.backend = Backend()
         spec: Any = SimpleNamespace(
-            metrics=SimpleNamespace(count=self._count), device=CPU, accumulate=1, gathered=Gathered()
+            metrics=SimpleNamespace(count=self._count),
+            device=CPU,
+            accumulate=1,
+            gathered=Gathered(),
+            meanwhile=Meanwhile(),
         )
         asked = Choice("compiled", "asked for")
         self.ladder = Ladder(spec, asked, self.backend, Waits(), waits_for_compiler=True)
