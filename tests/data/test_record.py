@@ -84,10 +84,12 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(dataset, order, collate, options, own=collate not in ("as list", "as tuple"))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, derandomize=True)
 @given(case=cases())
 def test_any_combination_is_bitwise_the_plain_loader(case: Case) -> None:
-    check(case, fasttrain.record)
+    plain, recorded = run(case, identity), run(case, fasttrain.record)  # errors too, such as of an index below zero
+    assert recorded.refused is None
+    assert (difference := recorded.difference(plain)) is None, difference
 
 
 REPLAYED = [
@@ -147,7 +149,7 @@ def check_acts(case: Case, acts: list[Act], record: Record) -> None:
 ACTED = ["sequential", "shuffle", "shuffle generator", "replacement generator", "weighted", "draws torch"]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, derandomize=True)
 @given(
     order=st.sampled_from(ACTED),
     acts=st.lists(st.tuples(st.sampled_from(["start", "take", "take", "take", "draw", "drop"]), st.integers(0, 5))),
