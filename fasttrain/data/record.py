@@ -223,7 +223,7 @@ class RecordedLoader(Replayable):
         indices: Iterator[Any] = IndexBatches(self.loader, is_first_pass=is_first)
         if self.workers and not self.loader.num_workers and is_read_ahead(self.loader) and hasattr(os, "fork"):
             indices = recording.read_ahead(indices, self.workers)
-        return self._pass(recording, indices)
+        return _Pass(self, recording, indices)
 
     def resident(self, device: torch.device) -> ReplayedBatches | str:
         """See `Replayable.resident`: what remains unread of a dataset whose rows are recorded is read now."""
@@ -280,9 +280,6 @@ class RecordedLoader(Replayable):
         if self.folder is not None:
             found.open_kept(self.folder)
         return found
-
-    def _pass(self, recording: _Recording, indices: Iterator[Any]) -> _Pass:
-        return _Pass(self, recording, indices)
 
     def note(self, value: str, reason: str) -> None:
         """Says where batches come from."""
@@ -364,8 +361,9 @@ class _Recording:
         self.num_read = 0
         self.pass_s = 0.0
         self._is_own_collate = self._loader.collate_fn is not default_collate or owner.then is not None
-        self.why_not_collated = "" if self._loader.batch_sampler is not None and not self._is_own_collate else "own"
-        self._num_compared = self._next_compared = 0
+        is_default = self._loader.batch_sampler is not None and not self._is_own_collate
+        self.why_not_collated = "" if is_default else "batches are not made by torch's collate_fn alone"
+        self._num_compared = 0
         self._read_s = self._checked_s = self._watched_s = 0.0
         self._num_checked = 0
         self._unchecked: list[Any] = []

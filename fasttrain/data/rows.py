@@ -82,7 +82,10 @@ class NotKeptError(Exception):
 
 
 class RowStore:
-    """Rows by their number, of which most have one form; the others, and rows under other keys, are kept as objects.
+    """Stores the rows of a dataset by their index.
+
+    Rows of one form (the form of the first row) are stored as columns. Rows of any other form, and rows whose key is
+    not an index, are stored as Python objects.
 
     Args:
         num_rows: of the dataset: numbers are below it.
@@ -132,7 +135,7 @@ class RowStore:
         return name is not None and name in self._others
 
     def has_all(self, keys: Sequence[Any]) -> bool:
-        """Whether the rows of all keys are in columns."""
+        """Returns True if the rows of all keys are stored in columns."""
         return all(map(self._is_number, keys)) and bool(self._there[keys].all()) if len(keys) else True
 
     def missing(self, numbers: np.ndarray) -> np.ndarray:
